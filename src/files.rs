@@ -1,0 +1,66 @@
+//! Small file helpers: every result is written to a temporary name and renamed.
+
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+/// Writes a whole file or nothing: to a temporary name beside it, then renamed.
+///
+/// # Errors
+/// When the folder is missing, not writable, or the disk is full; names the file.
+pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let failed = || format!("{}: cannot be written (is the disk full, or the folder read-only?)", path.display());
+    std::fs::create_dir_all(dir).with_context(failed)?;
+    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(failed)?;
+    file.write_all(bytes).with_context(failed)?;
+    file.as_file().sync_all().with_context(failed)?;
+    let kept = file.persist(path).map_err(|e| e.error).with_context(failed)?;
+    // A temporary file is private; a result is as readable as any other file.
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        kept.set_permissions(std::fs::Permissions::from_mode(0o644)).with_context(failed)?;
+    }
+    drop(kept);
+    Ok(())
+}
+
+/// Reads a text file.
+///
+/// # Errors
+/// Names the file.
+pub fn read_text(path: &Path) -> Result<String> {
+    std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read", path.display()))
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// Names the file, and the line where it is not JSON.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_str(&read_text(path)?).with_context(|| format!("{}: not valid JSON", path.display()))
+}
+
+/// A named f32 tensor on the host: (name, shape, values).
+pub type Named = (String, Vec<usize>, Vec<f32>);
+
+/// Writes f32 tensors as safetensors, with string metadata.
+///
+/// # Errors
+/// As [`write`].
+pub fn write_tensors(path: &Path, tensors: &[Named], metadata: &[(&str, String)]) -> Result<()> {
+    use safetensors::tensor::{Dtype, TensorView};
+    let views = tensors
+        .iter()
+        .map(|(name, shape, values)| {
+            let view = TensorView::new(Dtype::F32, shape.clone(), bytemuck::cast_slice(values))?;
+            Ok((name.as_str(), view))
+        })
+        .collect::<Result<Vec<_>, safetensors::SafeTensorError>>()
+        .with_context(|| format!("{}: tensors and shapes disagree", path.display()))?;
+    let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
+    let bytes = safetensors::serialize(views, Some(metadata)).context("safetensors")?;
+    write(path, &bytes)
+}

@@ -1,0 +1,129 @@
+//! Low-rank adapters on linear layers: y = x W + s (x A) B, s = alpha / rank (Hu et al. 2021). f32 always, whatever
+//! the frozen weights are stored in. The reference policy is the same network without the adapter: no second copy.
+
+use std::collections::HashMap;
+
+use anyhow::{Result, ensure};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::model::nn::Linear;
+use crate::philox::{self, Stream};
+
+/// A layer's matrices on a device: `a` `[inputs, rank]`, `b` `[rank, outputs]`.
+pub struct Pair {
+    pub a: Tensor<2>,
+    pub b: Tensor<2>,
+    pub scale: f64,
+}
+
+/// An adapter on a device, by layer name.
+pub struct Lora {
+    pairs: HashMap<String, Pair>,
+}
+
+impl Lora {
+    pub fn get(&self, name: &str) -> Option<&Pair> {
+        self.pairs.get(name)
+    }
+}
+
+/// One adapted layer on the host, in row-major order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Layer {
+    pub name: String,
+    pub inputs: usize,
+    pub outputs: usize,
+    /// `[inputs, rank]`
+    pub a: Vec<f32>,
+    /// `[rank, outputs]`
+    pub b: Vec<f32>,
+}
+
+/// An adapter on the host: what is trained, saved and loaded. A few megabytes; it goes to the device at each update.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Adapter {
+    pub rank: usize,
+    pub alpha: f64,
+    pub layers: Vec<Layer>,
+}
+
+/// Whether a module name ends in one of the targets, as peft matches them: `to_q` or `attn1.to_q`.
+fn targeted(name: &str, targets: &[String]) -> bool {
+    targets.iter().any(|t| name == t || name.ends_with(&format!(".{t}")))
+}
+
+impl Adapter {
+    /// A fresh adapter on the targeted layers: A gaussian with deviation 1 / rank (peft's "gaussian"), B zero.
+    ///
+    /// # Errors
+    /// When a target matches no linear layer, or rank is 0.
+    pub fn new(linears: &[&Linear], targets: &[String], rank: usize, alpha: f64, seed: u64) -> Result<Self> {
+        ensure!(rank > 0, "--rank 0: must be at least 1");
+        ensure!(alpha > 0.0, "--alpha {alpha}: must be positive");
+        for target in targets {
+            ensure!(
+                linears.iter().any(|l| targeted(&l.name, std::slice::from_ref(target))),
+                "--target-modules {target}: the UNet's attention blocks have no linear layer of that name; to_q, to_k, to_v, to_out.0 are there"
+            );
+        }
+        let chosen = linears.iter().filter(|l| targeted(&l.name, targets));
+        let layers = chosen.enumerate().map(|(i, l)| {
+            let mut a = philox::noise(seed, Stream::LoraInit, i as u32, 0, l.inputs * rank);
+            a.iter_mut().for_each(|v| *v /= rank as f32);
+            Layer { name: l.name.clone(), inputs: l.inputs, outputs: l.outputs, a, b: vec![0.0; rank * l.outputs] }
+        });
+        Ok(Self { rank, alpha, layers: layers.collect() })
+    }
+
+    /// Checks that every layer exists in the network with the same widths.
+    ///
+    /// # Errors
+    /// Names the first layer that does not fit.
+    pub fn fits(&self, linears: &[&Linear]) -> Result<()> {
+        for layer in &self.layers {
+            let found = linears.iter().find(|l| l.name == layer.name);
+            let Some(l) = found else {
+                anyhow::bail!("the adapter's layer {} is not in this UNet; it belongs to another model", layer.name)
+            };
+            ensure!(
+                (l.inputs, l.outputs) == (layer.inputs, layer.outputs),
+                "the adapter's layer {} is {}x{}, the UNet's {}x{}; it belongs to another model",
+                layer.name,
+                layer.inputs,
+                layer.outputs,
+                l.inputs,
+                l.outputs
+            );
+        }
+        Ok(())
+    }
+
+    /// The adapter on a device; with `train` its matrices are leaves that collect gradients.
+    pub fn to_device(&self, device: &Device, train: bool) -> Lora {
+        let device = if train { device.clone().autodiff() } else { device.clone() };
+        let matrix = |v: &[f32], shape: [usize; 2]| {
+            let t = Tensor::<2>::from_data(TensorData::new(v.to_vec(), shape), &device);
+            if train { t.require_grad() } else { t }
+        };
+        let scale = self.alpha / self.rank as f64;
+        let pairs = self.layers.iter().map(|l| {
+            let pair = Pair { a: matrix(&l.a, [l.inputs, self.rank]), b: matrix(&l.b, [self.rank, l.outputs]), scale };
+            (l.name.clone(), pair)
+        });
+        Lora { pairs: pairs.collect() }
+    }
+
+    /// All matrices as flat parameters, A then B of each layer.
+    pub fn parameters(&mut self) -> Vec<&mut Vec<f32>> {
+        self.layers.iter_mut().flat_map(|l| [&mut l.a, &mut l.b]).collect()
+    }
+
+    /// Number of trained values.
+    pub fn len(&self) -> usize {
+        self.layers.iter().map(|l| l.a.len() + l.b.len()).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.layers.is_empty()
+    }
+}

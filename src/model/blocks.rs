@@ -1,0 +1,278 @@
+//! The building blocks of diffusers' UNet2DConditionModel and AutoencoderKL: `ResnetBlock2D`, `Transformer2DModel`,
+//! `Downsample2D` and `Upsample2D`.
+
+use anyhow::Result;
+use burn::tensor::{Int, Tensor, TensorData, activation};
+
+use super::attention::Attention;
+use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, silu};
+use super::weights::Loader;
+use crate::lora::Lora;
+
+/// How a `ResnetBlock2D` is built.
+#[derive(Clone, Copy)]
+pub struct ResnetSpec {
+    pub groups: usize,
+    pub eps: f64,
+    pub activation: Activation,
+    /// Width of the time embedding, where there is one.
+    pub time: Option<usize>,
+    /// resnet_time_scale_shift = "scale_shift": the embedding scales and shifts instead of being added.
+    pub scale_shift: bool,
+    pub output_scale: f64,
+}
+
+/// diffusers' `ResnetBlock2D`.
+pub struct Resnet {
+    spec: ResnetSpec,
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    time_emb_proj: Option<Linear>,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    shortcut: Option<Conv2d>,
+}
+
+impl Resnet {
+    pub fn load(l: &Loader, cin: usize, cout: usize, spec: ResnetSpec) -> Result<Self> {
+        let time_width = if spec.scale_shift { 2 * cout } else { cout };
+        Ok(Self {
+            spec,
+            norm1: GroupNorm::load(l, "norm1", spec.groups, cin, spec.eps)?,
+            conv1: Conv2d::same(l, "conv1", cin, cout)?,
+            time_emb_proj: spec.time.map(|t| Linear::load(l, "time_emb_proj", t, time_width)).transpose()?,
+            norm2: GroupNorm::load(l, "norm2", spec.groups, cout, spec.eps)?,
+            conv2: Conv2d::same(l, "conv2", cout, cout)?,
+            shortcut: if cin == cout { None } else { Some(Conv2d::load(l, "conv_shortcut", cin, cout, 1, 1, 0)?) },
+        })
+    }
+
+    /// `x` `[B, cin, H, W]`, `time` `[B, width]` (after its own activation) -> `[B, cout, H, W]`.
+    pub fn forward(&self, x: Tensor<4>, time: Option<&Tensor<2>>, lora: Option<&Lora>) -> Tensor<4> {
+        let act = self.spec.activation;
+        let mut h = self.conv1.forward(act.forward(self.norm1.forward(x.clone())));
+        let time = match (&self.time_emb_proj, time) {
+            (Some(proj), Some(t)) => Some(proj.forward(t.clone(), lora).unsqueeze_dims::<4>(&[2, 3])),
+            _ => None,
+        };
+        match time {
+            Some(t) if self.spec.scale_shift => {
+                let [scale, shift]: [Tensor<4>; 2] = t.chunk(2, 1).try_into().expect("two halves");
+                h = self.norm2.forward(h) * (scale + 1.0) + shift;
+            }
+            Some(t) => h = self.norm2.forward(h + t),
+            None => h = self.norm2.forward(h),
+        }
+        h = self.conv2.forward(act.forward(h));
+        let x = match &self.shortcut {
+            Some(conv) => conv.forward(x),
+            None => x,
+        };
+        if self.spec.output_scale == 1.0 { x + h } else { (x + h) / self.spec.output_scale }
+    }
+}
+
+/// diffusers' `BasicTransformerBlock` with GEGLU feed-forward.
+struct TransformerBlock {
+    only_cross: bool,
+    norms: [LayerNorm; 3],
+    attn1: Attention,
+    attn2: Attention,
+    ff_in: Linear,
+    ff_out: Linear,
+}
+
+const DIFFUSERS_ATTENTION: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
+
+impl TransformerBlock {
+    fn load(l: &Loader, width: usize, context: usize, heads: usize, only_cross: bool) -> Result<Self> {
+        let norm = |n: &str| LayerNorm::load(l, n, width, 1e-5);
+        let own = if only_cross { context } else { width };
+        Ok(Self {
+            only_cross,
+            norms: [norm("norm1")?, norm("norm2")?, norm("norm3")?],
+            attn1: Attention::load(&l.at("attn1"), DIFFUSERS_ATTENTION, width, own, heads)?,
+            attn2: Attention::load(&l.at("attn2"), DIFFUSERS_ATTENTION, width, context, heads)?,
+            ff_in: Linear::load(l, "ff.net.0.proj", width, 8 * width)?,
+            ff_out: Linear::load(l, "ff.net.2", 4 * width, width)?,
+        })
+    }
+
+    fn forward(&self, x: Tensor<3>, context: &Tensor<3>, lora: Option<&Lora>) -> Tensor<3> {
+        let own = self.only_cross.then_some(context);
+        let x = x.clone() + self.attn1.forward(self.norms[0].forward(x), own, None, lora);
+        let x = x.clone() + self.attn2.forward(self.norms[1].forward(x), Some(context), None, lora);
+        let h = self.ff_in.forward(self.norms[2].forward(x.clone()), lora);
+        let [value, gate]: [Tensor<3>; 2] = h.chunk(2, 2).try_into().expect("two halves");
+        x + self.ff_out.forward(value * activation::gelu(gate), lora)
+    }
+}
+
+enum Projection {
+    Linear(Linear),
+    Conv(Conv2d),
+}
+
+/// diffusers' `Transformer2DModel` (continuous input), with convolution or linear projections.
+pub struct Transformer2d {
+    norm: GroupNorm,
+    proj_in: Projection,
+    blocks: Vec<TransformerBlock>,
+    proj_out: Projection,
+}
+
+/// How a `Transformer2d` is built.
+#[derive(Clone, Copy)]
+pub struct TransformerSpec {
+    pub groups: usize,
+    pub heads: usize,
+    pub layers: usize,
+    pub context: usize,
+    pub linear: bool,
+    pub only_cross: bool,
+}
+
+impl Transformer2d {
+    pub fn load(l: &Loader, c: usize, spec: TransformerSpec) -> Result<Self> {
+        let projection = |part: &str| {
+            Ok::<_, anyhow::Error>(if spec.linear {
+                Projection::Linear(Linear::load(l, part, c, c)?)
+            } else {
+                Projection::Conv(Conv2d::load(l, part, c, c, 1, 1, 0)?)
+            })
+        };
+        Ok(Self {
+            norm: GroupNorm::load(l, "norm", spec.groups, c, 1e-6)?,
+            proj_in: projection("proj_in")?,
+            blocks: (0..spec.layers)
+                .map(|i| {
+                    let l = l.at(format!("transformer_blocks.{i}"));
+                    TransformerBlock::load(&l, c, spec.context, spec.heads, spec.only_cross)
+                })
+                .collect::<Result<_>>()?,
+            proj_out: projection("proj_out")?,
+        })
+    }
+
+    /// `x` `[B, C, H, W]` with `context` `[B, T, D]` -> `[B, C, H, W]`.
+    pub fn forward(&self, x: Tensor<4>, context: &Tensor<3>, lora: Option<&Lora>) -> Tensor<4> {
+        let [b, c, h, w] = x.dims();
+        let tokens = |x: Tensor<4>| x.reshape([b, c, h * w]).swap_dims(1, 2);
+        let image = |x: Tensor<3>| x.swap_dims(1, 2).reshape([b, c, h, w]);
+        let y = self.norm.forward(x.clone());
+        let mut y = match &self.proj_in {
+            Projection::Linear(p) => p.forward(tokens(y), lora),
+            Projection::Conv(p) => tokens(p.forward(y)),
+        };
+        for block in &self.blocks {
+            y = block.forward(y, context, lora);
+        }
+        x + match &self.proj_out {
+            Projection::Linear(p) => image(p.forward(y, lora)),
+            Projection::Conv(p) => p.forward(image(y)),
+        }
+    }
+
+    /// The linear layers that a LoRA can target.
+    pub fn linears(&self) -> Vec<&Linear> {
+        let mut all = Vec::new();
+        for p in [&self.proj_in, &self.proj_out] {
+            if let Projection::Linear(linear) = p {
+                all.push(linear);
+            }
+        }
+        for b in &self.blocks {
+            all.extend(b.attn1.linears());
+            all.extend(b.attn2.linears());
+            all.extend([&b.ff_in, &b.ff_out]);
+        }
+        all
+    }
+}
+
+/// diffusers' `Downsample2D`: a 3x3 convolution of stride 2; without padding the image grows right and below first.
+pub struct Downsample {
+    conv: Conv2d,
+    pad: bool,
+}
+
+impl Downsample {
+    pub fn load(l: &Loader, c: usize, padding: usize) -> Result<Self> {
+        Ok(Self { conv: Conv2d::load(l, "conv", c, c, 3, 2, padding)?, pad: padding == 0 })
+    }
+
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let x = if self.pad { x.pad((0, 1, 0, 1), 0.0) } else { x };
+        self.conv.forward(x)
+    }
+}
+
+/// diffusers' `Upsample2D`: nearest neighbour to a given size, then a 3x3 convolution.
+pub struct Upsample {
+    conv: Conv2d,
+}
+
+impl Upsample {
+    pub fn load(l: &Loader, c: usize) -> Result<Self> {
+        Ok(Self { conv: Conv2d::same(l, "conv", c, c)? })
+    }
+
+    /// `[B, C, H, W] -> [B, C, size]`; `None` doubles.
+    pub fn forward(&self, x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
+        self.conv.forward(nearest(x, size))
+    }
+}
+
+fn nearest(x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
+    let [b, c, h, w] = x.dims();
+    let [oh, ow] = size.unwrap_or([2 * h, 2 * w]);
+    if [oh, ow] == [2 * h, 2 * w] {
+        return x.reshape([b, c, h, 1, w, 1]).expand([b, c, h, 2, w, 2]).reshape([b, c, oh, ow]);
+    }
+    // PyTorch's rule: floor(i * (in / out)) with the ratio in f32.
+    let device = x.device();
+    let index = |from: usize, to: usize| {
+        let ratio = from as f32 / to as f32;
+        let rows: Vec<i32> = (0..to).map(|i| ((i as f32 * ratio) as usize).min(from - 1) as i32).collect();
+        Tensor::<1, Int>::from_data(TensorData::new(rows, [to]), &device)
+    };
+    x.select(2, index(h, oh)).select(3, index(w, ow))
+}
+
+/// diffusers' `TimestepEmbedding` over `Timesteps`.
+pub struct TimeEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    width: usize,
+    flip: bool,
+    shift: f64,
+}
+
+impl TimeEmbedding {
+    pub fn load(l: &Loader, width: usize, out: usize, flip: bool, shift: f64) -> Result<Self> {
+        Ok(Self {
+            linear_1: Linear::load(l, "linear_1", width, out)?,
+            linear_2: Linear::load(l, "linear_2", out, out)?,
+            width,
+            flip,
+            shift,
+        })
+    }
+
+    /// Timesteps, one for each row -> `[B, out]`. The angles are f32 products, as in PyTorch: at t near 1000 another
+    /// order of rounding would differ in the fifth digit.
+    pub fn forward(&self, timesteps: &[f32], device: &burn::tensor::Device) -> Tensor<2> {
+        let half = self.width / 2;
+        let freq = |i: usize| (-(10000f64.ln()) as f32 * i as f32 / (half as f64 - self.shift) as f32).exp();
+        let mut rows = Vec::with_capacity(timesteps.len() * self.width);
+        for t in timesteps {
+            let angles: Vec<f32> = (0..half).map(|i| t * freq(i)).collect();
+            let (sin, cos): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| a.sin_cos()).unzip();
+            let (first, second) = if self.flip { (cos, sin) } else { (sin, cos) };
+            rows.extend(first.into_iter().chain(second));
+            rows.resize(rows.len() + self.width % 2, 0.0);
+        }
+        let x = Tensor::from_data(TensorData::new(rows, [timesteps.len(), self.width]), device);
+        self.linear_2.forward(silu(self.linear_1.forward(x, None)), None)
+    }
+}

@@ -1,0 +1,163 @@
+//! The layers that all networks share, with PyTorch's names and shapes. Weights stay in their storage type; every
+//! layer computes in f32.
+
+use anyhow::Result;
+use burn::tensor::module::{conv2d, linear};
+use burn::tensor::ops::ConvOptions;
+use burn::tensor::{DType, Tensor, activation};
+
+use super::weights::Loader;
+use crate::lora::Lora;
+
+/// `torch.nn.Linear`, with a LoRA where one is given for its name.
+pub struct Linear {
+    /// Full module name, as in the weight file: what LoRA targets select.
+    pub name: String,
+    pub inputs: usize,
+    pub outputs: usize,
+    /// [inputs, outputs]: transposed once at load, so that the matrix product reads it in order.
+    weight: Tensor<2>,
+    bias: Option<Tensor<1>>,
+}
+
+fn f32<const D: usize>(t: &Tensor<D>) -> Tensor<D> {
+    if t.dtype() == DType::F32 { t.clone() } else { t.clone().cast(DType::F32) }
+}
+
+impl Linear {
+    pub fn load(l: &Loader, part: &str, inputs: usize, outputs: usize) -> Result<Self> {
+        let l = l.at(part);
+        let weight = l.stored("weight", [outputs, inputs])?;
+        // A plain transpose is a view; the copy makes it contiguous.
+        let weight = weight.transpose();
+        let weight = Tensor::from_data(weight.into_data(), (l.device, l.storage.dtype()));
+        let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
+        Ok(Self { name: l.name("").trim_end_matches('.').to_string(), inputs, outputs, weight, bias })
+    }
+
+    /// `[.., inputs] -> [.., outputs]`: x W + b, and + s (x A) B where `lora` has this layer.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>, lora: Option<&Lora>) -> Tensor<D> {
+        let low = lora
+            .and_then(|l| l.get(&self.name))
+            .map(|pair| linear(linear(x.clone(), pair.a.clone(), None), pair.b.clone(), None) * pair.scale);
+        let y = linear(x, f32(&self.weight), self.bias.clone());
+        match low {
+            Some(low) => y + low,
+            None => y,
+        }
+    }
+}
+
+impl super::weights::Storage {
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 => DType::F16,
+        }
+    }
+}
+
+/// `torch.nn.Conv2d`.
+pub struct Conv2d {
+    weight: Tensor<4>,
+    bias: Option<Tensor<1>>,
+    stride: usize,
+    padding: usize,
+}
+
+impl Conv2d {
+    pub fn load(
+        l: &Loader,
+        part: &str,
+        cin: usize,
+        cout: usize,
+        kernel: usize,
+        stride: usize,
+        padding: usize,
+    ) -> Result<Self> {
+        let l = l.at(part);
+        let weight = l.stored("weight", [cout, cin, kernel, kernel])?;
+        let bias = if l.has("bias") { Some(l.tensor("bias", [cout])?) } else { None };
+        Ok(Self { weight, bias, stride, padding })
+    }
+
+    /// A 3x3 convolution that keeps the size.
+    pub fn same(l: &Loader, part: &str, cin: usize, cout: usize) -> Result<Self> {
+        Self::load(l, part, cin, cout, 3, 1, 1)
+    }
+
+    /// `[B, cin, H, W] -> [B, cout, H', W']`.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let options = ConvOptions::new([self.stride; 2], [self.padding; 2], [1, 1], 1);
+        conv2d(x, f32(&self.weight), self.bias.clone(), options)
+    }
+}
+
+/// `torch.nn.GroupNorm`.
+pub struct GroupNorm {
+    groups: usize,
+    eps: f64,
+    gamma: Tensor<1>,
+    beta: Tensor<1>,
+}
+
+impl GroupNorm {
+    pub fn load(l: &Loader, part: &str, groups: usize, channels: usize, eps: f64) -> Result<Self> {
+        let l = l.at(part);
+        Ok(Self { groups, eps, gamma: l.tensor("weight", [channels])?, beta: l.tensor("bias", [channels])? })
+    }
+
+    /// `[B, C, H, W]`, normalised over each group of channels.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        let [b, c, h, w] = x.dims();
+        let (g, per) = (self.groups, c / self.groups);
+        let x = x.reshape([b, g, per * h * w]);
+        let x = x.clone() - x.mean_dim(2);
+        let rstd = (x.clone().square().mean_dim(2) + self.eps).sqrt().recip();
+        // The group's scale and gamma fold into one factor a channel: one pass over the image instead of two.
+        let scale = rstd.expand([b, g, per]).reshape([b, c, 1, 1]) * self.gamma.clone().reshape([1, c, 1, 1]);
+        x.reshape([b, c, h, w]) * scale + self.beta.clone().reshape([1, c, 1, 1])
+    }
+}
+
+/// `torch.nn.LayerNorm` over the last dimension.
+pub struct LayerNorm {
+    eps: f64,
+    gamma: Tensor<1>,
+    beta: Tensor<1>,
+}
+
+impl LayerNorm {
+    pub fn load(l: &Loader, part: &str, width: usize, eps: f64) -> Result<Self> {
+        let l = l.at(part);
+        Ok(Self { eps, gamma: l.tensor("weight", [width])?, beta: l.tensor("bias", [width])? })
+    }
+
+    pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
+        burn::tensor::module::layer_norm(x, self.gamma.clone(), Some(self.beta.clone()), self.eps)
+    }
+}
+
+/// Activations by diffusers' and transformers' names.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Activation {
+    Silu,
+    Gelu,
+    QuickGelu,
+    Relu,
+}
+
+impl Activation {
+    pub fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
+        match self {
+            Self::Silu => silu(x),
+            Self::Gelu => activation::gelu(x),
+            Self::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
+            Self::Relu => activation::relu(x),
+        }
+    }
+}
+
+pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    activation::silu(x)
+}

@@ -1,0 +1,150 @@
+//! Our pipelines on Burn's own wgpu device and queue: compile once, bind tensors' buffers, submit in order.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use burn::backend::wgpu::{AutoCompiler, CubeTensor, WgpuResource};
+use burn::backend::{BackendTensor, DispatchTensorKind};
+use burn::tensor::{Device, Tensor};
+use wgpu::util::DeviceExt;
+
+/// A kernel: its name is the shader's file name, its source carries the shared preludes.
+#[derive(Clone, Copy)]
+pub struct Kernel {
+    pub name: &'static str,
+    pub source: fn() -> String,
+}
+
+/// Declares a [`Kernel`] from the files of `shaders/` that it is made of, in order.
+macro_rules! kernel {
+    ($name:literal $(, $prelude:literal)*) => {
+        $crate::ops::gpu::Kernel {
+            name: $name,
+            source: || [$(include_str!(concat!("../../shaders/", $prelude, ".wgsl")),)*
+                include_str!(concat!("../../shaders/", $name, ".wgsl"))].join("\n"),
+        }
+    };
+}
+pub(crate) use kernel;
+
+/// All kernels, for validation.
+pub const KERNELS: [Kernel; 7] = [
+    super::philox::NOISE,
+    super::ddim_step::STEP,
+    super::ddim_step::LOG_PROB,
+    super::log_ratio::PARTIALS,
+    super::log_ratio::FINISH,
+    super::policy_objective::OBJECTIVE,
+    super::credit_reduce::REDUCE,
+];
+
+/// Burn's wgpu device and queue with our compiled pipelines; clones share them.
+#[derive(Clone)]
+pub struct Gpu {
+    pub device: wgpu::Device,
+    queue: wgpu::Queue,
+    burn: Device,
+    pipelines: Arc<Mutex<HashMap<&'static str, wgpu::ComputePipeline>>>,
+}
+
+/// A Burn tensor's memory; holds the allocation as long as it lives.
+pub struct Buffer {
+    resource: WgpuResource,
+    _tensor: CubeTensor,
+}
+
+/// One kernel launch: uniforms, tensors in the order of the bindings from 1 on, and the grid.
+pub struct Launch<'a> {
+    pub kernel: Kernel,
+    pub uniforms: &'a [u8],
+    pub bindings: &'a [&'a Buffer],
+    pub grid: [u32; 2],
+}
+
+/// Resolves a tensor to its buffer, contiguous, with everything that Burn still owed to it submitted.
+pub fn buffer<const D: usize>(tensor: &Tensor<D>) -> Buffer {
+    let kind = tensor.clone().into_dispatch().kind;
+    let DispatchTensorKind::Cube(BackendTensor::Float(t)) = kind else {
+        panic!("a GPU kernel was given a tensor of another backend");
+    };
+    let client = t.client.clone();
+    let t: CubeTensor = client.resolve_tensor_float::<burn::backend::wgpu::CubeBackend>(t);
+    let t = burn_wgpu::into_contiguous(t);
+    let resource = t
+        .client
+        .get_resource::<burn::cubecl::wgpu::WgpuServer<AutoCompiler>>(t.handle.clone())
+        .expect("a resolved tensor has a buffer")
+        .resource()
+        .clone();
+    Buffer { resource, _tensor: t }
+}
+
+impl Gpu {
+    pub fn new(device: wgpu::Device, queue: wgpu::Queue, burn: Device) -> Self {
+        Self { device, queue, burn, pipelines: Arc::default() }
+    }
+
+    fn pipeline(&self, kernel: Kernel) -> wgpu::ComputePipeline {
+        let mut pipelines = self.pipelines.lock().expect("no thread panics while it compiles");
+        pipelines
+            .entry(kernel.name)
+            .or_insert_with(|| {
+                let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
+                    label: Some(kernel.name),
+                    source: wgpu::ShaderSource::Wgsl((kernel.source)().into()),
+                });
+                self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+                    label: Some(kernel.name),
+                    layout: None,
+                    module: &module,
+                    entry_point: Some("main"),
+                    compilation_options: Default::default(),
+                    cache: None,
+                })
+            })
+            .clone()
+    }
+
+    /// Submits the launches in order, after everything that Burn has queued.
+    pub fn run(&self, launches: &[Launch]) {
+        // Burn batches its commands; ours must not overtake them.
+        self.burn.flush().expect("Burn's queue accepts a flush");
+        let mut encoder = self.device.create_command_encoder(&Default::default());
+        for launch in launches {
+            let pipeline = self.pipeline(launch.kernel);
+            let uniforms = self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+                label: Some(launch.kernel.name),
+                contents: launch.uniforms,
+                usage: wgpu::BufferUsages::UNIFORM,
+            });
+            let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: uniforms.as_entire_binding() }];
+            entries.extend(launch.bindings.iter().zip(1..).map(|(buffer, binding)| wgpu::BindGroupEntry {
+                binding,
+                resource: buffer.resource.as_wgpu_bind_resource(),
+            }));
+            let group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
+                label: Some(launch.kernel.name),
+                layout: &pipeline.get_bind_group_layout(0),
+                entries: &entries,
+            });
+            let mut pass = encoder.begin_compute_pass(&Default::default());
+            pass.set_pipeline(&pipeline);
+            pass.set_bind_group(0, &group, &[]);
+            pass.dispatch_workgroups(launch.grid[0], launch.grid[1], 1);
+        }
+        self.queue.submit([encoder.finish()]);
+    }
+}
+
+static POISON: AtomicBool = AtomicBool::new(false);
+
+/// From now on outputs start as NaN instead of 0: tests show that way that no kernel relies on zeros.
+pub fn poison_outputs() {
+    POISON.store(true, Ordering::Relaxed);
+}
+
+/// A tensor for a kernel to fill.
+pub fn output<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
+    Tensor::full(shape, if POISON.load(Ordering::Relaxed) { f32::NAN } else { 0.0 }, device)
+}

@@ -1,0 +1,89 @@
+//! `log_ratio`: the exact log-probability ratio of a step under the policy now and when it sampled.
+//!
+//! ```text
+//! log rho = -mean(w D z + w^2 D^2 / 2),   D = p_theta - p_old           Lee & Ye 2026, proposition 1
+//! KL      = mean(w_native^2 (p_theta - p_ref)^2) / 2                     to the reference policy, where there is one
+//! ```
+//! The form keeps its relative accuracy as D goes to 0, where exp(log p - log p_old) - 1 has lost all of it.
+//! Accuracy: 1e-5 of the mean magnitude of the terms. Its gradient is part of [`super::policy_objective`].
+
+use burn::tensor::{Tensor, TensorData};
+
+use super::gpu::{Kernel, Launch, buffer, kernel, output};
+use super::{BLOCK, Coefficients, Guidance, NoiseKey, Params};
+use crate::device::Compute;
+
+pub(super) const PARTIALS: Kernel = kernel!("log_ratio", "common", "philox");
+pub(super) const FINISH: Kernel = kernel!("log_ratio_finish", "common");
+
+/// `[B, 2]`: log rho and KL of each sample. `model_out` and `reference_out` are `[B or 2B, C, H, W]`, `old` is
+/// the prediction after guidance, `[B, C, H, W]`. Without a reference the KL is 0.
+pub fn log_ratio(
+    compute: &Compute,
+    model_out: &Tensor<4>,
+    old: &Tensor<4>,
+    reference_out: Option<&Tensor<4>>,
+    guidance: Guidance,
+    c: &Coefficients,
+    key: NoiseKey,
+) -> Tensor<2> {
+    let shape = old.dims();
+    let (batch, dim) = (shape[0], shape[1..].iter().product::<usize>());
+    let Some(gpu) = &compute.gpu else {
+        let reference_out = reference_out.map(super::host);
+        let rows =
+            reference(&super::host(model_out), &super::host(old), reference_out.as_deref(), batch, guidance, c, key);
+        return Tensor::from_data(TensorData::new(rows.concat(), [batch, 2]), &compute.burn);
+    };
+    let params = Params { with_reference: reference_out.is_some().into(), ..Params::new(batch, dim, guidance, c, key) };
+    let log_rho = output([batch, 2], &compute.burn);
+    let partials = buffer(&output([batch, dim.div_ceil(BLOCK), 2], &compute.burn));
+    let uniforms = bytemuck::bytes_of(&params);
+    let policy = buffer(model_out);
+    let frozen = reference_out.map(buffer);
+    gpu.run(&[
+        Launch {
+            kernel: PARTIALS,
+            uniforms,
+            bindings: &[&policy, &buffer(old), frozen.as_ref().unwrap_or(&policy), &partials],
+            grid: [params.blocks, params.batch],
+        },
+        Launch {
+            kernel: FINISH,
+            uniforms,
+            bindings: &[&partials, &buffer(&log_rho)],
+            grid: [params.batch.div_ceil(256), 1],
+        },
+    ]);
+    log_rho
+}
+
+/// CPU reference: `[log rho, KL]` of each sample, summed in f64.
+pub fn reference(
+    model_out: &[f32],
+    old: &[f32],
+    reference_out: Option<&[f32]>,
+    batch: usize,
+    guidance: Guidance,
+    c: &Coefficients,
+    key: NoiseKey,
+) -> Vec<[f32; 2]> {
+    let (n, dim) = (old.len(), old.len() / batch);
+    let noise = super::philox::reference(batch, dim, key);
+    let second = (guidance.rows() - 1) * n;
+    (0..batch)
+        .map(|sample| {
+            let (mut ratio, mut kl) = (0f64, 0f64);
+            for i in sample * dim..(sample + 1) * dim {
+                let p = guidance.combine(model_out[i], model_out[i + second]);
+                let wd = c.w * (p - old[i]);
+                ratio += f64::from(wd * (noise[i] + 0.5 * wd));
+                if let Some(r) = reference_out {
+                    let wr = c.w_native * (p - guidance.combine(r[i], r[i + second]));
+                    kl += f64::from(0.5 * wr * wr);
+                }
+            }
+            [(-ratio / dim as f64) as f32, (kl / dim as f64) as f32]
+        })
+        .collect()
+}

@@ -1,0 +1,84 @@
+//! The hot path's mathematics as plain Burn tensor operations: what one would write without shaders. Benchmarks
+//! compare against it on the same device. It is given its noise ready made, which favours it.
+
+use burn::tensor::Tensor;
+
+use super::policy_objective::{GuidanceGradient, Objective, Surrogate};
+use super::{Coefficients, Guidance};
+
+fn combine(out: &Tensor<4>, guidance: Guidance) -> Tensor<4> {
+    match guidance {
+        Guidance::Off => out.clone(),
+        Guidance::Scale(g) => {
+            let n = out.dims()[0] / 2;
+            let (u, c) = (out.clone().narrow(0, 0, n), out.clone().narrow(0, n, n));
+            u.clone() + (c - u) * g
+        }
+    }
+}
+
+fn sample_mean(x: Tensor<4>) -> Tensor<1> {
+    let b = x.dims()[0];
+    x.reshape([b as i32, -1]).mean_dim(1).reshape([b])
+}
+
+/// See [`super::ddim_step`]: (x_prev, prediction, log p).
+pub fn ddim_step(
+    x: &Tensor<4>,
+    out: &Tensor<4>,
+    z: &Tensor<4>,
+    guidance: Guidance,
+    c: &Coefficients,
+) -> (Tensor<4>, Tensor<4>, Tensor<1>) {
+    let p = combine(out, guidance);
+    let mean = x.clone() * c.a - p.clone() * c.b;
+    let x_prev = mean.clone() + z.clone() * c.sigma;
+    let squares = (x_prev.clone() - mean).square() / (-2.0 * c.sigma * c.sigma);
+    (x_prev, p, sample_mean(squares) - c.log_norm)
+}
+
+/// See [`super::log_ratio`]: log rho `[B]`.
+pub fn log_ratio(out: &Tensor<4>, old: &Tensor<4>, z: &Tensor<4>, guidance: Guidance, c: &Coefficients) -> Tensor<1> {
+    let wd = (combine(out, guidance) - old.clone()) * c.w;
+    -sample_mean(wd.clone() * z.clone() + wd.square() * 0.5)
+}
+
+/// See [`super::policy_objective`], without KL: (gradient, loss `[B]`).
+pub fn policy_objective(
+    s: &Surrogate,
+    out: &Tensor<4>,
+    old: &Tensor<4>,
+    z: &Tensor<4>,
+    advantage: &Tensor<1>,
+    guidance: Guidance,
+    c: &Coefficients,
+) -> (Tensor<4>, Tensor<1>) {
+    let lr = log_ratio(out, old, z, guidance, c);
+    let (loss, push) = match s.objective {
+        Objective::LogHinge => {
+            let h = advantage.clone().abs() * s.xi - advantage.clone() * lr;
+            let active = h.clone().greater_elem(0.0).float();
+            (h.clamp_min(0.0), -advantage.clone() * active)
+        }
+        _ => {
+            let rho = if s.objective == Objective::PpoClip { lr.exp() } else { lr + 1.0 };
+            let free = -advantage.clone() * rho.clone();
+            let bound = -advantage.clone() * rho.clone().clamp(1.0 - s.xi, 1.0 + s.xi);
+            let active = free.clone().greater_equal(bound.clone()).float();
+            let slope = if s.objective == Objective::PpoClip { free.clone() } else { -advantage.clone() };
+            (free.max_pair(bound), slope * active)
+        }
+    };
+    let dim = old.dims()[1..].iter().product::<usize>() as f32;
+    let d = combine(out, guidance) - old.clone();
+    let b = loss.dims()[0];
+    let g = (z.clone() * c.w + d * (c.w * c.w)) * push.reshape([b, 1, 1, 1]) * (-s.scale / dim);
+    let gradient = match guidance {
+        Guidance::Off => g,
+        Guidance::Scale(scale) => {
+            let through = if s.guidance_gradient == GuidanceGradient::Both { 1.0 - scale } else { 0.0 };
+            Tensor::cat(vec![g.clone() * through, g * scale], 0)
+        }
+    };
+    (gradient, loss)
+}

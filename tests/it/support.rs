@@ -1,0 +1,30 @@
+//! What tests share: paths and devices.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+
+use pcpo_wgpu::device::{Compute, open};
+
+pub fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+pub fn emoji() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/emoji")
+}
+
+pub fn cpu() -> Compute {
+    Compute::cpu()
+}
+
+/// The GPU that tests run on: PCPO_TEST_DEVICE, or lavapipe. Opened once: Burn keeps one runtime a device.
+pub fn gpu() -> Compute {
+    static GPU: OnceLock<Compute> = OnceLock::new();
+    let wanted = std::env::var("PCPO_TEST_DEVICE").unwrap_or_else(|_| "lavapipe".into());
+    let hint = "install a Vulkan driver (Debian: mesa-vulkan-drivers), or set PCPO_TEST_DEVICE";
+    GPU.get_or_init(|| {
+        pcpo_wgpu::ops::gpu::poison_outputs();
+        open(&wanted).unwrap_or_else(|e| panic!("{e:#}; {hint}"))
+    })
+    .clone()
+}
