@@ -177,5 +177,5 @@ fn whole_run(
     let steps = load_schedule(model)?.steps(run.steps, run.eta)?;
     let denoise =
         Denoise { compute, unet, lora: None, guidance: Guidance::new(run.guidance), cond: &cond, uncond: &uncond };
-    Ok(sample(&denoise, latents, &steps, 0, 0, |_| {})?.latents)
+    Ok(sample(&denoise, latents, &steps, &[], (0, 0), || Ok(()))?.latents)
 }

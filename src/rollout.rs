@@ -1,12 +1,17 @@
 //! Sampling: the chain of DDIM steps, and the rollout that keeps what the update needs of it.
 
-use anyhow::Result;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use anyhow::{Result, ensure};
 use burn::tensor::Tensor;
+use image::RgbImage;
 
 use crate::device::Compute;
 use crate::lora::Lora;
 use crate::model::Conditioning;
 use crate::model::unet::UNet;
+use crate::model::vae::Vae;
 use crate::ops::ddim_step::ddim_step;
 use crate::ops::{Coefficients, Guidance, NoiseKey};
 use crate::schedule::Step;
@@ -60,32 +65,91 @@ pub struct Visit {
 pub struct Sampled {
     /// Final latents.
     pub latents: Tensor<4>,
-    /// Every step's visit, in sampling order.
+    /// The visits that were asked for, in sampling order.
     pub visits: Vec<Visit>,
 }
 
-/// Samples a batch from initial latents; `tick` is called after each step.
+/// Samples a batch from initial latents and keeps the visits of the steps in `keep`; `tick` is called after each step.
 ///
 /// # Errors
-/// When the device fails.
+/// When the device fails, or `tick` asks to stop.
 pub fn sample(
     policy: &Denoise,
     latents: Tensor<4>,
     steps: &[Step],
-    seed: u64,
-    first_image: u32,
-    tick: impl Fn(usize),
+    keep: &[usize],
+    (seed, first_image): (u64, u32),
+    tick: impl Fn() -> Result<()>,
 ) -> Result<Sampled> {
     let mut x = latents;
-    let mut visits = Vec::with_capacity(steps.len());
+    let mut visits = Vec::with_capacity(keep.len());
     for (i, step) in steps.iter().enumerate() {
         let out = policy.output(&x, step.t);
         let key = NoiseKey { seed, first_image, step: i as u32 };
         let next = ddim_step(policy.compute, &x, &out, policy.guidance, &Coefficients::from(step), key);
-        visits.push(Visit { x, old: next.prediction });
+        if keep.contains(&i) {
+            visits.push(Visit { x, old: next.prediction });
+        }
         x = next.x_prev;
-        tick(i);
+        tick()?;
     }
     policy.compute.sync()?;
     Ok(Sampled { latents: x, visits })
+}
+
+/// Decodes latents to 8-bit pictures, one at a time: a VAE's activations are its largest.
+///
+/// # Errors
+/// When the device fails, or a pixel is not finite.
+pub fn decode(vae: &Vae, latents: &Tensor<4>) -> Result<Vec<RgbImage>> {
+    let picture = |i: usize| {
+        let image = vae.decode(latents.clone().narrow(0, i, 1));
+        let [_, _, height, width] = image.dims();
+        let values = crate::ops::read(&image)?;
+        ensure!(
+            values.iter().all(|v| v.is_finite()),
+            "a decoded image holds values that are not finite: the run has diverged, or the VAE overflows"
+        );
+        let byte = |v: f32| ((v.clamp(-1.0, 1.0) + 1.0) * 127.5).round() as u8;
+        let plane = height * width;
+        Ok(RgbImage::from_fn(width as u32, height as u32, |x, y| {
+            let at = y as usize * width + x as usize;
+            image::Rgb([byte(values[at]), byte(values[plane + at]), byte(values[2 * plane + at])])
+        }))
+    };
+    (0..latents.dims()[0]).map(picture).collect()
+}
+
+/// Runs `f` over all items, in order of the result: one after the other on a GPU, on a thread for each core on the
+/// CPU, whose operations are too small for all cores. Threads of our own, since one of rayon's could be handed a
+/// second batch in the middle of a first, inside autodiff's locks.
+///
+/// # Errors
+/// The first item's error.
+pub fn for_batches<T: Sync, R: Send>(
+    compute: &Compute,
+    items: &[T],
+    f: impl Fn(&T) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let threads = match compute.gpu {
+        Some(_) => 1,
+        None => std::thread::available_parallelism().map_or(1, |n| n.get()).min(items.len()),
+    };
+    if threads <= 1 {
+        return items.iter().map(f).collect();
+    }
+    let next = AtomicUsize::new(0);
+    let results: Mutex<Vec<Option<Result<R>>>> = Mutex::new(items.iter().map(|_| None).collect());
+    std::thread::scope(|scope| {
+        for _ in 0..threads {
+            scope.spawn(|| {
+                while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < items.len()) {
+                    let result = f(&items[i]);
+                    results.lock().expect("no holder panics")[i] = Some(result);
+                }
+            });
+        }
+    });
+    let results = results.into_inner().expect("all threads have ended");
+    results.into_iter().map(|r| r.expect("every item was taken")).collect()
 }

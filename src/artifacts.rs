@@ -1,0 +1,123 @@
+//! A run's folder: settings, metrics, picture grids, adapter. Nothing is on disk before the first epoch is complete;
+//! then every epoch leaves a folder that is whole.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use image::{RgbImage, imageops};
+use serde_json::Value;
+
+use crate::files;
+
+/// The folder of a run and what has not been written yet.
+pub struct RunFolder {
+    pub dir: PathBuf,
+    metrics: String,
+    pending: Vec<(PathBuf, Vec<u8>)>,
+}
+
+impl RunFolder {
+    /// A new run's folder, which must not exist or be empty.
+    ///
+    /// # Errors
+    /// When it holds something.
+    pub fn new(dir: &Path) -> Result<Self> {
+        let occupied = dir.exists() && std::fs::read_dir(dir).map_or(true, |mut d| d.next().is_some());
+        ensure!(
+            !occupied,
+            "--out {}: is not an empty folder; choose another, or continue it with --resume",
+            dir.display()
+        );
+        Ok(Self { dir: dir.to_path_buf(), metrics: String::new(), pending: Vec::new() })
+    }
+
+    /// A run's folder to continue, with its metrics as they were at the checkpoint.
+    ///
+    /// # Errors
+    /// When the metrics cannot be read.
+    pub fn resume(dir: &Path, metrics_lines: usize) -> Result<Self> {
+        let text = files::read_text(&dir.join("metrics.jsonl"))?;
+        let metrics = text.lines().take(metrics_lines).map(|l| format!("{l}\n")).collect();
+        Ok(Self { dir: dir.to_path_buf(), metrics, pending: Vec::new() })
+    }
+
+    /// Adds a line to metrics.jsonl.
+    pub fn metric(&mut self, line: &Value) {
+        self.metrics += &format!("{line}\n");
+    }
+
+    pub fn metrics_lines(&self) -> usize {
+        self.metrics.lines().count()
+    }
+
+    /// Adds a file to what the next [`Self::flush`] writes.
+    pub fn file(&mut self, name: impl AsRef<Path>, bytes: Vec<u8>) {
+        self.pending.push((self.dir.join(name), bytes));
+    }
+
+    /// Adds a picture.
+    ///
+    /// # Errors
+    /// When it cannot be encoded.
+    pub fn picture(&mut self, name: impl AsRef<Path>, image: &RgbImage) -> Result<()> {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        image.write_to(&mut bytes, image::ImageFormat::Png).context("a picture cannot be encoded as PNG")?;
+        self.file(name, bytes.into_inner());
+        Ok(())
+    }
+
+    /// Writes everything that is pending, then `last`, which makes the epoch count. A folder that fails at its first
+    /// epoch is taken away again.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn flush(&mut self, last: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let new = !self.dir.exists();
+        let pending = std::mem::take(&mut self.pending);
+        let write = || {
+            for (path, bytes) in &pending {
+                files::write(path, bytes)?;
+            }
+            files::write(&self.dir.join("metrics.jsonl"), self.metrics.as_bytes())?;
+            last(&self.dir)
+        };
+        write().inspect_err(|_| {
+            if new {
+                let _ = std::fs::remove_dir_all(&self.dir);
+            }
+        })
+    }
+}
+
+/// `runs/NAME-N` with the smallest free N.
+pub fn default_folder(name: &str) -> PathBuf {
+    let candidate = |n: usize| PathBuf::from("runs").join(format!("{name}-{n:03}"));
+    (1..).map(candidate).find(|d| !d.exists()).expect("numbers do not end")
+}
+
+/// Pictures side by side in rows of `columns`, 2 pixels apart.
+pub fn grid(images: &[RgbImage], columns: usize) -> RgbImage {
+    let Some(first) = images.first() else { return RgbImage::new(1, 1) };
+    let (w, h) = (first.width() + 2, first.height() + 2);
+    let rows = images.len().div_ceil(columns);
+    let mut canvas = RgbImage::from_pixel(w * columns as u32 - 2, h * rows as u32 - 2, image::Rgb([255; 3]));
+    for (i, image) in images.iter().enumerate() {
+        imageops::replace(&mut canvas, image, i64::from(w) * (i % columns) as i64, i64::from(h) * (i / columns) as i64);
+    }
+    canvas
+}
+
+/// Two grids, one below the other: before and after.
+///
+/// # Errors
+/// When the first cannot be read.
+pub fn before_after(before: &Path, after: &RgbImage) -> Result<RgbImage> {
+    let before = image::open(before).with_context(|| format!("{}: cannot be read", before.display()))?.to_rgb8();
+    if before.width() != after.width() {
+        bail!("the grids of two epochs differ in size");
+    }
+    let mut canvas = RgbImage::from_pixel(after.width(), before.height() + after.height() + 10, image::Rgb([255; 3]));
+    imageops::replace(&mut canvas, &before, 0, 0);
+    imageops::replace(&mut canvas, after, 0, i64::from(before.height()) + 10);
+    Ok(canvas)
+}

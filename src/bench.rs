@@ -1,0 +1,249 @@
+//! Timing the hot path: each operation as shader, as CPU reference and as Burn tensor operations on the same device,
+//! with the values compared before anything is timed. `pcpo-wgpu bench` and `cargo bench` share it.
+
+use std::time::Instant;
+
+use anyhow::{Result, ensure};
+use burn::tensor::{Tensor, TensorData};
+
+use crate::credit::{self, Credit};
+use crate::device::Compute;
+use crate::ops::ddim_step::{self, ddim_step};
+use crate::ops::log_ratio::{self, log_ratio};
+use crate::ops::policy_objective::{self, GuidanceGradient, Objective, Surrogate, policy_objective};
+use crate::ops::{Coefficients, Guidance, NoiseKey, philox, read, tensor_ops};
+use crate::philox::{Stream, noise};
+use crate::schedule::Schedule;
+
+/// The operations that have all three paths.
+pub const OPERATIONS: [&str; 3] = ["ddim_step", "log_ratio", "policy_objective"];
+
+/// One operation's inputs at one size, on the host and on the device.
+pub struct Case<'a> {
+    compute: &'a Compute,
+    batch: usize,
+    shape: [usize; 4],
+    host: [Vec<f32>; 3],
+    x: Tensor<4>,
+    out: Tensor<4>,
+    old: Tensor<4>,
+    z: Tensor<4>,
+    advantage: Vec<f32>,
+    advantage_tensor: Tensor<1>,
+    guidance: Guidance,
+    surrogate: Surrogate,
+    c: Coefficients,
+    key: NoiseKey,
+}
+
+impl<'a> Case<'a> {
+    /// Inputs for `batch` latents of `[c, h, w]`, with guidance: latents, network output and old prediction near it.
+    pub fn new(compute: &'a Compute, batch: usize, [c, h, w]: [usize; 3]) -> Self {
+        let (n, shape) = (batch * c * h * w, [batch, c, h, w]);
+        let draw = |image: u32, n: usize| noise(1, Stream::InitialNoise, image, 0, n);
+        let (x, out) = (draw(0, n), draw(1, 2 * n));
+        let guidance = Guidance::Scale(3.0);
+        let old: Vec<f32> =
+            (0..n).map(|i| out[i] + 3.0 * (out[i + n] - out[i])).zip(draw(2, n)).map(|(p, d)| p + 1e-3 * d).collect();
+        let tensor =
+            |v: &[f32], shape: [usize; 4]| Tensor::from_data(TensorData::new(v.to_vec(), shape), &compute.burn);
+        let schedule = Schedule::stable_diffusion();
+        let steps = schedule.steps(50, 1.0).and_then(|s| credit::apply(Credit::Proportionate, &schedule, s));
+        let key = NoiseKey { seed: 7, first_image: 11, step: 3 };
+        let advantage: Vec<f32> = (0..batch).map(|i| if i % 2 == 0 { 1.0 } else { -0.5 }).collect();
+        Self {
+            batch,
+            shape,
+            x: tensor(&x, shape),
+            out: tensor(&out, [2 * batch, c, h, w]),
+            old: tensor(&old, shape),
+            z: philox::philox_noise(compute, shape, key),
+            host: [x, out, old],
+            advantage_tensor: Tensor::from_data(TensorData::new(advantage.clone(), [batch]), &compute.burn),
+            advantage,
+            guidance,
+            surrogate: Surrogate {
+                objective: Objective::LogHinge,
+                xi: 1e-4,
+                beta: 0.0,
+                guidance_gradient: GuidanceGradient::Both,
+                scale: 1.0 / batch as f32,
+            },
+            c: Coefficients::from(&steps.expect("Stable Diffusion's schedule has 50 steps")[25]),
+            key,
+            compute,
+        }
+    }
+
+    /// Bytes that the operation must move at least: what it reads and writes once.
+    pub fn bytes(&self, operation: &str) -> usize {
+        let latents = match operation {
+            "ddim_step" => 5,
+            "log_ratio" => 3,
+            _ => 5,
+        };
+        latents * 4 * self.shape.iter().product::<usize>()
+    }
+
+    /// The shader (on the CPU device: its reference through tensors). Returns an output to compare.
+    pub fn shader(&self, operation: &str) -> Tensor<1> {
+        let flat = |t: Tensor<4>| t.reshape([-1]);
+        match operation {
+            "ddim_step" => flat(ddim_step(self.compute, &self.x, &self.out, self.guidance, &self.c, self.key).x_prev),
+            "log_ratio" => {
+                let rows = log_ratio(self.compute, &self.out, &self.old, None, self.guidance, &self.c, self.key);
+                rows.narrow(1, 0, 1).reshape([-1])
+            }
+            _ => {
+                let s = &self.surrogate;
+                flat(
+                    policy_objective(
+                        self.compute,
+                        s,
+                        &self.out,
+                        &self.old,
+                        None,
+                        &self.advantage,
+                        self.guidance,
+                        &self.c,
+                        self.key,
+                    )
+                    .0,
+                )
+            }
+        }
+    }
+
+    /// The CPU reference on slices.
+    pub fn reference(&self, operation: &str) -> Vec<f32> {
+        let [x, out, old] = &self.host;
+        match operation {
+            "ddim_step" => ddim_step::reference(x, out, self.batch, self.guidance, &self.c, self.key).0,
+            "log_ratio" => {
+                let rows = log_ratio::reference(out, old, None, self.batch, self.guidance, &self.c, self.key);
+                rows.iter().map(|r| r[0]).collect()
+            }
+            _ => {
+                let rows = log_ratio::reference(out, old, None, self.batch, self.guidance, &self.c, self.key).concat();
+                let s = &self.surrogate;
+                policy_objective::reference(s, out, old, None, &rows, &self.advantage, self.guidance, &self.c, self.key)
+                    .0
+            }
+        }
+    }
+
+    /// The same mathematics in Burn tensor operations, with the noise ready made.
+    pub fn tensor_operations(&self, operation: &str) -> Tensor<1> {
+        let (g, c) = (self.guidance, &self.c);
+        match operation {
+            "ddim_step" => {
+                let (x_prev, p, log_prob) = tensor_ops::ddim_step(&self.x, &self.out, &self.z, g, c);
+                // All three are results; the sum keeps a lazy backend from leaving one out.
+                x_prev.reshape([-1]) + (p.sum() + log_prob.sum()) * 0.0
+            }
+            "log_ratio" => tensor_ops::log_ratio(&self.out, &self.old, &self.z, g, c),
+            _ => {
+                let s = &self.surrogate;
+                tensor_ops::policy_objective(s, &self.out, &self.old, &self.z, &self.advantage_tensor, g, c)
+                    .0
+                    .reshape([-1])
+            }
+        }
+    }
+
+    /// Compares the three paths.
+    ///
+    /// # Errors
+    /// When one differs by more than 1e-4 of the largest value.
+    pub fn verify(&self, operation: &str) -> Result<()> {
+        let expected = self.reference(operation);
+        let scale = expected.iter().fold(0f32, |m, v| m.max(v.abs()));
+        for (path, found) in [("shader", self.shader(operation)), ("Burn", self.tensor_operations(operation))] {
+            let found = read(&found)?;
+            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            ensure!(
+                found.len() == expected.len() && worst <= 1e-4 * scale,
+                "{operation}: the {path} path is off by {worst:e} of {scale:e} at {:?}",
+                self.shape
+            );
+        }
+        Ok(())
+    }
+
+    /// Median seconds of `f`, the device synchronised, over at least 5 runs and 0.2 s.
+    fn time(&self, mut f: impl FnMut()) -> Result<f64> {
+        f();
+        self.compute.sync()?;
+        self.poll();
+        let (mut times, start) = (Vec::new(), Instant::now());
+        while times.len() < 5 || (start.elapsed().as_secs_f64() < 0.2 && times.len() < 200) {
+            let one = Instant::now();
+            f();
+            self.compute.sync()?;
+            self.poll();
+            times.push(one.elapsed().as_secs_f64());
+        }
+        times.sort_by(f64::total_cmp);
+        Ok(times[times.len() / 2])
+    }
+
+    /// Waits for our own submissions, which Burn does not know of.
+    pub fn poll(&self) {
+        if let Some(gpu) = &self.compute.gpu {
+            let _ = gpu.device.poll(wgpu::PollType::wait_indefinitely());
+        }
+    }
+
+    /// Seconds of (shader, CPU reference, Burn operations).
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn times(&self, operation: &str) -> Result<[f64; 3]> {
+        Ok([
+            self.time(|| drop(self.shader(operation)))?,
+            self.time(|| drop(self.reference(operation)))?,
+            self.time(|| {
+                let result = self.tensor_operations(operation);
+                // Fusion computes nothing that nobody uses.
+                self.compute.burn.flush().expect("the queue accepts a flush");
+                drop(result);
+            })?,
+        ])
+    }
+
+    /// Seconds of a copy of one latent batch, through Burn.
+    fn copy(&self) -> Result<f64> {
+        self.time(|| drop(self.x.clone() + 1.0))
+    }
+}
+
+/// The table of `pcpo-wgpu bench`.
+///
+/// # Errors
+/// When paths disagree or the device fails.
+pub fn short_table(compute: &Compute) -> Result<()> {
+    let sizes = [(8, [4, 16, 16]), (1, [4, 64, 64]), (8, [4, 64, 64]), (8, [16, 128, 128])];
+    println!(
+        "operation          batch x latent      shader ms  reference ms    Burn ms  Burn/shader   GB/s   of a copy"
+    );
+    for (batch, shape) in sizes {
+        let case = Case::new(compute, batch, shape);
+        let bytes = |n: usize, seconds: f64| n as f64 / seconds / 1e9;
+        let copy = bytes(2 * 4 * case.shape.iter().product::<usize>(), case.copy()?);
+        for operation in OPERATIONS {
+            case.verify(operation)?;
+            let [shader, reference, burn] = case.times(operation)?;
+            let rate = bytes(case.bytes(operation), shader);
+            println!(
+                "{operation:<18} {batch:>2} x {:<12} {:>10.3} {:>13.3} {:>10.3} {:>11.1}x {rate:>7.2} {:>10.0}%",
+                format!("{}x{}x{}", shape[0], shape[1], shape[2]),
+                1e3 * shader,
+                1e3 * reference,
+                1e3 * burn,
+                burn / shader,
+                100.0 * rate / copy
+            );
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,207 @@
+//! What the commands do, apart from their own modules; the only place that prints results.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use burn::tensor::{Device, Tensor, TensorData};
+
+use crate::cli::{BenchArgs, CheckArgs, ConvertArgs, CreditArgs, SampleArgs, TrainArgs};
+use crate::model::Pipeline;
+use crate::model::pipeline::load_schedule;
+use crate::model::unet::UNet;
+use crate::model::weights::{Storage, Weights};
+use crate::ops::Guidance;
+use crate::philox::{self, Stream};
+use crate::rollout::{Denoise, decode, sample as run_sampler};
+use crate::schedule::Schedule;
+use crate::settings::{Options, embedded_model};
+use crate::{artifacts, device, files, lora_io, progress, train as training};
+
+/// `train`.
+pub fn train(args: TrainArgs) -> Result<i32> {
+    let (settings, out) = match &args.resume {
+        Some(dir) => {
+            let path = dir.join("settings.toml");
+            ensure!(
+                path.is_file(),
+                "--resume {}: there is no settings.toml in it; give the folder of a run",
+                dir.display()
+            );
+            let saved = Options::from_file(&path)?;
+            let resumed = args.options.over(&saved).resolve()?;
+            let free = Options {
+                epochs: args.options.epochs,
+                device: args.options.device.clone(),
+                keep_every: args.options.keep_every,
+                ..Default::default()
+            };
+            let same = toml::to_string(&free.over(&saved).resolve()?)? == toml::to_string(&resumed)?;
+            ensure!(
+                same,
+                "--resume {}: only --epochs, --device and --keep-every can change; start a new run for the rest",
+                dir.display()
+            );
+            (resumed, dir.clone())
+        }
+        None => {
+            let file = args.config.as_deref().map(Options::from_file).transpose()?.unwrap_or_default();
+            let settings = args.options.over(&file).resolve()?;
+            let name = format!("{:?}", settings.preset).to_lowercase();
+            (settings, args.out.unwrap_or_else(|| artifacts::default_folder(&name)))
+        }
+    };
+    progress::catch_signals();
+    let job = training::Job { settings, out, resume: args.resume.is_some(), dump: args.dump_update };
+    let done = training::train(job)?;
+    println!(
+        "fixed prompts and noise: reward {:.4} before, {:.4} after\nresult: {} (before_after.png, adapter.safetensors, metrics.jsonl)",
+        done.before,
+        done.after,
+        done.out.display()
+    );
+    Ok(0)
+}
+
+fn model_or_embedded(model: &Option<PathBuf>) -> Result<PathBuf> {
+    model.clone().map_or_else(embedded_model, Ok)
+}
+
+/// `sample`.
+pub fn sample(args: &SampleArgs) -> Result<i32> {
+    ensure!(args.batch > 0, "--batch 0: must be at least 1");
+    let model = model_or_embedded(&args.model)?;
+    let compute = device::open(&args.device)?;
+    let p = Pipeline::load(&model, &compute.burn, args.storage)?;
+    let adapter = args.lora.as_ref().map(|f| lora_io::load(f, &p.unet.linears())).transpose().context("--lora")?;
+    let lora = adapter.map(|a| a.to_device(&compute.burn, false));
+    let steps = p.schedule.steps(args.steps, args.eta)?;
+    let total = args.prompt.len() * args.batch;
+    let [c, h, w] = p.latent_shape();
+    let noise = match &args.latents {
+        Some(file) => {
+            let (values, shape) = Weights::open_file(file)?.f32("latents")?;
+            ensure!(
+                shape.len() == 4 && shape[..2] == [total, c],
+                "--latents {}: latents has shape {shape:?}, expected [{total}, {c}, H, W] for {total} images",
+                file.display()
+            );
+            Tensor::<4>::from_data(TensorData::new(values, shape), &compute.burn)
+        }
+        None => {
+            let one = |i: usize| philox::noise(args.seed, Stream::Evaluation, i as u32, 0, c * h * w);
+            let values: Vec<f32> = (0..total).flat_map(one).collect();
+            Tensor::from_data(TensorData::new(values, [total, c, h, w]), &compute.burn)
+        }
+    };
+    let uncond = p.encode(&[""])?.repeat(args.batch);
+    let bar = progress::bar("sample", args.prompt.len() * args.steps);
+    let mut latents = Vec::new();
+    for (i, prompt) in args.prompt.iter().enumerate() {
+        let cond = p.encode(&[prompt])?.repeat(args.batch);
+        let guidance = Guidance::new(args.guidance);
+        let policy =
+            Denoise { compute: &compute, unet: &p.unet, lora: lora.as_ref(), guidance, cond: &cond, uncond: &uncond };
+        let first = i * args.batch;
+        let start = noise.clone().narrow(0, first, args.batch);
+        let done = run_sampler(&policy, start, &steps, &[], (args.seed, first as u32), || {
+            bar.inc(1);
+            Ok(())
+        })?;
+        for (j, image) in decode(&p.vae, &done.latents)?.iter().enumerate() {
+            let mut bytes = std::io::Cursor::new(Vec::new());
+            image.write_to(&mut bytes, image::ImageFormat::Png).context("PNG")?;
+            let path = args.out.join(format!("{:05}.png", first + j));
+            files::write(&path, bytes.get_ref())?;
+            println!("{}: {prompt}", path.display());
+        }
+        latents.push(done.latents);
+    }
+    if let Some(path) = &args.save_latents {
+        let all = Tensor::cat(latents, 0);
+        let shape = all.dims().to_vec();
+        files::write_tensors(path, &[("latents".into(), shape, crate::ops::read(&all)?)], &[])?;
+    }
+    Ok(0)
+}
+
+/// `check`: 0 when everything is within the tolerance, 1 otherwise.
+pub fn check(args: &CheckArgs) -> Result<i32> {
+    let compute = device::open(&args.device)?;
+    let start = std::time::Instant::now();
+    let lines = crate::check::check(&args.model, &args.reference, &compute, args.storage)?;
+    for line in &lines {
+        let verdict = if line.error <= args.tolerance { "ok" } else { "FAILED" };
+        println!("{:<22} max error / std {:.3e}  {verdict}", line.name, line.error);
+    }
+    println!("{:.1} s", start.elapsed().as_secs_f64());
+    Ok(if lines.iter().all(|l| l.error <= args.tolerance) { 0 } else { 1 })
+}
+
+/// `credit`.
+pub fn credit(args: &CreditArgs) -> Result<i32> {
+    let schedule = match &args.model {
+        Some(dir) => load_schedule(dir)?,
+        None => Schedule::stable_diffusion(),
+    };
+    let table = crate::credit_table::table(&schedule, args.steps, args.eta)?;
+    if args.json {
+        println!("{}", serde_json::to_string_pretty(&table.json())?);
+    } else {
+        print!("{}", table.text());
+    }
+    if let Some(path) = &args.plot {
+        let mut bytes = std::io::Cursor::new(Vec::new());
+        table.plot().write_to(&mut bytes, image::ImageFormat::Png).context("PNG")?;
+        files::write(path, bytes.get_ref())?;
+    }
+    Ok(0)
+}
+
+/// `devices`.
+pub fn devices() -> Result<i32> {
+    let adapters = device::adapters();
+    let auto = device::auto(&adapters);
+    for (i, a) in adapters.iter().enumerate() {
+        let (limits, features) = (a.adapter.limits(), a.adapter.features());
+        let yes = |f: wgpu::Features| if features.contains(f) { "yes" } else { "no" };
+        let mib = |n: u64| n >> 20;
+        println!("{i}: {}{}", a.label(), if auto == Some(i) { "   <- auto" } else { "" });
+        println!(
+            "   type {:?}, buffer {} MiB, binding {} MiB, workgroup memory {} KiB, f16 {}, subgroups {}",
+            a.info.device_type,
+            mib(limits.max_buffer_size),
+            mib(limits.max_storage_buffer_binding_size),
+            limits.max_compute_workgroup_storage_size >> 10,
+            yes(wgpu::Features::SHADER_F16),
+            yes(wgpu::Features::SUBGROUP),
+        );
+    }
+    println!(
+        "cpu: {}{}",
+        device::Compute::cpu().name,
+        if auto.is_none() { "   <- auto: there is no hardware GPU" } else { "" }
+    );
+    Ok(0)
+}
+
+/// `convert`.
+pub fn convert(args: &ConvertArgs) -> Result<i32> {
+    let model = model_or_embedded(&args.model)?;
+    let unet = UNet::load(&model.join("unet"), &Device::flex(), Storage::F16)?;
+    let adapter = lora_io::load(&args.input, &unet.linears())?;
+    lora_io::save(&adapter, &args.output, args.format)?;
+    println!(
+        "{}: rank {}, alpha {}, {} layers",
+        args.output.display(),
+        adapter.rank,
+        adapter.alpha,
+        adapter.layers.len()
+    );
+    Ok(0)
+}
+
+/// `bench`.
+pub fn bench(args: &BenchArgs) -> Result<i32> {
+    crate::bench::short_table(&device::open(&args.device)?)?;
+    Ok(0)
+}

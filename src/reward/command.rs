@@ -1,0 +1,85 @@
+//! `command:PROGRAM`: a program that reads one JSON object a line, `{"image": PATH, "prompt": TEXT}`, and answers each
+//! with one line that holds a number. It is started once and stays, so that it loads its model once.
+
+use std::io::{BufRead, BufReader, Write};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use image::RgbImage;
+
+use super::Reward;
+
+/// A running reward program.
+pub struct Command {
+    program: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    stdout: BufReader<ChildStdout>,
+    folder: tempfile::TempDir,
+}
+
+impl Command {
+    /// Starts the program through the system's shell.
+    pub fn start(program: &str) -> Result<Self> {
+        ensure!(!program.trim().is_empty(), "--reward command: has no program; write command:PROGRAM ARGUMENTS");
+        let (shell, flag) = if cfg!(windows) { ("cmd", "/C") } else { ("sh", "-c") };
+        let mut child = std::process::Command::new(shell)
+            .args([flag, program])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("--reward command:{program}: cannot be started"))?;
+        let stdin = child.stdin.take();
+        let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let folder = tempfile::tempdir().context("a folder for the reward program's images")?;
+        Ok(Self { program: program.into(), child, stdin, stdout, folder })
+    }
+
+    fn died(&mut self) -> anyhow::Error {
+        self.stdin = None;
+        let status = self.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+        anyhow!(
+            "--reward command:{}: the program ended without an answer ({status}); run it by hand to see why",
+            self.program
+        )
+    }
+}
+
+impl Reward for Command {
+    fn score(&mut self, images: &[RgbImage], prompts: &[&str]) -> Result<Vec<f64>> {
+        let mut lines = String::new();
+        for (i, (image, prompt)) in images.iter().zip(prompts).enumerate() {
+            let path = self.folder.path().join(format!("{i:05}.png"));
+            image.save(&path).with_context(|| format!("{}: cannot be written", path.display()))?;
+            lines += &format!("{}\n", serde_json::json!({ "image": path, "prompt": prompt }));
+        }
+        let stdin = self.stdin.as_mut().expect("a program that died is not asked again");
+        // Written from a thread: a program that answers while it reads must not find both pipes full.
+        let answers = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| stdin.write_all(lines.as_bytes()).and_then(|()| stdin.flush()));
+            let mut answers = Vec::new();
+            let mut line = String::new();
+            while answers.len() < images.len() && self.stdout.read_line(&mut line).is_ok_and(|n| n > 0) {
+                answers.push(std::mem::take(&mut line));
+            }
+            let written = writer.join().expect("the writer does not panic");
+            (answers.len() == images.len() && written.is_ok()).then_some(answers)
+        });
+        let Some(answers) = answers else { return Err(self.died()) };
+        let number = |answer: &String| {
+            let value = answer.trim().parse::<f64>().ok().filter(|v| v.is_finite());
+            value.ok_or_else(|| {
+                anyhow!("--reward command:{}: answered {:?}, which is not a number", self.program, answer.trim())
+            })
+        };
+        answers.iter().map(number).collect()
+    }
+}
+
+impl Drop for Command {
+    fn drop(&mut self) {
+        // Its end of input tells it to end.
+        self.stdin = None;
+        let _ = self.child.wait();
+    }
+}

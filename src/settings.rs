@@ -1,0 +1,406 @@
+//! What a run is told: flags over a TOML file over a preset's values over defaults, resolved once into [`Settings`],
+//! which is checked, printed, and saved with the run as a file that `--config` reads.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::credit::Credit;
+use crate::model::weights::Storage;
+use crate::ops::group_advantage::Advantage;
+use crate::ops::policy_objective::{GuidanceGradient, Objective};
+
+/// A published method; every part of it can be overridden.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    Ddpo,
+    Grpo,
+    Pcpo,
+}
+
+/// Whether the images of a group start from one latent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitialNoise {
+    Shared,
+    Own,
+}
+
+/// Flags of `train`, and the keys of its TOML file (without the dashes in front).
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Options {
+    /// Model folder in diffusers' layout [default: the embedded emoji model and its job]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices` [default: auto]
+    #[arg(long)]
+    pub device: Option<String>,
+    /// Type that frozen weights are stored in; computation and LoRA are f32 [default: f32]
+    #[arg(long, value_enum)]
+    pub storage: Option<Storage>,
+    /// Reward: jpeg-compressibility, jpeg-incompressibility, symmetry, color:NAME or command:PROGRAM
+    #[arg(long)]
+    pub reward: Option<String>,
+    /// Text file of prompts, one a line
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// One prompt; can be repeated instead of a file
+    #[arg(long = "prompt", value_name = "TEXT")]
+    pub prompt: Option<Vec<String>>,
+    /// Method whose settings are the defaults: pcpo, grpo or ddpo [default: pcpo]
+    #[arg(long, value_enum)]
+    pub preset: Option<Preset>,
+    /// Surrogate objective
+    #[arg(long, value_enum)]
+    pub objective: Option<Objective>,
+    /// Credit rule over the steps
+    #[arg(long, value_enum)]
+    pub credit: Option<Credit>,
+    /// Initial latents: one for a group, or one an image
+    #[arg(long, value_enum)]
+    pub initial_noise: Option<InitialNoise>,
+    /// Normalisation of rewards
+    #[arg(long, value_enum)]
+    pub advantage: Option<Advantage>,
+    /// Whether the last sampler step is trained
+    #[arg(long)]
+    pub train_last_step: Option<bool>,
+    /// Weight of the KL to the model without adapter [default: 0]
+    #[arg(long)]
+    pub kl_beta: Option<f64>,
+    /// Epochs: one rollout each [default: 10]
+    #[arg(long)]
+    pub epochs: Option<usize>,
+    /// Images sampled an epoch [default: 32]
+    #[arg(long)]
+    pub images_per_epoch: Option<usize>,
+    /// Images of one prompt in an epoch [default: 8]
+    #[arg(long)]
+    pub group_size: Option<usize>,
+    /// Optimizer steps an epoch, each over its share of the images [default: 2]
+    #[arg(long)]
+    pub updates_per_epoch: Option<usize>,
+    /// Passes over the images of an epoch [default: 1]
+    #[arg(long)]
+    pub inner_epochs: Option<usize>,
+    /// Images that the network takes at once; gradients accumulate over them [default: 8]
+    #[arg(long)]
+    pub batch: Option<usize>,
+    /// Sampler steps [default: 50]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// DDIM's eta: 1 is DDPM, and less is quieter [default: 1]
+    #[arg(long)]
+    pub eta: Option<f64>,
+    /// Classifier-free guidance; 1 or less is none [default: 5]
+    #[arg(long)]
+    pub guidance_scale: Option<f64>,
+    /// Branches of the guidance that the gradient takes [default: both]
+    #[arg(long, value_enum)]
+    pub guidance_gradient: Option<GuidanceGradient>,
+    /// Train only this many steps, drawn each epoch [default: all]
+    #[arg(long)]
+    pub train_steps: Option<usize>,
+    /// Draw the trained steps as one window of neighbours [default: false]
+    #[arg(long)]
+    pub train_window: Option<bool>,
+    /// Sample with noise only at the steps that are trained [default: false]
+    #[arg(long)]
+    pub noise_only_trained: Option<bool>,
+    /// Clip range xi [default: 1e-4]
+    #[arg(long)]
+    pub clip_range: Option<f64>,
+    /// Bound of the advantages [default: 5]
+    #[arg(long)]
+    pub advantage_clamp: Option<f64>,
+    /// Rewards that the per-prompt tracker keeps [default: 32]
+    #[arg(long)]
+    pub tracker_size: Option<usize>,
+    /// Rewards that the tracker needs before it is used [default: 16]
+    #[arg(long)]
+    pub tracker_min_count: Option<usize>,
+    /// AdamW's learning rate [default: 3e-4]
+    #[arg(long)]
+    pub learning_rate: Option<f64>,
+    /// AdamW's weight decay [default: 1e-4]
+    #[arg(long)]
+    pub weight_decay: Option<f64>,
+    /// Largest norm of the gradient [default: 1]
+    #[arg(long)]
+    pub max_grad_norm: Option<f64>,
+    /// Rank of the LoRA [default: 16]
+    #[arg(long)]
+    pub rank: Option<usize>,
+    /// Alpha of the LoRA [default: the rank]
+    #[arg(long)]
+    pub alpha: Option<f64>,
+    /// Layers with a LoRA, by the end of their names [default: to_q,to_k,to_v,to_out.0]
+    #[arg(long, value_delimiter = ',')]
+    pub target_modules: Option<Vec<String>>,
+    /// Start from this adapter instead of a fresh one
+    #[arg(long, value_name = "FILE")]
+    pub lora: Option<PathBuf>,
+    /// Seed of all noise and all draws [default: 0]
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Epochs from one kept checkpoint to the next; the newest is always kept [default: 10]
+    #[arg(long)]
+    pub keep_every: Option<usize>,
+}
+
+/// A checked run.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Settings {
+    pub model: PathBuf,
+    pub device: String,
+    pub storage: Storage,
+    pub reward: String,
+    pub prompt: Vec<String>,
+    pub preset: Preset,
+    pub objective: Objective,
+    pub credit: Credit,
+    pub initial_noise: InitialNoise,
+    pub advantage: Advantage,
+    pub train_last_step: bool,
+    pub kl_beta: f64,
+    pub epochs: usize,
+    pub images_per_epoch: usize,
+    pub group_size: usize,
+    pub updates_per_epoch: usize,
+    pub inner_epochs: usize,
+    pub batch: usize,
+    pub steps: usize,
+    pub eta: f64,
+    pub guidance_scale: f64,
+    pub guidance_gradient: GuidanceGradient,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_steps: Option<usize>,
+    pub train_window: bool,
+    pub noise_only_trained: bool,
+    pub clip_range: f64,
+    pub advantage_clamp: f64,
+    pub tracker_size: usize,
+    pub tracker_min_count: usize,
+    pub learning_rate: f64,
+    pub weight_decay: f64,
+    pub max_grad_norm: f64,
+    pub rank: usize,
+    pub alpha: f64,
+    pub target_modules: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<PathBuf>,
+    pub seed: u64,
+    pub keep_every: usize,
+}
+
+/// The job of the embedded model.
+const EMOJI_JOB: &str = include_str!("../models/emoji/train.toml");
+
+impl Options {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// Names the file and the key that is unknown or of the wrong type.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        toml::from_str(&crate::files::read_text(path)?).with_context(|| format!("--config {}", path.display()))
+    }
+
+    /// `self` where it says something, `base` elsewhere.
+    pub fn over(&self, base: &Self) -> Self {
+        let table = |o: &Self| toml::Table::try_from(o).expect("options are plain values");
+        let mut merged = table(base);
+        merged.extend(table(self));
+        merged.try_into().expect("a merge of options is options")
+    }
+
+    /// Fills in presets and defaults, and checks.
+    ///
+    /// # Errors
+    /// Names the flag, its value and the way out.
+    pub fn resolve(&self) -> Result<Settings> {
+        let embedded;
+        let (o, model) = match &self.model {
+            Some(model) => (self, model.clone()),
+            None => {
+                let mut job: Self = toml::from_str(EMOJI_JOB).context("models/emoji/train.toml")?;
+                if self.prompts.is_some() {
+                    job.prompt = None;
+                }
+                embedded = self.over(&job);
+                (&embedded, embedded_model()?)
+            }
+        };
+        let preset = o.preset.unwrap_or(Preset::Pcpo);
+        let ddpo = preset == Preset::Ddpo;
+        let pcpo = preset == Preset::Pcpo;
+        let rank = o.rank.unwrap_or(16);
+        let settings = Settings {
+            model,
+            device: o.device.clone().unwrap_or_else(|| "auto".into()),
+            storage: o.storage.unwrap_or(Storage::F32),
+            reward: o.reward.clone().ok_or_else(|| {
+                anyhow!("--reward is missing: jpeg-compressibility, jpeg-incompressibility, symmetry, color:NAME or command:PROGRAM")
+            })?,
+            prompt: prompts(o)?,
+            preset,
+            objective: o.objective.unwrap_or(if pcpo { Objective::LogHinge } else { Objective::PpoClip }),
+            credit: o.credit.unwrap_or(if pcpo { Credit::Proportionate } else { Credit::Native }),
+            initial_noise: o.initial_noise.unwrap_or(if ddpo { InitialNoise::Own } else { InitialNoise::Shared }),
+            advantage: o.advantage.unwrap_or(if ddpo { Advantage::PerPrompt } else { Advantage::Group }),
+            train_last_step: o.train_last_step.unwrap_or(ddpo),
+            kl_beta: o.kl_beta.unwrap_or(0.0),
+            epochs: o.epochs.unwrap_or(10),
+            images_per_epoch: o.images_per_epoch.unwrap_or(32),
+            group_size: o.group_size.unwrap_or(8),
+            updates_per_epoch: o.updates_per_epoch.unwrap_or(2),
+            inner_epochs: o.inner_epochs.unwrap_or(1),
+            batch: o.batch.unwrap_or(8),
+            steps: o.steps.unwrap_or(50),
+            eta: o.eta.unwrap_or(1.0),
+            guidance_scale: o.guidance_scale.unwrap_or(5.0),
+            guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
+            train_steps: o.train_steps,
+            train_window: o.train_window.unwrap_or(false),
+            noise_only_trained: o.noise_only_trained.unwrap_or(false),
+            clip_range: o.clip_range.unwrap_or(1e-4),
+            advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
+            tracker_size: o.tracker_size.unwrap_or(32),
+            tracker_min_count: o.tracker_min_count.unwrap_or(16),
+            learning_rate: o.learning_rate.unwrap_or(3e-4),
+            weight_decay: o.weight_decay.unwrap_or(1e-4),
+            max_grad_norm: o.max_grad_norm.unwrap_or(1.0),
+            rank,
+            alpha: o.alpha.unwrap_or(rank as f64),
+            target_modules: o
+                .target_modules
+                .clone()
+                .unwrap_or_else(|| ["to_q", "to_k", "to_v", "to_out.0"].map(String::from).to_vec()),
+            lora: o.lora.clone(),
+            seed: o.seed.unwrap_or(0),
+            keep_every: o.keep_every.unwrap_or(10),
+        };
+        settings.check()?;
+        Ok(settings)
+    }
+}
+
+/// The embedded model's folder: below the working directory, or beside the program as cargo builds it.
+pub fn embedded_model() -> Result<PathBuf> {
+    let here = PathBuf::from("models/emoji");
+    let program = std::env::current_exe().ok();
+    let beside = program.iter().flat_map(|p| p.ancestors().skip(1).take(4)).map(|d| d.join("models/emoji"));
+    std::iter::once(here).chain(beside).find(|d| d.join("model_index.json").is_file()).ok_or_else(|| {
+        anyhow!("the embedded model (models/emoji) is not here; run from the repository, or give --model DIR")
+    })
+}
+
+fn prompts(o: &Options) -> Result<Vec<String>> {
+    let (list, source) = match (&o.prompts, &o.prompt) {
+        (Some(file), _) => {
+            let text = crate::files::read_text(file).context("--prompts")?;
+            (
+                text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect(),
+                format!("--prompts {}", file.display()),
+            )
+        }
+        (None, Some(list)) => (list.clone(), "--prompt".into()),
+        (None, None) => (vec![], "--prompts FILE or --prompt TEXT".into()),
+    };
+    ensure!(!list.is_empty(), "{source}: there is no prompt; give at least one");
+    let mut seen = std::collections::BTreeSet::new();
+    for p in &list {
+        ensure!(seen.insert(p), "{source}: the prompt {p:?} stands there twice; keep one");
+    }
+    Ok(list)
+}
+
+impl Settings {
+    /// Prompts an epoch.
+    pub fn groups(&self) -> usize {
+        self.images_per_epoch / self.group_size
+    }
+
+    /// Images of one update.
+    pub fn images_per_update(&self) -> usize {
+        self.images_per_epoch / self.updates_per_epoch
+    }
+
+    fn check(&self) -> Result<()> {
+        let counts = [
+            ("--epochs", self.epochs),
+            ("--images-per-epoch", self.images_per_epoch),
+            ("--group-size", self.group_size),
+            ("--updates-per-epoch", self.updates_per_epoch),
+            ("--inner-epochs", self.inner_epochs),
+            ("--batch", self.batch),
+            ("--steps", self.steps),
+            ("--train-steps", self.train_steps.unwrap_or(1)),
+            ("--rank", self.rank),
+            ("--keep-every", self.keep_every),
+            ("--tracker-size", self.tracker_size),
+        ];
+        for (flag, value) in counts {
+            ensure!(value > 0, "{flag} {value}: must be at least 1");
+        }
+        let positive = [
+            ("--clip-range", self.clip_range),
+            ("--advantage-clamp", self.advantage_clamp),
+            ("--learning-rate", self.learning_rate),
+            ("--max-grad-norm", self.max_grad_norm),
+            ("--alpha", self.alpha),
+        ];
+        for (flag, value) in positive {
+            ensure!(value.is_finite() && value > 0.0, "{flag} {value}: must be a positive number");
+        }
+        for (flag, value) in [
+            ("--kl-beta", self.kl_beta),
+            ("--weight-decay", self.weight_decay),
+            ("--guidance-scale", self.guidance_scale),
+        ] {
+            ensure!(value.is_finite() && value >= 0.0, "{flag} {value}: must be zero or positive");
+        }
+        ensure!(self.clip_range < 1.0, "--clip-range {}: must be less than 1", self.clip_range);
+        let (images, group, updates) = (self.images_per_epoch, self.group_size, self.updates_per_epoch);
+        ensure!(
+            images.is_multiple_of(group),
+            "--images-per-epoch {images}: must be a multiple of --group-size {group}"
+        );
+        ensure!(
+            images.is_multiple_of(updates),
+            "--images-per-epoch {images}: must be a multiple of --updates-per-epoch {updates}"
+        );
+        ensure!(
+            self.advantage != Advantage::Group || group > 1,
+            "--group-size 1: group advantages need at least 2 images a prompt; use --advantage global"
+        );
+        ensure!(
+            self.groups() <= self.prompt.len(),
+            "--images-per-epoch {images}: makes {} prompts an epoch, only {} are given; lower it or raise --group-size",
+            self.groups(),
+            self.prompt.len()
+        );
+        ensure!(self.eta > 0.0, "--eta {}: a step without noise cannot be trained; use 1, or more than 0", self.eta);
+        Ok(())
+    }
+
+    /// The derived numbers, for the run's first lines.
+    pub fn summary(&self) -> String {
+        format!(
+            "{} epochs of {} images: {} prompts x {} images, {} steps, guidance {}; {} updates an epoch of {} images in batches of {}",
+            self.epochs,
+            self.images_per_epoch,
+            self.groups(),
+            self.group_size,
+            self.steps,
+            self.guidance_scale,
+            self.updates_per_epoch * self.inner_epochs,
+            self.images_per_update(),
+            self.batch.min(self.images_per_update())
+        )
+    }
+}
