@@ -1,0 +1,174 @@
+//! Bad input: one error line that names the culprit, exit code 2, nothing on disk.
+
+use std::path::Path;
+
+use crate::command_line::program;
+use crate::support::{emoji, golden};
+
+/// Runs `train` with a new folder; the error must hold all `words`, and no folder may be left.
+fn refused(args: &[&str], words: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let mut all = vec!["train", "--device", "cpu", "--out", out.to_str().unwrap()];
+    all.extend(args);
+    let output = program(&all);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+    assert_eq!(error.lines().filter(|l| l.starts_with("error: ")).count(), 1, "{args:?}: {error}");
+    assert!(!error.contains("panicked") && !error.contains("backtrace"), "{args:?}: {error}");
+    words.iter().for_each(|w| assert!(error.contains(w), "{args:?}: {w:?} is not in {error}"));
+    assert!(!out.exists(), "{args:?}: a folder is left");
+}
+
+#[test]
+fn settings() {
+    refused(&["--reward", "beauty"], &["--reward beauty"]);
+    refused(&["--reward", "color:mauve"], &["color:mauve", "blue"]);
+    refused(&["--images-per-epoch", "0"], &["--images-per-epoch 0"]);
+    refused(&["--images-per-epoch", "12"], &["--images-per-epoch 12", "--group-size 8"]);
+    refused(&["--updates-per-epoch", "3"], &["--updates-per-epoch 3"]);
+    refused(&["--images-per-epoch", "64"], &["--images-per-epoch 64", "8 prompts"]);
+    refused(&["--steps", "0"], &["--steps 0"]);
+    refused(&["--steps", "2000"], &["--steps 2000"]);
+    refused(&["--train-steps", "20"], &["--train-steps 20", "19"]);
+    refused(&["--credit", "released"], &["released", "proportionate"]);
+    refused(&["--eta", "0"], &["--eta 0"]);
+    refused(&["--eta", "2"], &["--eta 2"]);
+    refused(&["--learning-rate", "-1"], &["--learning-rate"]);
+    refused(&["--learning-rate", "nan"], &["--learning-rate"]);
+    refused(&["--target-modules", "to_x"], &["--target-modules to_x"]);
+    refused(&["--device", "no such gpu"], &["no such gpu"]);
+}
+
+#[test]
+fn files() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    refused(&["--model", &path("missing"), "--reward", "symmetry", "--prompt", "a"], &["--model", "missing"]);
+    refused(&["--prompts", &path("none.txt")], &["none.txt"]);
+    std::fs::write(path("empty.txt"), "\n\n").unwrap();
+    refused(&["--prompts", &path("empty.txt")], &["empty.txt", "no prompt"]);
+    std::fs::write(path("binary.txt"), [0xff, 0xfe, 0x00]).unwrap();
+    refused(&["--prompts", &path("binary.txt")], &["binary.txt"]);
+    std::fs::write(path("bad.toml"), "stepz = 3").unwrap();
+    refused(&["--config", &path("bad.toml")], &["bad.toml", "stepz"]);
+    refused(&["--lora", &path("none.safetensors")], &["none.safetensors"]);
+    let foreign = golden("lora/peft.safetensors");
+    refused(&["--lora", foreign.to_str().unwrap()], &["peft.safetensors", "another model"]);
+}
+
+#[test]
+fn a_reward_program_that_dies_or_answers_nonsense() {
+    let small = ["--steps", "2", "--train-steps", "1", "--epochs", "1"];
+    let with = |reward: &'static str, words: &[&str]| refused(&[&small[..], &["--reward", reward]].concat(), words);
+    with("command:exit 3", &["command:exit 3", "ended without an answer"]);
+    with("command:", &["no program"]);
+    with("command:while read l; do echo nan; done", &["not a number"]);
+}
+
+fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target)
+        } else {
+            std::fs::copy(entry.path(), target).map(drop).unwrap()
+        }
+    }
+}
+
+/// The embedded model with one change.
+fn damaged(change: impl Fn(&Path), words: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let model = dir.path().join("model");
+    copy(&emoji(), &model);
+    change(&model);
+    refused(
+        &["--model", model.to_str().unwrap(), "--reward", "symmetry", "--prompt", "a", "--images-per-epoch", "8"],
+        words,
+    );
+}
+
+#[test]
+fn damaged_models() {
+    let weights = |m: &Path| m.join("unet/diffusion_pytorch_model.safetensors");
+    let edit = |path: &Path, from: &str, to: &str| {
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.contains(from), "{from} is in the file");
+        std::fs::write(path, text.replace(from, to)).unwrap();
+    };
+    damaged(|m| std::fs::remove_file(weights(m)).unwrap(), &["unet", "no weights"]);
+    damaged(
+        |m| {
+            let bytes = std::fs::read(weights(m)).unwrap();
+            std::fs::write(weights(m), &bytes[..bytes.len() / 2]).unwrap();
+        },
+        &["diffusion_pytorch_model.safetensors", "not a valid safetensors"],
+    );
+    damaged(|m| std::fs::write(weights(m), [0xff; 64]).unwrap(), &["diffusion_pytorch_model.safetensors"]);
+    damaged(
+        |m| {
+            let mut bytes = std::fs::read(weights(m)).unwrap();
+            let last = bytes.len() - 2;
+            bytes[last..].copy_from_slice(&half::f16::NAN.to_le_bytes());
+            std::fs::write(weights(m), bytes).unwrap();
+        },
+        &["NaN", "damaged"],
+    );
+    damaged(
+        |m| edit(&m.join("unet/config.json"), "\"norm_num_groups\": 16", "\"norm_num_groups\": 5"),
+        &["norm_num_groups = 5"],
+    );
+    damaged(|m| edit(&m.join("unet/config.json"), "    128\n", "    64\n"), &["shape", "[64"]);
+    damaged(
+        |m| edit(&m.join("unet/config.json"), "\"DownBlock2D\"", "\"AttnDownBlock2D\""),
+        &["down_block_types", "AttnDownBlock2D"],
+    );
+    damaged(
+        |m| edit(&m.join("unet/config.json"), "\"class_embed_type\": null", "\"class_embed_type\": \"timestep\""),
+        &["class_embed_type"],
+    );
+    damaged(
+        |m| edit(&m.join("scheduler/scheduler_config.json"), "scaled_linear", "sigmoid"),
+        &["beta_schedule", "sigmoid"],
+    );
+    damaged(
+        |m| edit(&m.join("scheduler/scheduler_config.json"), "\"clip_sample\": false", "\"clip_sample\": true"),
+        &["clip_sample"],
+    );
+    damaged(|m| std::fs::write(m.join("vae/config.json"), "{").unwrap(), &["vae", "config.json", "JSON"]);
+    damaged(|m| std::fs::remove_dir_all(m.join("tokenizer")).unwrap(), &["tokenizer"]);
+}
+
+#[test]
+fn an_occupied_folder_is_not_written_to() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("mine.txt"), "x").unwrap();
+    let output = program(&["train", "--device", "cpu", "--out", dir.path().to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("--resume"));
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_full_disk() {
+    // /dev/full takes no byte; a folder cannot be made below it either.
+    let output = program(&[
+        "sample",
+        "--device",
+        "cpu",
+        "--prompt",
+        "a",
+        "--steps",
+        "1",
+        "--model",
+        emoji().to_str().unwrap(),
+        "--out",
+        "/dev/full/x",
+    ]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/dev/full/x"));
+}

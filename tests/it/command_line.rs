@@ -1,0 +1,156 @@
+//! The program itself: what its commands print and write.
+
+use std::process::{Command, Output};
+
+use crate::support::{emoji, golden};
+
+pub fn program(args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu")).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap()
+}
+
+fn text(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+fn credit_prints_the_promised_json() {
+    let output = program(&["credit", "--sampler", "ddim", "--steps", "50", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&text(&output)).unwrap();
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../golden/credit_weights.json")).unwrap();
+    assert_eq!(
+        (json["sampler"].as_str(), json["steps"].as_u64(), json["eta"].as_f64()),
+        (Some("ddim"), Some(50), Some(1.0))
+    );
+    let rows = json["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 50);
+    for (row, g) in rows.iter().zip(golden[0]["rows"].as_array().unwrap()) {
+        let close = |a: &str, b: &str| (row[a].as_f64().unwrap() - g[b].as_f64().unwrap()).abs() < 1e-9;
+        assert_eq!(row["t"], g["t"]);
+        assert!(
+            close("sigma", "sigma_ddpm") && close("w_native", "w_native") && close("sigma_released", "sigma_released")
+        );
+        assert!((row["w_proportionate"].as_f64().unwrap() - 0.516_900_2).abs() < 1e-6);
+        assert!((row["w_released"].as_f64().unwrap() - 0.516_899_7).abs() < 1e-6);
+    }
+    let few = program(&["credit", "--steps", "10", "--json"]);
+    assert!(!text(&few).contains("released"));
+}
+
+#[test]
+fn credit_draws_a_plot() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("plot.png");
+    assert!(program(&["credit", "--steps", "20", "--plot", path.to_str().unwrap()]).status.success());
+    let image = image::open(path).unwrap().to_rgb8();
+    assert!(image.pixels().any(|p| p.0 == [120, 150, 200]) && image.pixels().any(|p| p.0 == [200, 60, 40]));
+}
+
+#[test]
+fn check_exits_with_1_past_the_tolerance_and_at_values_that_are_not_finite() {
+    let dir = golden("simple");
+    let reference = dir.join("reference.safetensors");
+    let run = |file: &std::path::Path, tolerance: &str| {
+        program(&[
+            "check",
+            "--device",
+            "cpu",
+            "--model",
+            dir.to_str().unwrap(),
+            "--reference",
+            file.to_str().unwrap(),
+            "--tolerance",
+            tolerance,
+        ])
+    };
+    let good = run(&reference, "1e-3");
+    assert_eq!(good.status.code(), Some(0));
+    for name in ["prediction", "encoder_hidden_states", "latents", "image"] {
+        assert!(text(&good).lines().any(|l| l.starts_with(name)), "{name} has a line");
+    }
+    assert_eq!(run(&reference, "1e-12").status.code(), Some(1));
+    let spoiled = tempfile::tempdir().unwrap();
+    let path = spoiled.path().join("reference.safetensors");
+    std::fs::copy(dir.join("reference.json"), spoiled.path().join("reference.json")).unwrap();
+    let weights = pcpo_wgpu::model::weights::Weights::open_file(&reference).unwrap();
+    let tensors: Vec<_> = weights
+        .names()
+        .map(|n| {
+            let (mut values, shape) = weights.raw(n).unwrap();
+            if n == "out.prediction" {
+                values[0] = f32::NAN;
+            }
+            (n.to_string(), shape, values)
+        })
+        .collect();
+    pcpo_wgpu::files::write_tensors(&path, &tensors, &[]).unwrap();
+    assert_eq!(run(&path, "1e-3").status.code(), Some(1));
+}
+
+#[test]
+fn check_accepts_a_lone_component() {
+    let dir = golden("simple");
+    let reference = dir.join("reference.safetensors");
+    for (part, line) in [("unet", "prediction"), ("vae", "image"), ("text_encoder", "encoder_hidden_states")] {
+        let output = program(&[
+            "check",
+            "--device",
+            "cpu",
+            "--model",
+            dir.join(part).to_str().unwrap(),
+            "--reference",
+            reference.to_str().unwrap(),
+        ]);
+        assert_eq!(output.status.code(), Some(0), "{part}: {output:?}");
+        assert!(text(&output).lines().any(|l| l.starts_with(line)), "{part}");
+    }
+}
+
+#[test]
+fn sample_repeats_from_saved_latents() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let start: Vec<f32> = pcpo_wgpu::philox::noise(1, pcpo_wgpu::philox::Stream::Evaluation, 0, 0, 2 * 1024);
+    let shape = vec![2, 4, 16, 16];
+    pcpo_wgpu::files::write_tensors(
+        std::path::Path::new(&path("in.safetensors")),
+        &[("latents".into(), shape, start)],
+        &[],
+    )
+    .unwrap();
+    let mut finals = Vec::new();
+    for (out, eta) in [("a", "0"), ("b", "0"), ("c", "1")] {
+        let (folder, saved) = (path(out), path(&format!("{out}.safetensors")));
+        let output = program(&[
+            "sample",
+            "--device",
+            "cpu",
+            "--model",
+            emoji().to_str().unwrap(),
+            "--prompt",
+            "red apple",
+            "--batch",
+            "2",
+            "--steps",
+            "4",
+            "--eta",
+            eta,
+            "--latents",
+            &path("in.safetensors"),
+            "--save-latents",
+            &saved,
+            "--out",
+            &folder,
+        ]);
+        assert!(output.status.success(), "{output:?}");
+        assert!(dir.path().join(out).join("00001.png").is_file());
+        finals.push(std::fs::read(saved).unwrap());
+    }
+    assert_eq!(finals[0], finals[1]);
+    assert_ne!(finals[0], finals[2], "eta matters");
+}
+
+#[test]
+fn devices_lists_the_cpu_and_the_choice() {
+    let output = text(&program(&["devices"]));
+    assert!(output.contains("cpu: CPU") && output.contains("<- auto"), "{output}");
+}

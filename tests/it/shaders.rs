@@ -1,0 +1,44 @@
+//! Every shader validates and translates for Metal, Direct3D 12 and Vulkan.
+
+use naga::back::{hlsl, msl, spv};
+use naga::valid::{Capabilities, ValidationFlags, Validator};
+use pcpo_wgpu::ops::gpu::KERNELS;
+
+#[test]
+fn every_shader_translates_for_msl_hlsl_and_spirv() {
+    for kernel in KERNELS {
+        let name = kernel.name;
+        let source = (kernel.source)();
+        let module =
+            naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
+        let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
+            .validate(&module)
+            .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
+        let options = msl::Options { fake_missing_bindings: true, ..Default::default() };
+        let (metal, _) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
+            .unwrap_or_else(|e| panic!("{name}: MSL: {e}"));
+        assert!(metal.contains("kernel void"), "{name}: MSL has no kernel");
+        let mut text = String::new();
+        hlsl::Writer::new(
+            &mut text,
+            &hlsl::Options { fake_missing_bindings: true, ..Default::default() },
+            &hlsl::PipelineOptions::default(),
+        )
+        .write(&module, &info, None)
+        .unwrap_or_else(|e| panic!("{name}: HLSL: {e}"));
+        assert!(text.contains("numthreads(256, 1, 1)"), "{name}: HLSL has no kernel of 256 threads");
+        let words = spv::write_vec(&module, &info, &spv::Options::default(), None)
+            .unwrap_or_else(|e| panic!("{name}: SPIR-V: {e}"));
+        assert_eq!(words[0], 0x0723_0203, "{name}: SPIR-V's magic number");
+    }
+}
+
+#[test]
+fn every_file_in_shaders_is_used() {
+    let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
+    for entry in std::fs::read_dir(dir).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(KERNELS.iter().any(|k| (k.source)().contains(&text)), "{} belongs to no kernel", path.display());
+    }
+}

@@ -1,0 +1,264 @@
+//! Training end to end: the presets, resuming to the bit, the GPU path, the reward going up.
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use crate::command_line::program;
+use crate::support::emoji;
+
+/// A small job on the embedded model.
+const SMALL: [&str; 12] = [
+    "--steps",
+    "6",
+    "--train-steps",
+    "3",
+    "--images-per-epoch",
+    "8",
+    "--group-size",
+    "4",
+    "--batch",
+    "2",
+    "--updates-per-epoch",
+    "2",
+];
+
+fn run(out: &Path, args: &[&str]) -> Vec<serde_json::Value> {
+    let mut all = vec!["train", "--out", out.to_str().unwrap()];
+    all.extend(args);
+    let output = program(&all);
+    assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
+    metrics(out)
+}
+
+fn metrics(out: &Path) -> Vec<serde_json::Value> {
+    let text = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+fn of<'a>(lines: &'a [serde_json::Value], kind: &'a str) -> impl Iterator<Item = &'a serde_json::Value> {
+    lines.iter().filter(move |l| l["kind"] == kind)
+}
+
+#[test]
+fn every_preset_and_variant_trains_and_leaves_a_whole_folder() {
+    let variants: [&[&str]; 6] = [
+        &["--preset", "ddpo", "--updates-per-epoch", "1"],
+        &["--preset", "grpo", "--train-window", "true", "--noise-only-trained", "true"],
+        &["--preset", "pcpo", "--kl-beta", "0.02", "--inner-epochs", "2"],
+        &["--objective", "log-ratio", "--guidance-gradient", "conditional"],
+        &["--guidance-scale", "1", "--initial-noise", "shared", "--advantage", "global"],
+        &["--storage", "f16", "--target-modules", "to_q,ff.net.2", "--alpha", "16"],
+    ];
+    for variant in variants {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("run");
+        let args = [&["--device", "cpu", "--epochs", "1"], &SMALL[..], variant].concat();
+        let lines = run(&out, &args);
+        let epoch = of(&lines, "epoch").next().unwrap();
+        for field in ["epoch", "reward_mean", "reward_std", "clip_frac", "approx_kl", "images_per_second", "seconds"] {
+            assert!(epoch[field].is_number(), "{variant:?}: {field}");
+        }
+        for update in of(&lines, "update") {
+            for field in ["loss", "clip_frac", "approx_kl", "log_rho_mean", "log_rho_std", "grad_norm"] {
+                assert!(update[field].is_number(), "{variant:?}: {field}");
+            }
+            assert!(update["grad_norm"].as_f64().unwrap() > 0.0, "{variant:?}: a gradient arrives");
+            assert_eq!(update["steps"].as_array().unwrap().len(), 3);
+        }
+        for file in [
+            "settings.toml",
+            "adapter.safetensors",
+            "before_after.png",
+            "grids/epoch-00001.png",
+            "checkpoints/epoch-00001/state.json",
+        ] {
+            assert!(out.join(file).is_file(), "{variant:?}: {file}");
+        }
+    }
+}
+
+#[test]
+fn the_step_credit_and_noise_settings_reach_the_update() {
+    let dir = tempfile::tempdir().unwrap();
+    let steps = |name: &str, args: &[&str]| {
+        let out = dir.path().join(name);
+        let lines = run(&out, &[&["--device", "cpu", "--epochs", "1"], &SMALL[..], args].concat());
+        let update = of(&lines, "update").next().unwrap().clone();
+        let trained = update["steps"].as_array().unwrap().clone();
+        trained.iter().map(|s| (s["t"].as_u64().unwrap(), s["contribution"].as_f64().unwrap())).collect::<Vec<_>>()
+    };
+    let spread = |s: &[(u64, f64)]| {
+        let (lo, hi) = s.iter().fold((f64::MAX, 0f64), |(lo, hi), (_, c)| (lo.min(*c), hi.max(*c)));
+        hi / lo
+    };
+    // Five trainable steps of six: the last (t = 1) only with --train-last-step.
+    let native = steps("native", &["--credit", "native", "--train-steps", "5"]);
+    let even = steps("even", &["--credit", "proportionate", "--train-steps", "5"]);
+    assert_eq!(native.len(), 5);
+    assert!(native.iter().all(|(t, _)| *t > 1));
+    assert!(spread(&native) > 1.2 && spread(&even) < 1.0001, "{native:?} {even:?}");
+    let all = steps("all", &["--train-last-step", "true", "--train-steps", "6"]);
+    assert_eq!(all.last().unwrap().0, 1);
+    let window = steps("window", &["--train-window", "true", "--train-steps", "2"]);
+    assert_eq!(window[0].0 - window[1].0, 1000 / 6);
+}
+
+#[test]
+fn a_killed_run_resumes_to_the_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let job =
+        [&["--device", "cpu", "--epochs", "4", "--advantage", "per-prompt", "--tracker-min-count", "4"], &SMALL[..]]
+            .concat();
+    run(&whole, &job);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
+        .args(["train", "--out", broken.to_str().unwrap()])
+        .args(&job)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    // Killed in the middle of an epoch: some time after the first checkpoint appears.
+    while !broken.join("checkpoints/epoch-00001/state.json").is_file() {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!broken.join("before_after.png").exists(), "it was killed before its end");
+    let output = program(&["train", "--resume", broken.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let bytes = |dir: &Path, name: &str| std::fs::read(dir.join(name)).unwrap();
+    for file in [
+        "adapter.safetensors",
+        "checkpoints/epoch-00004/optimizer.safetensors",
+        "checkpoints/epoch-00004/state.json",
+        "before_after.png",
+    ] {
+        assert_eq!(bytes(&whole, file), bytes(&broken, file), "{file}");
+    }
+    let (a, b) = (metrics(&whole), metrics(&broken));
+    let updates = |lines: &[serde_json::Value]| of(lines, "update").cloned().collect::<Vec<_>>();
+    assert_eq!(updates(&a), updates(&b), "the same losses at every update");
+}
+
+#[test]
+fn resuming_refuses_another_model_and_other_settings() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    run(&out, &[&["--device", "cpu", "--epochs", "1"], &SMALL[..]].concat());
+    let refused = |args: &[&str], word: &str| {
+        let output = program(&[&["train", "--resume", out.to_str().unwrap()], args].concat());
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && error.contains(word), "{error}");
+    };
+    refused(&["--learning-rate", "1"], "--resume");
+    let state = out.join("checkpoints/epoch-00001/state.json");
+    let text = std::fs::read_to_string(&state).unwrap();
+    let model = serde_json::from_str::<serde_json::Value>(&text).unwrap()["model"].as_str().unwrap().to_string();
+    std::fs::write(&state, text.replace(&model, &"0".repeat(64))).unwrap();
+    refused(&["--epochs", "2"], "model with hash");
+    std::fs::write(&state, text.replace("\"version\": 1", "\"version\": 99")).unwrap();
+    refused(&["--epochs", "2"], "version 99");
+}
+
+#[test]
+fn a_reward_that_does_not_vary_is_reported_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let args = [
+        &[
+            "train",
+            "--out",
+            out.to_str().unwrap(),
+            "--device",
+            "cpu",
+            "--epochs",
+            "1",
+            "--reward",
+            "command:while read l; do echo 1; done",
+        ],
+        &SMALL[..],
+    ]
+    .concat();
+    let output = program(&args);
+    assert!(output.status.success());
+    assert!(String::from_utf8_lossy(&output.stderr).contains("does not vary"), "{output:?}");
+}
+
+#[test]
+fn a_reward_program_is_asked_for_every_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    // Answers with the length of the line: prompts differ, so rewards do.
+    let lines = run(
+        &out,
+        &[&["--device", "cpu", "--epochs", "1", "--reward", "command:while read l; do echo ${#l}; done"], &SMALL[..]]
+            .concat(),
+    );
+    assert!(of(&lines, "epoch").next().unwrap()["reward_mean"].as_f64().unwrap() > 20.0);
+}
+
+#[test]
+fn the_gpu_path_trains_like_the_cpu() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = std::env::var("PCPO_TEST_DEVICE").unwrap_or_else(|_| "lavapipe".into());
+    let job = [
+        "--epochs",
+        "1",
+        "--prompt",
+        "red apple on a white background",
+        "--prompt",
+        "cat face on a white background",
+        "--images-per-epoch",
+        "8",
+        "--group-size",
+        "4",
+        "--batch",
+        "4",
+        "--steps",
+        "8",
+        "--train-steps",
+        "2",
+    ];
+    let start = std::time::Instant::now();
+    let gpu = run(&dir.path().join("gpu"), &[&["--device", &device], &job[..]].concat());
+    println!("one epoch on {device}: {:.0} s", start.elapsed().as_secs_f64());
+    let cpu = run(&dir.path().join("cpu"), &[&["--device", "cpu"], &job[..]].concat());
+    let pairs = of(&gpu, "update").zip(of(&cpu, "update"));
+    for (i, (g, c)) in pairs.enumerate() {
+        // The first update starts from the same adapter; the second has gone through AdamW, which amplifies rounding.
+        let close = |field: &str, tolerance: f64| {
+            let (g, c) = (g[field].as_f64().unwrap(), c[field].as_f64().unwrap());
+            assert!(
+                (g - c).abs() <= tolerance * c.abs().max(1e-6),
+                "{field} of update {i}: {g} on the GPU, {c} on the CPU"
+            );
+        };
+        close("loss", 1e-2);
+        close("grad_norm", 5e-2);
+    }
+    let reward = |lines: &[serde_json::Value]| of(lines, "epoch").next().unwrap()["reward_mean"].as_f64().unwrap();
+    assert!((reward(&gpu) - reward(&cpu)).abs() < 1e-3);
+}
+
+#[test]
+fn the_embedded_job_raises_its_reward() {
+    let dir = tempfile::tempdir().unwrap();
+    let lines = run(
+        &dir.path().join("run"),
+        &[
+            "--device",
+            "cpu",
+            "--epochs",
+            "4",
+            "--model",
+            emoji().to_str().unwrap(),
+            "--config",
+            emoji().join("train.toml").to_str().unwrap(),
+        ],
+    );
+    let rewards: Vec<f64> = of(&lines, "evaluation").map(|l| l["reward_mean"].as_f64().unwrap()).collect();
+    assert!(rewards[4] > rewards[0] + 2e-3, "{rewards:?}");
+}
