@@ -13,7 +13,7 @@ use crate::settings::Options;
 
 /// Aligns text-to-image models with a reward by policy gradients (PCPO), on any GPU, without CUDA.
 #[derive(Parser)]
-#[command(version, about)]
+#[command(version, about, args_override_self = true)]
 pub struct Cli {
     #[command(subcommand)]
     pub command: Command,
@@ -22,6 +22,7 @@ pub struct Cli {
 #[derive(Subcommand)]
 pub enum Command {
     /// Train a LoRA towards a reward; without arguments, the embedded model's job
+    #[command(allow_negative_numbers = true)]
     Train(Box<TrainArgs>),
     /// Draw images from prompts
     Sample(SampleArgs),

@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::cli::{BenchArgs, CheckArgs, ConvertArgs, CreditArgs, SampleArgs, TrainArgs};
+use crate::inputs::embedded_model;
 use crate::model::Pipeline;
 use crate::model::pipeline::load_schedule;
 use crate::model::unet::UNet;
@@ -14,7 +15,7 @@ use crate::ops::Guidance;
 use crate::philox::{self, Stream};
 use crate::rollout::{Denoise, decode, sample as run_sampler};
 use crate::schedule::Schedule;
-use crate::settings::{Options, embedded_model};
+use crate::settings::Options;
 use crate::{artifacts, device, files, lora_io, progress, train as training};
 
 /// `train`.

@@ -138,8 +138,9 @@ fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
     // Everything that the adapter has: Burn's kernels use f16, subgroups and large bindings where they exist.
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("pcpo-wgpu"),
-        required_features: adapter.features() - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS
-            & !wgpu::Features::all_experimental_mask(),
+        required_features: adapter.features()
+            - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS
+            - wgpu::Features::all_experimental_mask(),
         required_limits: adapter.limits(),
         memory_hints: wgpu::MemoryHints::MemoryUsage,
         ..Default::default()

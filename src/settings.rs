@@ -8,6 +8,7 @@ use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
 use crate::credit::Credit;
+use crate::inputs::{embedded_model, prompts};
 use crate::model::weights::Storage;
 use crate::ops::group_advantage::Advantage;
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
@@ -75,7 +76,7 @@ pub struct Options {
     /// Epochs: one rollout each [default: 10]
     #[arg(long)]
     pub epochs: Option<usize>,
-    /// Images sampled an epoch [default: 32]
+    /// Images sampled an epoch [default: the group size times the prompts, of which at most 4]
     #[arg(long)]
     pub images_per_epoch: Option<usize>,
     /// Images of one prompt in an epoch [default: 8]
@@ -235,10 +236,13 @@ impl Options {
                 (&embedded, embedded_model()?)
             }
         };
+        ensure!(model.is_dir(), "--model {}: no such folder", model.display());
         let preset = o.preset.unwrap_or(Preset::Pcpo);
         let ddpo = preset == Preset::Ddpo;
         let pcpo = preset == Preset::Pcpo;
         let rank = o.rank.unwrap_or(16);
+        let (prompt, group_size) = (prompts(o)?, o.group_size.unwrap_or(8));
+        let images = group_size * prompt.len().min(4);
         let settings = Settings {
             model,
             device: o.device.clone().unwrap_or_else(|| "auto".into()),
@@ -246,7 +250,7 @@ impl Options {
             reward: o.reward.clone().ok_or_else(|| {
                 anyhow!("--reward is missing: jpeg-compressibility, jpeg-incompressibility, symmetry, color:NAME or command:PROGRAM")
             })?,
-            prompt: prompts(o)?,
+            prompt,
             preset,
             objective: o.objective.unwrap_or(if pcpo { Objective::LogHinge } else { Objective::PpoClip }),
             credit: o.credit.unwrap_or(if pcpo { Credit::Proportionate } else { Credit::Native }),
@@ -255,8 +259,8 @@ impl Options {
             train_last_step: o.train_last_step.unwrap_or(ddpo),
             kl_beta: o.kl_beta.unwrap_or(0.0),
             epochs: o.epochs.unwrap_or(10),
-            images_per_epoch: o.images_per_epoch.unwrap_or(32),
-            group_size: o.group_size.unwrap_or(8),
+            images_per_epoch: o.images_per_epoch.unwrap_or(images),
+            group_size,
             updates_per_epoch: o.updates_per_epoch.unwrap_or(2),
             inner_epochs: o.inner_epochs.unwrap_or(1),
             batch: o.batch.unwrap_or(8),
@@ -287,36 +291,6 @@ impl Options {
         settings.check()?;
         Ok(settings)
     }
-}
-
-/// The embedded model's folder: below the working directory, or beside the program as cargo builds it.
-pub fn embedded_model() -> Result<PathBuf> {
-    let here = PathBuf::from("models/emoji");
-    let program = std::env::current_exe().ok();
-    let beside = program.iter().flat_map(|p| p.ancestors().skip(1).take(4)).map(|d| d.join("models/emoji"));
-    std::iter::once(here).chain(beside).find(|d| d.join("model_index.json").is_file()).ok_or_else(|| {
-        anyhow!("the embedded model (models/emoji) is not here; run from the repository, or give --model DIR")
-    })
-}
-
-fn prompts(o: &Options) -> Result<Vec<String>> {
-    let (list, source) = match (&o.prompts, &o.prompt) {
-        (Some(file), _) => {
-            let text = crate::files::read_text(file).context("--prompts")?;
-            (
-                text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect(),
-                format!("--prompts {}", file.display()),
-            )
-        }
-        (None, Some(list)) => (list.clone(), "--prompt".into()),
-        (None, None) => (vec![], "--prompts FILE or --prompt TEXT".into()),
-    };
-    ensure!(!list.is_empty(), "{source}: there is no prompt; give at least one");
-    let mut seen = std::collections::BTreeSet::new();
-    for p in &list {
-        ensure!(seen.insert(p), "{source}: the prompt {p:?} stands there twice; keep one");
-    }
-    Ok(list)
 }
 
 impl Settings {

@@ -5,7 +5,7 @@
 //! Everything that varies between methods is data by the time it gets here: the steps carry their credit weights, the
 //! surrogate its objective. Method: Lee & Ye 2026 (PCPO), Black et al. 2023 (DDPO), Xue et al. 2025 (DanceGRPO).
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -14,21 +14,22 @@ use image::RgbImage;
 use serde_json::json;
 
 use crate::adamw::{self, Hyper, clip_norm};
-use crate::artifacts::{RunFolder, before_after, grid};
+use crate::artifacts::{RunFolder, grid};
 use crate::checkpoint::{self, State};
-use crate::credit;
-use crate::device::{self, Compute};
+use crate::device::Compute;
 use crate::dump;
 use crate::lora::Adapter;
 use crate::lora_io::{self, Format};
-use crate::model::pipeline::{Conditioning, Pipeline, fingerprint};
+use crate::metrics;
+use crate::model::pipeline::{Conditioning, Pipeline};
 use crate::ops::Guidance;
-use crate::ops::credit_reduce::{StepStats, credit_reduce};
-use crate::ops::group_advantage::{Tracker, group_advantage, varies};
+use crate::ops::credit_reduce::credit_reduce;
+use crate::ops::group_advantage::{group_advantage, varies};
 use crate::ops::policy_objective::Surrogate;
 use crate::philox::{self, Stream};
+use crate::prepare::prepare;
 use crate::progress::{bar, check_stop};
-use crate::reward::{self, Reward};
+use crate::reward::Reward;
 use crate::rollout::{Denoise, decode, for_batches, sample};
 use crate::schedule::Step;
 use crate::settings::{InitialNoise, Settings};
@@ -55,31 +56,32 @@ pub struct Summary {
     pub after: f64,
 }
 
-struct Run<'a> {
-    s: &'a Settings,
-    compute: Compute,
-    pipeline: Pipeline,
-    reward: Box<dyn Reward>,
+pub(crate) struct Run<'a> {
+    pub(crate) s: &'a Settings,
+    pub(crate) compute: Compute,
+    pub(crate) pipeline: Pipeline,
+    pub(crate) reward: Box<dyn Reward>,
     /// All steps of the sampler, with their credit weights.
-    steps: Vec<Step>,
+    pub(crate) steps: Vec<Step>,
     /// Indices of the steps that may be trained.
-    trainable: Vec<usize>,
-    uncond: Conditioning,
-    state: State,
-    adapter: Adapter,
-    optimizer: adamw::State,
-    folder: RunFolder,
-    dump: Option<dump::Request>,
-    skipped_in_a_row: usize,
+    pub(crate) trainable: Vec<usize>,
+    pub(crate) uncond: Conditioning,
+    pub(crate) state: State,
+    pub(crate) adapter: Adapter,
+    pub(crate) optimizer: adamw::State,
+    pub(crate) folder: RunFolder,
+    pub(crate) dump: Option<dump::Request>,
+    pub(crate) skipped_in_a_row: usize,
 }
 
 /// An epoch's rollout.
-struct Rollout {
+pub(crate) struct Rollout {
     batches: Vec<Batch>,
     trained: Vec<(usize, Step)>,
     prompts: Vec<String>,
-    rewards: Vec<f64>,
-    seconds: [f64; 3],
+    pub(crate) rewards: Vec<f64>,
+    /// Seconds of sampling, decoding and scoring.
+    pub(crate) seconds: [f64; 3],
 }
 
 /// Runs a job to its end.
@@ -98,78 +100,6 @@ pub fn train(job: Job) -> Result<Summary> {
         ))),
         other => other,
     }
-}
-
-// ---------------------------------------------------------------------------------------------------- PREPARATION
-
-fn prepare(job: &Job) -> Result<Run<'_>> {
-    let s = &job.settings;
-    let new_folder = if job.resume { None } else { Some(RunFolder::new(&job.out)?) };
-    let reward = reward::parse(&s.reward)?;
-    let compute = device::open(&s.device)?;
-    let pipeline = Pipeline::load(&s.model, &compute.burn, s.storage)?;
-    let native = pipeline.schedule.steps(s.steps, s.eta)?;
-    ensure!(
-        native[0].clip.is_infinite(),
-        "{}: scheduler_config.json: clip_sample = true cannot be trained (a clipped mean is not linear); set it to false",
-        s.model.display()
-    );
-    let steps = credit::apply(s.credit, &pipeline.schedule, native)?;
-    let last = steps.len() - 1;
-    let trainable: Vec<usize> =
-        (0..steps.len()).filter(|&i| steps[i].trainable() && (i != last || s.train_last_step)).collect();
-    ensure!(!trainable.is_empty(), "--steps {}: leaves no step to train; use more, or --train-last-step true", s.steps);
-    if let Some(k) = s.train_steps {
-        ensure!(k <= trainable.len(), "--train-steps {k}: only {} steps can be trained; lower it", trainable.len());
-    }
-    let linears = pipeline.unet.linears();
-    let model = fingerprint(&s.model)?;
-    let tracker = Tracker { size: s.tracker_size, min_count: s.tracker_min_count, ..Default::default() };
-    let (state, adapter, optimizer, folder) = if job.resume {
-        let (state, adapter, optimizer) = checkpoint::load(&job.out, &model, &linears)?;
-        let folder = RunFolder::resume(&job.out, state.metrics_lines)?;
-        println!("resuming {} after epoch {}", job.out.display(), state.epoch);
-        (state, adapter, optimizer, folder)
-    } else {
-        let adapter = match &s.lora {
-            Some(file) => lora_io::load(file, &linears).context("--lora")?,
-            None => Adapter::new(&linears, &s.target_modules, s.rank, s.alpha, s.seed)?,
-        };
-        let optimizer = adamw::State::new(adapter.layers.iter().flat_map(|l| [l.a.len(), l.b.len()]));
-        (State::new(model, tracker), adapter, optimizer, new_folder.expect("a new run has a new folder"))
-    };
-    println!(
-        "model: {}, LoRA of rank {} on {} layers, {} values",
-        s.model.display(),
-        adapter.rank,
-        adapter.layers.len(),
-        adapter.len()
-    );
-    println!("run: {}", s.summary());
-    println!(
-        "method: {:?} with {:?} credit over {} of {} steps, reward {}",
-        s.objective,
-        s.credit,
-        s.train_steps.unwrap_or(trainable.len()),
-        steps.len(),
-        s.reward
-    );
-    let uncond = pipeline.encode(&[""])?;
-    Ok(Run {
-        s,
-        compute,
-        reward,
-        steps,
-        trainable,
-        uncond,
-        state,
-        adapter,
-        optimizer,
-        folder,
-        pipeline,
-        dump: job.dump.clone(),
-        skipped_in_a_row: 0,
-    })
 }
 
 impl Run<'_> {
@@ -288,7 +218,7 @@ impl Run<'_> {
         Ok(Rollout { batches, trained, prompts, rewards, seconds })
     }
 
-    fn policy<'a>(
+    pub(crate) fn policy<'a>(
         &'a self,
         lora: Option<&'a crate::lora::Lora>,
         cond: &'a Conditioning,
@@ -298,7 +228,7 @@ impl Run<'_> {
         Denoise { compute: &self.compute, unet: &self.pipeline.unet, lora, guidance, cond, uncond }
     }
 
-    fn score(&mut self, images: &[RgbImage], prompts: &[String]) -> Result<Vec<f64>> {
+    pub(crate) fn score(&mut self, images: &[RgbImage], prompts: &[String]) -> Result<Vec<f64>> {
         let names: Vec<&str> = prompts.iter().map(String::as_str).collect();
         self.reward.score(images, &names)
     }
@@ -377,7 +307,7 @@ impl Run<'_> {
             println!("update {} written to {}", request.update, request.file.display());
         }
 
-        let loss = mean(&table, |t| t.loss);
+        let loss = metrics::mean(&table, |t| t.loss);
         let grad_norm = clip_norm(&mut gradients, s.max_grad_norm);
         let finite = loss.is_finite() && grad_norm.is_finite();
         if finite {
@@ -388,21 +318,7 @@ impl Run<'_> {
         } else {
             self.skip()?;
         }
-        let steps: Vec<_> = trained
-            .iter()
-            .zip(&table)
-            .map(|((_, step), t)| {
-                let mut line = serde_json::to_value(t).expect("statistics are numbers");
-                line["t"] = json!(step.t);
-                line
-            })
-            .collect();
-        Ok(json!({
-            "kind": "update", "epoch": self.state.epoch + 1, "update": self.state.updates,
-            "loss": loss, "clip_frac": mean(&table, |t| t.clip_frac), "approx_kl": mean(&table, |t| t.approx_kl),
-            "kl": mean(&table, |t| t.kl), "log_rho_mean": mean(&table, |t| t.log_rho_mean),
-            "log_rho_std": pooled_std(&table), "grad_norm": grad_norm, "skipped": !finite, "steps": steps,
-        }))
+        Ok(metrics::update(self.state.epoch + 1, self.state.updates, trained, &table, grad_norm))
     }
 
     /// Before the first update rho is 1: anything else means that training and sampling disagree.
@@ -438,21 +354,10 @@ impl Run<'_> {
         seconds: f64,
         update_seconds: f64,
     ) -> Result<()> {
-        let over_updates =
-            |field: &str| lines.iter().filter_map(|l| l[field].as_f64()).sum::<f64>() / lines.len() as f64;
-        let (clip_frac, approx_kl) = (over_updates("clip_frac"), over_updates("approx_kl"));
-        let n = rollout.rewards.len() as f64;
-        let reward = rollout.rewards.iter().sum::<f64>() / n;
-        let std = (rollout.rewards.iter().map(|r| (r - reward).powi(2)).sum::<f64>() / n).sqrt();
-        let [rollout_seconds, decode_seconds, reward_seconds] = rollout.seconds;
         self.state.epoch += 1;
+        let epoch = metrics::Epoch::new(self.state.epoch, rollout, &lines, seconds, update_seconds);
         lines.iter().for_each(|line| self.folder.metric(line));
-        self.folder.metric(&json!({
-            "kind": "epoch", "epoch": self.state.epoch, "reward_mean": reward, "reward_std": std,
-            "clip_frac": clip_frac, "approx_kl": approx_kl, "images_per_second": n / seconds, "seconds": seconds,
-            "rollout_seconds": rollout_seconds, "decode_seconds": decode_seconds, "reward_seconds": reward_seconds,
-            "update_seconds": update_seconds, "skipped_updates": self.state.skipped,
-        }));
+        self.folder.metric(&epoch.line(self.state.skipped));
         let last = self.state.epoch == self.s.epochs;
         let (images, score) = self.evaluate(last)?;
         let columns = self.grid_columns();
@@ -465,75 +370,7 @@ impl Run<'_> {
             lora_io::save(adapter, &dir.join("adapter.safetensors"), Format::Diffusers)?;
             checkpoint::save(dir, state, adapter, optimizer, keep)
         })?;
-        println!(
-            "epoch {}/{}: reward {reward:.4} +- {std:.4}, clipped {:.0}%, approx. KL {approx_kl:.2e}, {seconds:.1} s",
-            self.state.epoch,
-            self.s.epochs,
-            100.0 * clip_frac
-        );
+        println!("{}", epoch.text(self.s.epochs));
         Ok(())
     }
-
-    // ---------------------------------------------------------------------------------------------------- EVALUATION
-
-    fn grid_columns(&self) -> usize {
-        self.s.groups().min(4)
-    }
-
-    /// Pictures of fixed prompts and noise, and their mean reward. `full` takes four rows instead of one: the reward
-    /// before and after is worth the time, the epochs between have their rollout's.
-    fn evaluate(&mut self, full: bool) -> Result<(Vec<RgbImage>, f64)> {
-        let s = self.s;
-        let columns = self.grid_columns();
-        let total = if full { 4 * columns } else { columns };
-        let prompts: Vec<String> = (0..total).map(|i| s.prompt[i % columns].clone()).collect();
-        let [c, h, w] = self.pipeline.latent_shape();
-        let lora = self.adapter.to_device(&self.compute.burn, false);
-        let starts: Vec<usize> = (0..total).step_by(columns).collect();
-        let rows = for_batches(&self.compute, &starts, |&first| {
-            let cond = self.pipeline.encode(&prompts[first..first + columns])?;
-            let uncond = self.uncond.repeat(columns);
-            let noise: Vec<f32> = (first..first + columns)
-                .flat_map(|i| philox::noise(s.seed, Stream::Evaluation, i as u32, 0, c * h * w))
-                .collect();
-            let latents = Tensor::from_data(TensorData::new(noise, [columns, c, h, w]), &self.compute.burn);
-            let policy = self.policy(Some(&lora), &cond, &uncond);
-            // Images numbered from the top, which no rollout reaches.
-            let first_image = u32::MAX - (total - first) as u32;
-            let sampled = sample(&policy, latents, &self.steps, &[], (s.seed, first_image), check_stop)?;
-            decode(&self.pipeline.vae, &sampled.latents)
-        })?;
-        let images = rows.concat();
-        let scores = self.score(&images, &prompts)?;
-        Ok((images, scores.iter().sum::<f64>() / total as f64))
-    }
-
-    fn finish(&mut self) -> Result<Summary> {
-        let dir = self.folder.dir.clone();
-        let path = |epoch: usize| dir.join(format!("grids/epoch-{epoch:05}.png"));
-        let after = image::open(path(self.s.epochs)).context("the last grid")?.to_rgb8();
-        self.folder.picture("before_after.png", &before_after(&path(0), &after)?)?;
-        self.folder.flush(|_| Ok(()))?;
-        let score = |epoch: usize| evaluation(&dir, epoch);
-        Ok(Summary { before: score(0)?, after: score(self.s.epochs)?, out: dir.clone() })
-    }
-}
-
-/// The evaluation's mean reward after an epoch, from the run's metrics.
-fn evaluation(dir: &Path, epoch: usize) -> Result<f64> {
-    let text = crate::files::read_text(&dir.join("metrics.jsonl"))?;
-    let lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
-    let line = lines.filter(|l| l["kind"] == "evaluation" && l["epoch"] == epoch).last();
-    line.and_then(|l| l["reward_mean"].as_f64()).with_context(|| format!("no evaluation of epoch {epoch}"))
-}
-
-fn mean(table: &[StepStats], f: impl Fn(&StepStats) -> f32) -> f64 {
-    table.iter().map(|t| f64::from(f(t))).sum::<f64>() / table.len() as f64
-}
-
-/// Standard deviation of log rho over all steps and samples.
-fn pooled_std(table: &[StepStats]) -> f64 {
-    let whole = mean(table, |t| t.log_rho_mean);
-    let square = |t: &StepStats| f64::from(t.log_rho_std).powi(2) + (f64::from(t.log_rho_mean) - whole).powi(2);
-    (table.iter().map(square).sum::<f64>() / table.len() as f64).sqrt()
 }

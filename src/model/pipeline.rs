@@ -118,6 +118,6 @@ pub fn load_schedule(dir: &Path) -> Result<Schedule> {
 /// When the weights cannot be opened.
 pub fn fingerprint(dir: &Path) -> Result<String> {
     let mut hasher = sha2::Sha256::new();
-    Weights::open_dir(&dir.join("unet"))?.hash(&mut hasher);
+    Weights::open_dir(&dir.join("unet"))?.add_to_hash(&mut hasher);
     Ok(format!("{:x}", hasher.finalize()))
 }

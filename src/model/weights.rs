@@ -114,7 +114,7 @@ impl Weights {
     }
 
     /// SHA-256 over all files, for checkpoints.
-    pub fn hash(&self, hasher: &mut sha2::Sha256) {
+    pub fn add_to_hash(&self, hasher: &mut sha2::Sha256) {
         use sha2::Digest;
         for (_, map) in &self.files {
             hasher.update(&map[..]);

@@ -68,8 +68,12 @@ pub fn buffer<const D: usize>(tensor: &Tensor<D>) -> Buffer {
     let DispatchTensorKind::Cube(BackendTensor::Float(t)) = kind else {
         panic!("a GPU kernel was given a tensor of another backend");
     };
-    let client = t.client.clone();
-    let t: CubeTensor = client.resolve_tensor_float::<burn::backend::wgpu::CubeBackend>(t);
+    // With fusion a tensor is a promise: resolving it runs what it waits for.
+    #[cfg(feature = "fusion")]
+    let t = {
+        let client: burn_fusion::client::GlobalFusionClient<_> = t.client.clone();
+        client.resolve_tensor_float::<burn_wgpu::CubeBackend>(t)
+    };
     let t = burn_wgpu::into_contiguous(t);
     let resource = t
         .client

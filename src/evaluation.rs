@@ -1,0 +1,65 @@
+//! The pictures and the reward that show where a run stands: fixed prompts and noise, before, after and at each epoch.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use burn::tensor::{Tensor, TensorData};
+use image::RgbImage;
+
+use crate::artifacts::before_after;
+use crate::philox::{self, Stream};
+use crate::progress::check_stop;
+use crate::rollout::{decode, for_batches, sample};
+use crate::train::{Run, Summary};
+
+impl Run<'_> {
+    pub(crate) fn grid_columns(&self) -> usize {
+        self.s.groups().min(4)
+    }
+
+    /// Pictures of fixed prompts and noise, and their mean reward. `full` takes four rows instead of one: the reward
+    /// before and after is worth the time, the epochs between have their rollout's.
+    pub(crate) fn evaluate(&mut self, full: bool) -> Result<(Vec<RgbImage>, f64)> {
+        let s = self.s;
+        let columns = self.grid_columns();
+        let total = if full { 4 * columns } else { columns };
+        let prompts: Vec<String> = (0..total).map(|i| s.prompt[i % columns].clone()).collect();
+        let [c, h, w] = self.pipeline.latent_shape();
+        let lora = self.adapter.to_device(&self.compute.burn, false);
+        let starts: Vec<usize> = (0..total).step_by(columns).collect();
+        let rows = for_batches(&self.compute, &starts, |&first| {
+            let cond = self.pipeline.encode(&prompts[first..first + columns])?;
+            let uncond = self.uncond.repeat(columns);
+            let noise: Vec<f32> = (first..first + columns)
+                .flat_map(|i| philox::noise(s.seed, Stream::Evaluation, i as u32, 0, c * h * w))
+                .collect();
+            let latents = Tensor::from_data(TensorData::new(noise, [columns, c, h, w]), &self.compute.burn);
+            let policy = self.policy(Some(&lora), &cond, &uncond);
+            // Images numbered from the top, which no rollout reaches.
+            let first_image = u32::MAX - (total - first) as u32;
+            let sampled = sample(&policy, latents, &self.steps, &[], (s.seed, first_image), check_stop)?;
+            decode(&self.pipeline.vae, &sampled.latents)
+        })?;
+        let images = rows.concat();
+        let scores = self.score(&images, &prompts)?;
+        Ok((images, scores.iter().sum::<f64>() / total as f64))
+    }
+
+    pub(crate) fn finish(&mut self) -> Result<Summary> {
+        let dir = self.folder.dir.clone();
+        let path = |epoch: usize| dir.join(format!("grids/epoch-{epoch:05}.png"));
+        let after = image::open(path(self.s.epochs)).context("the last grid")?.to_rgb8();
+        self.folder.picture("before_after.png", &before_after(&path(0), &after)?)?;
+        self.folder.flush(|_| Ok(()))?;
+        let score = |epoch: usize| evaluation(&dir, epoch);
+        Ok(Summary { before: score(0)?, after: score(self.s.epochs)?, out: dir.clone() })
+    }
+}
+
+/// The evaluation's mean reward after an epoch, from the run's metrics.
+fn evaluation(dir: &Path, epoch: usize) -> Result<f64> {
+    let text = crate::files::read_text(&dir.join("metrics.jsonl"))?;
+    let mut lines = text.lines().filter_map(|l| serde_json::from_str::<serde_json::Value>(l).ok());
+    let line = lines.rfind(|l| l["kind"] == "evaluation" && l["epoch"] == epoch);
+    line.and_then(|l| l["reward_mean"].as_f64()).with_context(|| format!("no evaluation of epoch {epoch}"))
+}

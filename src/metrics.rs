@@ -1,0 +1,105 @@
+//! The lines of metrics.jsonl: one object an update and one an epoch.
+
+use serde_json::{Value, json};
+
+use crate::ops::credit_reduce::StepStats;
+use crate::schedule::Step;
+use crate::train::Rollout;
+
+/// An update's line, with the statistics of each trained step. A norm that is not finite marks a skipped update.
+pub(crate) fn update(
+    epoch: usize,
+    update: usize,
+    trained: &[(usize, Step)],
+    table: &[StepStats],
+    grad_norm: f64,
+) -> Value {
+    let steps: Vec<Value> = trained
+        .iter()
+        .zip(table)
+        .map(|((_, step), stats)| {
+            let mut line = serde_json::to_value(stats).expect("statistics are numbers");
+            line["t"] = json!(step.t);
+            line
+        })
+        .collect();
+    let loss = mean(table, |t| t.loss);
+    json!({
+        "kind": "update", "epoch": epoch, "update": update, "loss": loss,
+        "clip_frac": mean(table, |t| t.clip_frac), "approx_kl": mean(table, |t| t.approx_kl),
+        "kl": mean(table, |t| t.kl), "log_rho_mean": mean(table, |t| t.log_rho_mean),
+        "log_rho_std": pooled_std(table), "grad_norm": grad_norm,
+        "skipped": !(loss.is_finite() && grad_norm.is_finite()), "steps": steps,
+    })
+}
+
+/// An epoch's numbers.
+pub(crate) struct Epoch {
+    epoch: usize,
+    reward_mean: f64,
+    reward_std: f64,
+    clip_frac: f64,
+    approx_kl: f64,
+    images: usize,
+    seconds: f64,
+    phases: [f64; 3],
+    update_seconds: f64,
+}
+
+impl Epoch {
+    pub fn new(epoch: usize, rollout: &Rollout, updates: &[Value], seconds: f64, update_seconds: f64) -> Self {
+        let over_updates =
+            |field: &str| updates.iter().filter_map(|l| l[field].as_f64()).sum::<f64>() / updates.len() as f64;
+        let images = rollout.rewards.len();
+        let reward_mean = rollout.rewards.iter().sum::<f64>() / images as f64;
+        let variance = rollout.rewards.iter().map(|r| (r - reward_mean).powi(2)).sum::<f64>() / images as f64;
+        Self {
+            epoch,
+            reward_mean,
+            reward_std: variance.sqrt(),
+            clip_frac: over_updates("clip_frac"),
+            approx_kl: over_updates("approx_kl"),
+            images,
+            seconds,
+            phases: rollout.seconds,
+            update_seconds,
+        }
+    }
+
+    /// The line of metrics.jsonl.
+    pub fn line(&self, skipped_updates: usize) -> Value {
+        let [rollout, decode, reward] = self.phases;
+        json!({
+            "kind": "epoch", "epoch": self.epoch, "reward_mean": self.reward_mean, "reward_std": self.reward_std,
+            "clip_frac": self.clip_frac, "approx_kl": self.approx_kl,
+            "images_per_second": self.images as f64 / self.seconds, "seconds": self.seconds,
+            "rollout_seconds": rollout, "decode_seconds": decode, "reward_seconds": reward,
+            "update_seconds": self.update_seconds, "skipped_updates": skipped_updates,
+        })
+    }
+
+    /// The line for people.
+    pub fn text(&self, epochs: usize) -> String {
+        format!(
+            "epoch {}/{epochs}: reward {:.4} +- {:.4}, clipped {:.0}%, approx. KL {:.2e}, {:.1} s",
+            self.epoch,
+            self.reward_mean,
+            self.reward_std,
+            100.0 * self.clip_frac,
+            self.approx_kl,
+            self.seconds
+        )
+    }
+}
+
+/// Mean over the steps.
+pub(crate) fn mean(table: &[StepStats], f: impl Fn(&StepStats) -> f32) -> f64 {
+    table.iter().map(|t| f64::from(f(t))).sum::<f64>() / table.len() as f64
+}
+
+/// Standard deviation of log rho over all steps and samples.
+fn pooled_std(table: &[StepStats]) -> f64 {
+    let whole = mean(table, |t| t.log_rho_mean);
+    let square = |t: &StepStats| f64::from(t.log_rho_std).powi(2) + (f64::from(t.log_rho_mean) - whole).powi(2);
+    (table.iter().map(square).sum::<f64>() / table.len() as f64).sqrt()
+}

@@ -1,0 +1,89 @@
+//! From settings to a run that can start: the device, the model, the steps, and the state, new or from a checkpoint.
+
+use anyhow::{Context, Result, ensure};
+
+use crate::adamw;
+use crate::artifacts::RunFolder;
+use crate::checkpoint::{self, State};
+use crate::credit;
+use crate::device;
+use crate::lora::Adapter;
+use crate::lora_io;
+use crate::model::pipeline::{Pipeline, fingerprint};
+use crate::ops::group_advantage::Tracker;
+use crate::reward;
+use crate::train::{Job, Run};
+
+/// Checks everything that can be checked and opens what the run needs.
+///
+/// # Errors
+/// Names the flag, file or field, before anything is written.
+pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
+    let s = &job.settings;
+    let new_folder = if job.resume { None } else { Some(RunFolder::new(&job.out)?) };
+    let reward = reward::parse(&s.reward)?;
+    let compute = device::open(&s.device)?;
+    let pipeline = Pipeline::load(&s.model, &compute.burn, s.storage)?;
+    let native = pipeline.schedule.steps(s.steps, s.eta)?;
+    ensure!(
+        native[0].clip.is_infinite(),
+        "{}: scheduler_config.json: clip_sample = true cannot be trained (a clipped mean is not linear); set it to false",
+        s.model.display()
+    );
+    let steps = credit::apply(s.credit, &pipeline.schedule, native)?;
+    let last = steps.len() - 1;
+    let trainable: Vec<usize> =
+        (0..steps.len()).filter(|&i| steps[i].trainable() && (i != last || s.train_last_step)).collect();
+    ensure!(!trainable.is_empty(), "--steps {}: leaves no step to train; use more, or --train-last-step true", s.steps);
+    if let Some(k) = s.train_steps {
+        ensure!(k <= trainable.len(), "--train-steps {k}: only {} steps can be trained; lower it", trainable.len());
+    }
+    let linears = pipeline.unet.linears();
+    let model = fingerprint(&s.model)?;
+    let tracker = Tracker { size: s.tracker_size, min_count: s.tracker_min_count, ..Default::default() };
+    let (state, adapter, optimizer, folder) = if job.resume {
+        let (state, adapter, optimizer) = checkpoint::load(&job.out, &model, &linears)?;
+        let folder = RunFolder::resume(&job.out, state.metrics_lines)?;
+        println!("resuming {} after epoch {}", job.out.display(), state.epoch);
+        (state, adapter, optimizer, folder)
+    } else {
+        let adapter = match &s.lora {
+            Some(file) => lora_io::load(file, &linears).context("--lora")?,
+            None => Adapter::new(&linears, &s.target_modules, s.rank, s.alpha, s.seed)?,
+        };
+        let optimizer = adamw::State::new(adapter.layers.iter().flat_map(|l| [l.a.len(), l.b.len()]));
+        (State::new(model, tracker), adapter, optimizer, new_folder.expect("a new run has a new folder"))
+    };
+    println!(
+        "model: {}, LoRA of rank {} on {} layers, {} values",
+        s.model.display(),
+        adapter.rank,
+        adapter.layers.len(),
+        adapter.len()
+    );
+    println!("run: {}", s.summary());
+    println!(
+        "method: {:?} with {:?} credit over {} of {} steps, reward {}",
+        s.objective,
+        s.credit,
+        s.train_steps.unwrap_or(trainable.len()),
+        steps.len(),
+        s.reward
+    );
+    let uncond = pipeline.encode(&[""])?;
+    Ok(Run {
+        s,
+        compute,
+        reward,
+        steps,
+        trainable,
+        uncond,
+        state,
+        adapter,
+        optimizer,
+        folder,
+        pipeline,
+        dump: job.dump.clone(),
+        skipped_in_a_row: 0,
+    })
+}
