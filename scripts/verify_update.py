@@ -32,6 +32,7 @@ from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from reference import load_component
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 TENSORS = [
     "prompt_embeds", "negative_prompt_embeds", "timesteps", "alphas_cumprod", "latents", "noise", "eps_old",
@@ -204,7 +205,7 @@ def vacuous(settings, facts, expected):
     return reasons
 
 
-def verify(dump, model, dtype, tolerance, allow_vacuous):
+def verify(dump, model, dtype, tolerance, allow_vacuous, save):
     """Compares and prints; returns a sentence for each reason to fail."""
     settings, data, adapter, gradients = read_dump(dump, dtype)
     unet = load_component(UNet2DConditionModel, f"{model}/unet", dtype)
@@ -214,6 +215,8 @@ def verify(dump, model, dtype, tolerance, allow_vacuous):
         key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for key, parameter in parameters.items()
     }
+    if save:
+        save_file({key: value.float().contiguous() for key, value in expected.items()}, save)
     errors = {key: error(gradients[key], expected[key]) for key in sorted(expected)}
     errors["log_rho"] = error(data["log_rho"], log_rho)
     for key, value in errors.items():
@@ -237,11 +240,12 @@ def main():
     parser.add_argument("--tolerance", type=float, default=1e-3)
     parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
     parser.add_argument("--allow-vacuous", action="store_true", help="accept a dump that exercises no clip, KL or A")
+    parser.add_argument("--save", metavar="FILE", help="write the recomputed gradients to this safetensors file")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        failures = verify(args.dump, args.model, getattr(torch, args.dtype), args.tolerance, args.allow_vacuous)
+        failures = verify(args.dump, args.model, getattr(torch, args.dtype), args.tolerance, args.allow_vacuous, args.save)
     except (OSError, ValueError, SafetensorError) as problem:
         sys.exit(f"error: {problem}")
     if failures:

@@ -8,9 +8,10 @@ use burn::tensor::{Tensor, TensorData};
 
 use crate::credit::{self, Credit};
 use crate::device::Compute;
+use crate::ops::credit_reduce::{self, credit_reduce};
 use crate::ops::ddim_step::{self, ddim_step};
 use crate::ops::log_ratio::{self, log_ratio};
-use crate::ops::policy_objective::{self, GuidanceGradient, Objective, Surrogate, policy_objective};
+use crate::ops::policy_objective::{self, GuidanceGradient, Objective, STATS, Surrogate, policy_objective};
 use crate::ops::{Coefficients, Guidance, NoiseKey, philox, read, tensor_ops};
 use crate::philox::{Stream, noise};
 use crate::schedule::Schedule;
@@ -170,21 +171,14 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Median seconds of `f`, the device synchronised, over at least 5 runs and 0.2 s.
+    /// Median seconds of `f` with the device synchronised.
     fn time(&self, mut f: impl FnMut()) -> Result<f64> {
-        f();
-        self.compute.sync()?;
-        self.poll();
-        let (mut times, start) = (Vec::new(), Instant::now());
-        while times.len() < 5 || (start.elapsed().as_secs_f64() < 0.2 && times.len() < 200) {
-            let one = Instant::now();
+        median(|| {
             f();
             self.compute.sync()?;
             self.poll();
-            times.push(one.elapsed().as_secs_f64());
-        }
-        times.sort_by(f64::total_cmp);
-        Ok(times[times.len() / 2])
+            Ok(())
+        })
     }
 
     /// Waits for our own submissions, which Burn does not know of.
@@ -215,6 +209,45 @@ impl<'a> Case<'a> {
     fn copy(&self) -> Result<f64> {
         self.time(|| drop(self.x.clone() + 1.0))
     }
+}
+
+/// A row for `credit_reduce`: shader against CPU reference, values checked first.
+///
+/// # Errors
+/// When the two disagree or the device fails.
+pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<String> {
+    let stats = noise(1, Stream::InitialNoise, 5, 0, steps * samples * STATS);
+    let weights = vec![0.5; steps];
+    let tensor = Tensor::<3>::from_data(TensorData::new(stats.clone(), [steps, samples, STATS]), &compute.burn);
+    let (found, expected) =
+        (credit_reduce(compute, &tensor, &weights)?, credit_reduce::reference(&stats, steps, &weights));
+    let off = found.iter().zip(&expected).any(|(a, b)| (a.log_rho_std - b.log_rho_std).abs() > 1e-4);
+    ensure!(!off, "credit_reduce: shader and reference disagree at {steps} x {samples}");
+    let shader = median(|| credit_reduce(compute, &tensor, &weights).map(drop))?;
+    let reference = median(|| {
+        std::hint::black_box(credit_reduce::reference(&stats, steps, &weights));
+        Ok(())
+    })?;
+    let size = format!("{steps} x {samples}");
+    Ok(format!(
+        "{:<18} {size:>16} {:>12.3} {:>14.3}   (read back included)",
+        "credit_reduce",
+        1e3 * shader,
+        1e3 * reference
+    ))
+}
+
+/// Median seconds of `f` over at least 5 runs and 0.2 s, after one run to warm up.
+fn median(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
+    f()?;
+    let (mut times, start) = (Vec::new(), Instant::now());
+    while times.len() < 5 || (start.elapsed().as_secs_f64() < 0.2 && times.len() < 200) {
+        let one = Instant::now();
+        f()?;
+        times.push(one.elapsed().as_secs_f64());
+    }
+    times.sort_by(f64::total_cmp);
+    Ok(times[times.len() / 2])
 }
 
 /// The table of `pcpo-wgpu bench`.

@@ -117,6 +117,10 @@ pub fn write(u: &Update, request: &Request) -> Result<()> {
         ("lora_rank", u.adapter.rank.to_string()),
         ("lora_alpha", u.adapter.alpha.to_string()),
         ("lora_targets", u.settings.target_modules.join(",")),
+        // What the noise is keyed by, so that the update can be replayed here as well.
+        ("seed", u.settings.seed.to_string()),
+        ("first_image", u.batches[0].first_image.to_string()),
+        ("step_indices", u.trained.iter().map(|(i, _)| i.to_string()).collect::<Vec<_>>().join(",")),
     ];
     write_tensors(&request.file, &tensors, &metadata)
 }

@@ -22,10 +22,10 @@ use crate::lora::Adapter;
 use crate::lora_io::{self, Format};
 use crate::metrics;
 use crate::model::pipeline::{Conditioning, Pipeline};
-use crate::ops::Guidance;
 use crate::ops::credit_reduce::credit_reduce;
 use crate::ops::group_advantage::{group_advantage, varies};
 use crate::ops::policy_objective::Surrogate;
+use crate::ops::{Coefficients, Guidance};
 use crate::philox::{self, Stream};
 use crate::prepare::prepare;
 use crate::progress::{bar, check_stop};
@@ -283,7 +283,7 @@ impl Run<'_> {
                 .for_each(|(sum, g)| sum.iter_mut().zip(g).for_each(|(s, g)| *s += g));
         }
         let stats = Tensor::cat(contributions.iter().map(|c| c.stats.clone()).collect(), 1);
-        let weights: Vec<f32> = trained.iter().map(|(_, step)| (step.weight * step.unit) as f32).collect();
+        let weights: Vec<f32> = trained.iter().map(|(_, step)| Coefficients::from(step).w).collect();
         if first {
             self.self_test(&stats)?;
         }

@@ -4,7 +4,7 @@ use anyhow::Result;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Tensor, activation};
 
-use super::nn::Linear;
+use super::nn::{Linear, on_cpu};
 use super::weights::Loader;
 use crate::lora::Lora;
 
@@ -25,7 +25,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<Tensor<4
             .map(|(from, len)| attention(cut(&q, from, len), cut(&k, from, len), cut(&v, from, len), bias.clone()));
         return Tensor::cat(parts.into(), dim);
     }
-    if !q.is_autodiff() && !k.is_autodiff() && burn_flex(&q) {
+    if !q.is_autodiff() && !k.is_autodiff() && on_cpu(&q) {
         // The CPU backend has a fused kernel that never holds the scores; it records no gradient.
         let bias = bias.map(|x| x.expand([b, heads, tq, tk]));
         return burn::tensor::module::attention(q, k, v, None, bias, AttentionModuleOptions::default());
@@ -36,10 +36,6 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<Tensor<4
         None => scores,
     };
     activation::softmax(scores, 3).matmul(v)
-}
-
-fn burn_flex(t: &Tensor<4>) -> bool {
-    t.device() == burn::tensor::Device::flex()
 }
 
 /// diffusers' `Attention` without its norm: projections, heads, output projection.

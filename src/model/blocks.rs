@@ -2,10 +2,10 @@
 //! `Downsample2D` and `Upsample2D`.
 
 use anyhow::Result;
-use burn::tensor::{Int, Tensor, TensorData, activation};
+use burn::tensor::{Int, Tensor, TensorData};
 
 use super::attention::Attention;
-use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, silu};
+use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, gelu, silu};
 use super::weights::Loader;
 use crate::lora::Lora;
 
@@ -104,7 +104,7 @@ impl TransformerBlock {
         let x = x.clone() + self.attn2.forward(self.norms[1].forward(x), Some(context), None, lora);
         let h = self.ff_in.forward(self.norms[2].forward(x.clone()), lora);
         let [value, gate]: [Tensor<3>; 2] = h.chunk(2, 2).try_into().expect("two halves");
-        x + self.ff_out.forward(value * activation::gelu(gate), lora)
+        x + self.ff_out.forward(value * gelu(gate), lora)
     }
 }
 

@@ -90,7 +90,8 @@ impl From<&Step> for Coefficients {
             root_prev: s.alpha_bar_prev.sqrt() as f32,
             // Far beyond any latent and still finite: shaders may assume that infinities do not occur.
             clip: s.clip.min(1e30) as f32,
-            w: (s.weight * s.unit) as f32,
+            // At zero terminal SNR eps has no weight, the prediction still has.
+            w: (if s.weight.is_finite() { s.weight * s.unit } else { s.b / s.sigma }) as f32,
             w_native: if s.sigma > 0.0 { (s.b / s.sigma) as f32 } else { 0.0 },
         }
     }

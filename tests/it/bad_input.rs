@@ -57,6 +57,7 @@ fn files() {
     refused(&["--lora", foreign.to_str().unwrap()], &["peft.safetensors", "another model"]);
 }
 
+#[cfg(unix)]
 #[test]
 fn a_reward_program_that_dies_or_answers_nonsense() {
     let small = ["--steps", "2", "--train-steps", "1", "--epochs", "1"];

@@ -9,3 +9,4 @@ mod model;
 mod shaders;
 mod support;
 mod train;
+mod update;

@@ -163,6 +163,7 @@ fn resuming_refuses_another_model_and_other_settings() {
     refused(&["--epochs", "2"], "version 99");
 }
 
+#[cfg(unix)]
 #[test]
 fn a_reward_that_does_not_vary_is_reported_at_once() {
     let dir = tempfile::tempdir().unwrap();
@@ -187,6 +188,7 @@ fn a_reward_that_does_not_vary_is_reported_at_once() {
     assert!(String::from_utf8_lossy(&output.stderr).contains("does not vary"), "{output:?}");
 }
 
+#[cfg(unix)]
 #[test]
 fn a_reward_program_is_asked_for_every_image() {
     let dir = tempfile::tempdir().unwrap();
