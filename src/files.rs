@@ -62,5 +62,15 @@ pub fn write_tensors(path: &Path, tensors: &[Named], metadata: &[(&str, String)]
         .with_context(|| format!("{}: tensors and shapes disagree", path.display()))?;
     let metadata = metadata.iter().map(|(k, v)| (k.to_string(), v.clone())).collect();
     let bytes = safetensors::serialize(views, Some(metadata)).context("safetensors")?;
-    write(path, &bytes)
+    write(path, &sorted_header(&bytes)?)
+}
+
+/// The library writes metadata in the order of a hash map; sorted, the same run writes the same file.
+fn sorted_header(bytes: &[u8]) -> Result<Vec<u8>> {
+    let length = u64::from_le_bytes(bytes[..8].try_into().expect("eight bytes")) as usize;
+    let header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).context("safetensors header")?;
+    let mut text = header.to_string();
+    // Tensors start at a multiple of 8.
+    text.extend(std::iter::repeat_n(' ', text.len().next_multiple_of(8) - text.len()));
+    Ok([&(text.len() as u64).to_le_bytes(), text.as_bytes(), &bytes[8 + length..]].concat())
 }
