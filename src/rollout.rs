@@ -143,6 +143,9 @@ pub fn for_batches<T: Sync, R: Send>(
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
+                // A pool of one that is this thread: Burn's operations stay on it instead of queueing for the pool
+                // that all threads share.
+                let _own = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
                 while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < items.len()) {
                     let result = f(&items[i]);
                     results.lock().expect("no holder panics")[i] = Some(result);
