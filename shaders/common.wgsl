@@ -8,6 +8,7 @@ struct Params {
     clip: f32, w: f32, w_native: f32, objective: u32,
     xi: f32, scale: f32, beta: f32, grad_uncond: f32,
     log_hi: f32, log_lo: f32, with_reference: u32, stream: u32,
+    with_direction: u32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;

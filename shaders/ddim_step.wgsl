@@ -6,6 +6,24 @@
 @group(0) @binding(4) var<storage, read_write> prediction: array<f32>; // [batch, dim]
 @group(0) @binding(5) var<storage, read_write> partials: array<vec2<f32>>; // [batch, blocks]
 
+// Elements are unrolled by hand: indexing a vector by a variable spills it to memory on software Vulkan.
+fn element(i: u32, z: f32) -> f32 {
+    var p = model_out[i];
+    if params.guided == 1u {
+        p = p + params.guidance * (model_out[i + params.batch * params.dim] - p);
+    }
+    let x_i = x[i];
+    var mean = params.a * x_i - params.b * p;
+    if params.clip < 1e30 {
+        let x0 = params.x0_x * x_i - params.x0_p * p;
+        mean += params.root_prev * (clamp(x0, -params.clip, params.clip) - x0);
+    }
+    prediction[i] = p;
+    x_prev[i] = mean + params.sigma * z;
+    // x_prev - mean is sigma z by construction: no difference of nearly equal numbers is taken.
+    return z * z;
+}
+
 @compute @workgroup_size(256)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let sample = group.y;
@@ -16,22 +34,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if params.sigma > 0.0 {
             z = normals(vec2<u32>(params.key_lo, params.key_hi), params.stream, params.first_image + sample, params.step, first / 4u);
         }
-        for (var lane = 0u; lane < min(4u, end - first); lane++) {
-            let i = sample * params.dim + first + lane;
-            var p = model_out[i];
-            if params.guided == 1u {
-                p = p + params.guidance * (model_out[i + params.batch * params.dim] - p);
-            }
-            var mean = params.a * x[i] - params.b * p;
-            if params.clip < 1e30 {
-                let x0 = params.x0_x * x[i] - params.x0_p * p;
-                mean += params.root_prev * (clamp(x0, -params.clip, params.clip) - x0);
-            }
-            prediction[i] = p;
-            x_prev[i] = mean + params.sigma * z[lane];
-            // x_prev - mean is sigma z by construction: no difference of nearly equal numbers is taken.
-            squares += z[lane] * z[lane];
-        }
+        let left = end - first;
+        let i = sample * params.dim + first;
+        squares += element(i, z.x);
+        if left > 1u { squares += element(i + 1u, z.y); }
+        if left > 2u { squares += element(i + 2u, z.z); }
+        if left > 3u { squares += element(i + 3u, z.w); }
     }
     let sum = tree_sum(thread, vec2<f32>(squares, 0.0));
     if thread == 0u { partials[sample * params.blocks + group.x] = sum; }

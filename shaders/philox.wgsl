@@ -1,25 +1,35 @@
 // Philox4x32-10 and Box-Muller; kept in sync with src/philox.rs, which explains the polynomials.
 // Prefixed to every shader that draws noise, and a kernel of its own for tests (`main` below is added there).
 
-fn mul_hi(a: u32, b: u32) -> u32 {
+// The 64-bit product of two words from their halves: (high, low).
+fn mul_wide(a: u32, b: u32) -> vec2<u32> {
     let a0 = a & 0xFFFFu; let a1 = a >> 16u;
     let b0 = b & 0xFFFFu; let b1 = b >> 16u;
     let low = a0 * b0;
     let mid = a1 * b0 + (low >> 16u);
     let mid2 = a0 * b1 + (mid & 0xFFFFu);
-    return a1 * b1 + (mid >> 16u) + (mid2 >> 16u);
+    return vec2<u32>(a1 * b1 + (mid >> 16u) + (mid2 >> 16u), (mid2 << 16u) | (low & 0xFFFFu));
 }
 
+fn philox_round(c: vec4<u32>, k: vec2<u32>) -> vec4<u32> {
+    let p0 = mul_wide(0xD2511F53u, c.x);
+    let p1 = mul_wide(0xCD9E8D57u, c.z);
+    return vec4<u32>(p1.x ^ c.y ^ k.x, p1.y, p0.x ^ c.w ^ k.y, p0.y);
+}
+
+// Ten rounds, written out: a loop costs software Vulkan more than its body.
 fn philox(key: vec2<u32>, counter: vec4<u32>) -> vec4<u32> {
-    var k = key;
-    var c = counter;
-    for (var round = 0u; round < 10u; round++) {
-        if round > 0u { k += vec2<u32>(0x9E3779B9u, 0xBB67AE85u); }
-        let h0 = mul_hi(0xD2511F53u, c.x); let l0 = 0xD2511F53u * c.x;
-        let h1 = mul_hi(0xCD9E8D57u, c.z); let l1 = 0xCD9E8D57u * c.z;
-        c = vec4<u32>(h1 ^ c.y ^ k.x, l1, h0 ^ c.w ^ k.y, l0);
-    }
-    return c;
+    let w = vec2<u32>(0x9E3779B9u, 0xBB67AE85u);
+    var c = philox_round(counter, key);
+    c = philox_round(c, key + w);
+    c = philox_round(c, key + 2u * w);
+    c = philox_round(c, key + 3u * w);
+    c = philox_round(c, key + 4u * w);
+    c = philox_round(c, key + 5u * w);
+    c = philox_round(c, key + 6u * w);
+    c = philox_round(c, key + 7u * w);
+    c = philox_round(c, key + 8u * w);
+    return philox_round(c, key + 9u * w);
 }
 
 fn log_unit(x: f32) -> f32 {
@@ -40,12 +50,11 @@ fn sin_cos_turn(u: u32) -> vec2<f32> {
     let z = a * a;
     let s = a * (1.0 + z * (-1.6666667e-1 + z * (8.333333e-3 + z * (-1.984127e-4 + z * 2.755732e-6))));
     let c = 1.0 + z * (-0.5 + z * (4.1666666e-2 + z * (-1.3888889e-3 + z * 2.4801587e-5)));
-    switch quadrant {
-        case 0u: { return vec2<f32>(s, c); }
-        case 1u: { return vec2<f32>(c, -s); }
-        case 2u: { return vec2<f32>(-s, -c); }
-        default: { return vec2<f32>(-c, s); }
-    }
+    // By selection, not by branches: all threads of a group take all branches anyway.
+    let odd = (quadrant & 1u) == 1u;
+    let sin_sign = select(1.0, -1.0, quadrant >= 2u);
+    let cos_sign = select(1.0, -1.0, quadrant == 1u || quadrant == 2u);
+    return vec2<f32>(sin_sign * select(s, c, odd), cos_sign * select(c, s, odd));
 }
 
 fn box_muller(u: u32, v: u32) -> vec2<f32> {

@@ -1,13 +1,12 @@
 // From log rho, advantage and credit weight: the loss, its statistics, and its gradient with respect to the network's
-// output. Grid: (blocks, batch). Objectives: 0 PPO-clip, 1 log-ratio, 2 log-hinge (METHOD section 4).
+// output. Grid: (blocks, batch); follows log_ratio. Objectives: 0 PPO-clip, 1 log-ratio, 2 log-hinge (METHOD section 4).
 
 @group(0) @binding(1) var<storage, read_write> model_out: array<f32>;  // [(1 + guided) batch, dim]
-@group(0) @binding(2) var<storage, read_write> old: array<f32>;        // [batch, dim]
-@group(0) @binding(3) var<storage, read_write> reference: array<f32>;  // [(1 + guided) batch, dim], or any buffer
-@group(0) @binding(4) var<storage, read_write> log_rho: array<vec2<f32>>; // [batch]: log rho, KL
-@group(0) @binding(5) var<storage, read_write> advantage: array<f32>;  // [batch]
-@group(0) @binding(6) var<storage, read_write> gradient: array<f32>;   // [(1 + guided) batch, dim]
-@group(0) @binding(7) var<storage, read_write> stats: array<f32>;      // [batch, 6]
+@group(0) @binding(2) var<storage, read_write> reference: array<f32>;  // [(1 + guided) batch, dim], or any buffer
+@group(0) @binding(3) var<storage, read_write> log_rho: array<vec2<f32>>; // [batch]: log rho, KL
+@group(0) @binding(4) var<storage, read_write> advantage: array<f32>;  // [batch]
+@group(0) @binding(5) var<storage, read_write> gradient: array<f32>;   // [(1 + guided) batch, dim]; holds log_ratio's direction in its first rows
+@group(0) @binding(6) var<storage, read_write> stats: array<f32>;      // [batch, 6]
 
 // (loss, d loss / d log rho, clipped)
 fn objective(lr: f32, adv: f32) -> vec3<f32> {
@@ -37,25 +36,21 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let policy = -o.y * params.scale / f32(params.dim);
     let penalty = params.beta * params.scale * params.w_native * params.w_native / f32(params.dim);
     let end = min((group.x + 1u) * BLOCK, params.dim);
-    for (var first = group.x * BLOCK + 4u * thread; first < end; first += 4u * THREADS) {
-        let z = normals(vec2<u32>(params.key_lo, params.key_hi), params.stream, params.first_image + sample, params.step, first / 4u);
-        for (var lane = 0u; lane < min(4u, end - first); lane++) {
-            let i = sample * params.dim + first + lane;
-            let j = i + params.batch * params.dim;
-            var p = model_out[i];
-            if params.guided == 1u { p = p + params.guidance * (model_out[j] - p); }
-            var g = policy * params.w * (z[lane] + params.w * (p - old[i]));
-            if params.with_reference == 1u {
-                var r = reference[i];
-                if params.guided == 1u { r = r + params.guidance * (reference[j] - r); }
-                g += penalty * (p - r);
-            }
-            if params.guided == 1u {
-                gradient[i] = params.grad_uncond * (1.0 - params.guidance) * g;
-                gradient[j] = params.guidance * g;
-            } else {
-                gradient[i] = g;
-            }
+    // Neighbouring threads take neighbouring elements: no noise is drawn here, so quads are not needed.
+    for (var e = group.x * BLOCK + thread; e < end; e += THREADS) {
+        let i = sample * params.dim + e;
+        let j = i + params.batch * params.dim;
+        var g = policy * gradient[i];
+        if params.with_reference == 1u {
+            var d = model_out[i] - reference[i];
+            if params.guided == 1u { d = d + params.guidance * ((model_out[j] - reference[j]) - d); }
+            g += penalty * d;
+        }
+        if params.guided == 1u {
+            gradient[i] = params.grad_uncond * (1.0 - params.guidance) * g;
+            gradient[j] = params.guidance * g;
+        } else {
+            gradient[i] = g;
         }
     }
     if group.x == 0u && thread == 0u {

@@ -43,7 +43,7 @@ pub fn credit_reduce(compute: &Compute, stats: &Tensor<3>, weights: &[f32]) -> R
     gpu.run(&[Launch {
         kernel: REDUCE,
         uniforms: bytemuck::bytes_of(&[steps as u32, samples as u32, 0, 0]),
-        bindings: &[&buffer(stats), &buffer(&weights), &buffer(&table)],
+        bindings: vec![&buffer(stats), &buffer(&weights), &buffer(&table)],
         grid: [steps as u32, 1],
     }]);
     let rows = super::read(&table)?;

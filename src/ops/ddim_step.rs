@@ -63,13 +63,13 @@ pub fn ddim_step(
         Launch {
             kernel: STEP,
             uniforms,
-            bindings: &[&buffer(x), &buffer(model_out), &buffer(&x_prev), &buffer(&prediction), &partials],
+            bindings: vec![&buffer(x), &buffer(model_out), &buffer(&x_prev), &buffer(&prediction), &partials],
             grid: [params.blocks, params.batch],
         },
         Launch {
             kernel: LOG_PROB,
             uniforms,
-            bindings: &[&partials, &buffer(&log_prob)],
+            bindings: vec![&partials, &buffer(&log_prob)],
             grid: [params.batch.div_ceil(256), 1],
         },
     ]);

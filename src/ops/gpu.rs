@@ -58,7 +58,7 @@ pub struct Buffer {
 pub struct Launch<'a> {
     pub kernel: Kernel,
     pub uniforms: &'a [u8],
-    pub bindings: &'a [&'a Buffer],
+    pub bindings: Vec<&'a Buffer>,
     pub grid: [u32; 2],
 }
 
@@ -143,12 +143,15 @@ impl Gpu {
 
 static POISON: AtomicBool = AtomicBool::new(false);
 
-/// From now on outputs start as NaN instead of 0: tests show that way that no kernel relies on zeros.
+/// From now on outputs start as NaN instead of whatever memory held: tests show that way that no kernel relies on zeros.
 pub fn poison_outputs() {
     POISON.store(true, Ordering::Relaxed);
 }
 
 /// A tensor for a kernel to fill.
 pub fn output<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
-    Tensor::full(shape, if POISON.load(Ordering::Relaxed) { f32::NAN } else { 0.0 }, device)
+    match POISON.load(Ordering::Relaxed) {
+        true => Tensor::full(shape, f32::NAN, device),
+        false => Tensor::empty(shape, device),
+    }
 }

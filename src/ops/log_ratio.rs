@@ -9,7 +9,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::gpu::{Kernel, Launch, buffer, kernel, output};
+use super::gpu::{Buffer, Kernel, Launch, buffer, kernel, output};
 use super::{BLOCK, Coefficients, Guidance, NoiseKey, Params};
 use crate::device::Compute;
 
@@ -38,24 +38,20 @@ pub fn log_ratio(
     let params = Params { with_reference: reference_out.is_some().into(), ..Params::new(batch, dim, guidance, c, key) };
     let log_rho = output([batch, 2], &compute.burn);
     let partials = buffer(&output([batch, dim.div_ceil(BLOCK), 2], &compute.burn));
-    let uniforms = bytemuck::bytes_of(&params);
-    let policy = buffer(model_out);
+    let (policy, old, rows) = (buffer(model_out), buffer(old), buffer(&log_rho));
     let frozen = reference_out.map(buffer);
-    gpu.run(&[
-        Launch {
-            kernel: PARTIALS,
-            uniforms,
-            bindings: &[&policy, &buffer(old), frozen.as_ref().unwrap_or(&policy), &partials],
-            grid: [params.blocks, params.batch],
-        },
-        Launch {
-            kernel: FINISH,
-            uniforms,
-            bindings: &[&partials, &buffer(&log_rho)],
-            grid: [params.batch.div_ceil(256), 1],
-        },
-    ]);
+    gpu.run(&launches(&params, [&policy, &old, frozen.as_ref().unwrap_or(&policy), &partials, &old], &rows));
     log_rho
+}
+
+/// The two launches of the operation: `inputs` are the network's output, the old prediction, the reference's output,
+/// the partial sums and the direction (any buffer where `with_direction` is 0).
+pub(super) fn launches<'a>(params: &'a Params, inputs: [&'a Buffer; 5], log_rho: &'a Buffer) -> [Launch<'a>; 2] {
+    let uniforms = bytemuck::bytes_of(params);
+    [
+        Launch { kernel: PARTIALS, uniforms, bindings: inputs.to_vec(), grid: [params.blocks, params.batch] },
+        Launch { kernel: FINISH, uniforms, bindings: vec![inputs[3], log_rho], grid: [params.batch.div_ceil(256), 1] },
+    ]
 }
 
 /// CPU reference: `[log rho, KL]` of each sample, summed in f64.

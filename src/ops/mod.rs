@@ -136,9 +136,11 @@ pub(crate) struct Params {
     pub log_lo: f32,
     pub with_reference: u32,
     pub stream: u32,
+    pub with_direction: u32,
+    pub _pad: [u32; 3],
 }
 
-const _: () = assert!(size_of::<Params>() == 28 * 4, "kept in sync with shaders/common.wgsl");
+const _: () = assert!(size_of::<Params>() == 32 * 4, "kept in sync with shaders/common.wgsl");
 
 impl Params {
     pub fn new(batch: usize, dim: usize, guidance: Guidance, c: &Coefficients, key: NoiseKey) -> Self {

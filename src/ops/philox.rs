@@ -22,7 +22,7 @@ pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Tens
     gpu.run(&[Launch {
         kernel: NOISE,
         uniforms: bytemuck::bytes_of(&params),
-        bindings: &[&buffer(&noise)],
+        bindings: vec![&buffer(&noise)],
         grid: [params.blocks, params.batch],
     }]);
     noise

@@ -14,10 +14,10 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::gpu::{Kernel, Launch, buffer, kernel, output};
-use super::{Coefficients, Guidance, NoiseKey, Params, log_ratio};
+use super::{BLOCK, Coefficients, Guidance, NoiseKey, Params, log_ratio};
 use crate::device::Compute;
 
-pub(super) const OBJECTIVE: Kernel = kernel!("policy_objective", "common", "philox");
+pub(super) const OBJECTIVE: Kernel = kernel!("policy_objective", "common");
 
 /// Numbers that each sample leaves in the statistics: log rho, loss, clipped, 1/2 log rho^2, KL, |d loss / d log rho|.
 pub const STATS: usize = 6;
@@ -99,13 +99,12 @@ pub fn policy_objective(
     c: &Coefficients,
     key: NoiseKey,
 ) -> (Tensor<4>, Tensor<2>) {
-    let log_rho = log_ratio::log_ratio(compute, model_out, old, reference_out, guidance, c, key);
     let (batch, dim) = (advantage.len(), old.dims()[1..].iter().product::<usize>());
     let shape = model_out.dims();
     let Some(gpu) = &compute.gpu else {
         let reference_out = reference_out.map(super::host);
         let (out, old) = (super::host(model_out), super::host(old));
-        let rows = super::host(&log_rho);
+        let rows = log_ratio::reference(&out, &old, reference_out.as_deref(), batch, guidance, c, key).concat();
         let (gradient, stats) =
             reference(surrogate, &out, &old, reference_out.as_deref(), &rows, advantage, guidance, c, key);
         return (
@@ -123,27 +122,26 @@ pub fn policy_objective(
         log_hi,
         log_lo,
         with_reference: reference_out.is_some().into(),
+        with_direction: 1,
         ..Params::new(batch, dim, guidance, c, key)
     };
     let gradient = output(shape, &compute.burn);
     let stats = output([batch, STATS], &compute.burn);
     let advantage = Tensor::<1>::from_data(TensorData::new(advantage.to_vec(), [batch]), &compute.burn);
-    let policy = buffer(model_out);
+    let partials = buffer(&output([batch, dim.div_ceil(BLOCK), 2], &compute.burn));
+    let log_rho = buffer(&output([batch, 2], &compute.burn));
+    let (policy, old, advantage) = (buffer(model_out), buffer(old), buffer(&advantage));
     let frozen = reference_out.map(buffer);
-    gpu.run(&[Launch {
+    let frozen = frozen.as_ref().unwrap_or(&policy);
+    let (slope, rows) = (buffer(&gradient), buffer(&stats));
+    let [partial, finish] = log_ratio::launches(&params, [&policy, &old, frozen, &partials, &slope], &log_rho);
+    let objective = Launch {
         kernel: OBJECTIVE,
         uniforms: bytemuck::bytes_of(&params),
-        bindings: &[
-            &policy,
-            &buffer(old),
-            frozen.as_ref().unwrap_or(&policy),
-            &buffer(&log_rho),
-            &buffer(&advantage),
-            &buffer(&gradient),
-            &buffer(&stats),
-        ],
+        bindings: vec![&policy, frozen, &log_rho, &advantage, &slope, &rows],
         grid: [params.blocks, params.batch],
-    }]);
+    };
+    gpu.run(&[partial, finish, objective]);
     (gradient, stats)
 }
 

@@ -1,7 +1,7 @@
 //! The hot path's mathematics as plain Burn tensor operations: what one would write without shaders. Benchmarks
-//! compare against it on the same device. It is given its noise ready made, which favours it.
+//! compare against it on the same device. The update is given its noise ready made, as a trainer would have stored it.
 
-use burn::tensor::Tensor;
+use burn::tensor::{Distribution, Tensor};
 
 use super::policy_objective::{GuidanceGradient, Objective, Surrogate};
 use super::{Coefficients, Guidance};
@@ -22,17 +22,18 @@ fn sample_mean(x: Tensor<4>) -> Tensor<1> {
     x.reshape([b as i32, -1]).mean_dim(1).reshape([b])
 }
 
-/// See [`super::ddim_step`]: (x_prev, prediction, log p).
+/// See [`super::ddim_step`]: (x_prev, prediction, log p). `z` is ready-made noise; without it Burn draws its own.
 pub fn ddim_step(
     x: &Tensor<4>,
     out: &Tensor<4>,
-    z: &Tensor<4>,
+    z: Option<&Tensor<4>>,
     guidance: Guidance,
     c: &Coefficients,
 ) -> (Tensor<4>, Tensor<4>, Tensor<1>) {
     let p = combine(out, guidance);
     let mean = x.clone() * c.a - p.clone() * c.b;
-    let x_prev = mean.clone() + z.clone() * c.sigma;
+    let z = z.cloned().unwrap_or_else(|| x.random_like(Distribution::Normal(0.0, 1.0)));
+    let x_prev = mean.clone() + z * c.sigma;
     let squares = (x_prev.clone() - mean).square() / (-2.0 * c.sigma * c.sigma);
     (x_prev, p, sample_mean(squares) - c.log_norm)
 }

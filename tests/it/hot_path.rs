@@ -261,7 +261,7 @@ fn policy_objective_matches_its_reference() {
                     KEY,
                 );
                 assert!(
-                    error(&read(&g).unwrap(), &gradient) < 1e-4,
+                    error(&read(&g).unwrap(), &gradient) < 1e-5,
                     "{objective:?} {shape:?}: gradient {:e}",
                     error(&read(&g).unwrap(), &gradient)
                 );
