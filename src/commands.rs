@@ -1,4 +1,4 @@
-//! What the commands do, apart from their own modules; the only place that prints results.
+//! What the commands do, apart from their own modules: they open, call, print and write.
 
 use std::path::PathBuf;
 
