@@ -83,7 +83,7 @@ pub struct SampleArgs {
     /// Folder for the images
     #[arg(long, default_value = "samples")]
     pub out: PathBuf,
-    /// Start from the tensor `latents` [B,C,H,W] of this safetensors file, B = prompts x batch
+    /// Start from the tensor `latents`, `[B,C,H,W]`, of this safetensors file, B = prompts x batch
     #[arg(long, value_name = "FILE")]
     pub latents: Option<PathBuf>,
     /// Write the final latents to this safetensors file, as the tensor `latents`

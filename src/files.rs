@@ -49,7 +49,7 @@ pub type Named = (String, Vec<usize>, Vec<f32>);
 /// Writes f32 tensors as safetensors, with string metadata.
 ///
 /// # Errors
-/// As [`write`].
+/// As [`write()`].
 pub fn write_tensors(path: &Path, tensors: &[Named], metadata: &[(&str, String)]) -> Result<()> {
     use safetensors::tensor::{Dtype, TensorView};
     let views = tensors
