@@ -68,3 +68,9 @@ fn normals(seed: vec2<u32>, stream: u32, image: u32, step: u32, quad: u32) -> ve
     let w = philox(seed, vec4<u32>(quad, step, image, stream));
     return vec4<f32>(box_muller(w.x, w.y), box_muller(w.z, w.w));
 }
+
+// The noise of one unit of WIDTH elements.
+fn draw(sample: u32, unit: u32) -> Lanes {
+    let key = vec2<u32>(params.key_lo, params.key_hi);
+    return pick(normals(key, params.stream, params.first_image + sample, params.step, unit * WIDTH / 4u), unit);
+}

@@ -1,11 +1,11 @@
 // From log rho, advantage and credit weight: the loss, its statistics, and its gradient with respect to the network's
 // output. Grid: (blocks, batch); follows log_ratio. Objectives: 0 PPO-clip, 1 log-ratio, 2 log-hinge (METHOD section 4).
 
-@group(0) @binding(1) var<storage, read_write> model_out: array<f32>;  // [(1 + guided) batch, dim]
-@group(0) @binding(2) var<storage, read_write> reference: array<f32>;  // [(1 + guided) batch, dim], or any buffer
+@group(0) @binding(1) var<storage, read_write> model_out: array<Lanes>;  // [(1 + guided) batch, dim]
+@group(0) @binding(2) var<storage, read_write> reference: array<Lanes>;  // [(1 + guided) batch, dim], or any buffer
 @group(0) @binding(3) var<storage, read_write> log_rho: array<vec2<f32>>; // [batch]: log rho, KL
 @group(0) @binding(4) var<storage, read_write> advantage: array<f32>;  // [batch]
-@group(0) @binding(5) var<storage, read_write> gradient: array<f32>;   // [(1 + guided) batch, dim]; holds log_ratio's direction in its first rows
+@group(0) @binding(5) var<storage, read_write> gradient: array<Lanes>;   // [(1 + guided) batch, dim]; holds log_ratio's direction in its first rows
 @group(0) @binding(6) var<storage, read_write> stats: array<f32>;      // [batch, 6]
 
 // (loss, d loss / d log rho, clipped)
@@ -35,11 +35,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let o = objective(lr.x, advantage[sample]);
     let policy = -o.y * params.scale / f32(params.dim);
     let penalty = params.beta * params.scale * params.w_native * params.w_native / f32(params.dim);
-    let end = min((group.x + 1u) * BLOCK, params.dim);
-    // Neighbouring threads take neighbouring elements: no noise is drawn here, so quads are not needed.
-    for (var e = group.x * BLOCK + thread; e < end; e += THREADS) {
-        let i = sample * params.dim + e;
-        let j = i + params.batch * params.dim;
+    let units = params.dim / WIDTH;
+    let end = min((group.x + 1u) * (BLOCK / WIDTH), units);
+    for (var unit = group.x * (BLOCK / WIDTH) + thread; unit < end; unit += THREADS) {
+        let i = sample * units + unit;
+        let j = i + params.batch * units;
         var g = policy * gradient[i];
         if params.with_reference == 1u {
             var d = model_out[i] - reference[i];

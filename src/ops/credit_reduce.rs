@@ -42,6 +42,7 @@ pub fn credit_reduce(compute: &Compute, stats: &Tensor<3>, weights: &[f32]) -> R
     let weights = Tensor::<1>::from_data(TensorData::new(weights.to_vec(), [steps]), &compute.burn);
     gpu.run(&[Launch {
         kernel: REDUCE,
+        width: 1,
         uniforms: bytemuck::bytes_of(&[steps as u32, samples as u32, 0, 0]),
         bindings: vec![&buffer(stats), &buffer(&weights), &buffer(&table)],
         grid: [steps as u32, 1],

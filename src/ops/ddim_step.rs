@@ -11,7 +11,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::gpu::{Kernel, Launch, buffer, kernel, output};
+use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
 use super::{BLOCK, Coefficients, Guidance, NoiseKey, Params};
 use crate::device::Compute;
 
@@ -62,12 +62,14 @@ pub fn ddim_step(
     gpu.run(&[
         Launch {
             kernel: STEP,
+            width: width(dim),
             uniforms,
             bindings: vec![&buffer(x), &buffer(model_out), &buffer(&x_prev), &buffer(&prediction), &partials],
             grid: [params.blocks, params.batch],
         },
         Launch {
             kernel: LOG_PROB,
+            width: width(dim),
             uniforms,
             bindings: vec![&partials, &buffer(&log_prob)],
             grid: [params.batch.div_ceil(256), 1],

@@ -13,7 +13,18 @@ use wgpu::util::DeviceExt;
 #[derive(Clone, Copy)]
 pub struct Kernel {
     pub name: &'static str,
-    pub source: fn() -> String,
+    /// The source for a width of 1 or 4 elements a thread.
+    pub source: fn(u32) -> String,
+}
+
+/// What a kernel that works on elements is told of their width.
+pub fn lanes(width: u32) -> &'static str {
+    if width == 4 { include_str!("../../shaders/lanes4.wgsl") } else { include_str!("../../shaders/lanes1.wgsl") }
+}
+
+/// The width that a sample's dimension allows.
+pub fn width(dim: usize) -> u32 {
+    if dim.is_multiple_of(4) { 4 } else { 1 }
 }
 
 /// Declares a [`Kernel`] from the files of `shaders/` that it is made of, in order.
@@ -21,7 +32,8 @@ macro_rules! kernel {
     ($name:literal $(, $prelude:literal)*) => {
         $crate::ops::gpu::Kernel {
             name: $name,
-            source: || [$(include_str!(concat!("../../shaders/", $prelude, ".wgsl")),)*
+            source: |width| [$crate::ops::gpu::lanes(width),
+                $(include_str!(concat!("../../shaders/", $prelude, ".wgsl")),)*
                 include_str!(concat!("../../shaders/", $name, ".wgsl"))].join("\n"),
         }
     };
@@ -45,7 +57,7 @@ pub struct Gpu {
     pub device: wgpu::Device,
     queue: wgpu::Queue,
     burn: Device,
-    pipelines: Arc<Mutex<HashMap<&'static str, wgpu::ComputePipeline>>>,
+    pipelines: Arc<Mutex<HashMap<(&'static str, u32), wgpu::ComputePipeline>>>,
 }
 
 /// A Burn tensor's memory; holds the allocation as long as it lives.
@@ -57,6 +69,8 @@ pub struct Buffer {
 /// One kernel launch: uniforms, tensors in the order of the bindings from 1 on, and the grid.
 pub struct Launch<'a> {
     pub kernel: Kernel,
+    /// Elements at a time, from [`width`]; part of the pipeline's key.
+    pub width: u32,
     pub uniforms: &'a [u8],
     pub bindings: Vec<&'a Buffer>,
     pub grid: [u32; 2],
@@ -89,14 +103,14 @@ impl Gpu {
         Self { device, queue, burn, pipelines: Arc::default() }
     }
 
-    fn pipeline(&self, kernel: Kernel) -> wgpu::ComputePipeline {
+    fn pipeline(&self, kernel: Kernel, width: u32) -> wgpu::ComputePipeline {
         let mut pipelines = self.pipelines.lock().expect("no thread panics while it compiles");
         pipelines
-            .entry(kernel.name)
+            .entry((kernel.name, width))
             .or_insert_with(|| {
                 let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
                     label: Some(kernel.name),
-                    source: wgpu::ShaderSource::Wgsl((kernel.source)().into()),
+                    source: wgpu::ShaderSource::Wgsl((kernel.source)(width).into()),
                 });
                 self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
                     label: Some(kernel.name),
@@ -116,7 +130,7 @@ impl Gpu {
         self.burn.flush().expect("Burn's queue accepts a flush");
         let mut encoder = self.device.create_command_encoder(&Default::default());
         for launch in launches {
-            let pipeline = self.pipeline(launch.kernel);
+            let pipeline = self.pipeline(launch.kernel, launch.width);
             let uniforms = self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
                 label: Some(launch.kernel.name),
                 contents: launch.uniforms,

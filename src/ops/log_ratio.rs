@@ -9,7 +9,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::gpu::{Buffer, Kernel, Launch, buffer, kernel, output};
+use super::gpu::{Buffer, Kernel, Launch, buffer, kernel, output, width};
 use super::{BLOCK, Coefficients, Guidance, NoiseKey, Params};
 use crate::device::Compute;
 
@@ -49,8 +49,20 @@ pub fn log_ratio(
 pub(super) fn launches<'a>(params: &'a Params, inputs: [&'a Buffer; 5], log_rho: &'a Buffer) -> [Launch<'a>; 2] {
     let uniforms = bytemuck::bytes_of(params);
     [
-        Launch { kernel: PARTIALS, uniforms, bindings: inputs.to_vec(), grid: [params.blocks, params.batch] },
-        Launch { kernel: FINISH, uniforms, bindings: vec![inputs[3], log_rho], grid: [params.batch.div_ceil(256), 1] },
+        Launch {
+            kernel: PARTIALS,
+            width: width(params.dim as usize),
+            uniforms,
+            bindings: inputs.to_vec(),
+            grid: [params.blocks, params.batch],
+        },
+        Launch {
+            kernel: FINISH,
+            width: width(params.dim as usize),
+            uniforms,
+            bindings: vec![inputs[3], log_rho],
+            grid: [params.batch.div_ceil(256), 1],
+        },
     ]
 }
 

@@ -4,7 +4,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::gpu::{Kernel, Launch, buffer, kernel, output};
+use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
 use super::{Coefficients, Guidance, NoiseKey, Params};
 use crate::device::Compute;
 use crate::philox::{self, Stream};
@@ -21,6 +21,7 @@ pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Tens
     let params = Params::new(batch, dim, Guidance::Off, &Coefficients::default(), key);
     gpu.run(&[Launch {
         kernel: NOISE,
+        width: width(dim),
         uniforms: bytemuck::bytes_of(&params),
         bindings: vec![&buffer(&noise)],
         grid: [params.blocks, params.batch],

@@ -13,7 +13,7 @@ use burn::tensor::{Tensor, TensorData};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::gpu::{Kernel, Launch, buffer, kernel, output};
+use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
 use super::{BLOCK, Coefficients, Guidance, NoiseKey, Params, log_ratio};
 use crate::device::Compute;
 
@@ -137,6 +137,7 @@ pub fn policy_objective(
     let [partial, finish] = log_ratio::launches(&params, [&policy, &old, frozen, &partials, &slope], &log_rho);
     let objective = Launch {
         kernel: OBJECTIVE,
+        width: width(dim),
         uniforms: bytemuck::bytes_of(&params),
         bindings: vec![&policy, frozen, &log_rho, &advantage, &slope, &rows],
         grid: [params.blocks, params.batch],

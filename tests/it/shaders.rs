@@ -6,9 +6,9 @@ use pcpo_wgpu::ops::gpu::KERNELS;
 
 #[test]
 fn every_shader_translates_for_msl_hlsl_and_spirv() {
-    for kernel in KERNELS {
-        let name = kernel.name;
-        let source = (kernel.source)();
+    for (kernel, width) in KERNELS.into_iter().flat_map(|k| [(k, 1), (k, 4)]) {
+        let name = format!("{} of width {width}", kernel.name);
+        let source = (kernel.source)(width);
         let module =
             naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
         let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
@@ -39,6 +39,10 @@ fn every_file_in_shaders_is_used() {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
         let text = std::fs::read_to_string(&path).unwrap();
-        assert!(KERNELS.iter().any(|k| (k.source)().contains(&text)), "{} belongs to no kernel", path.display());
+        assert!(
+            KERNELS.iter().any(|k| [1, 4].iter().any(|&w| (k.source)(w).contains(&text))),
+            "{} belongs to no kernel",
+            path.display()
+        );
     }
 }
