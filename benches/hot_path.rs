@@ -2,7 +2,7 @@
 //! over sizes and batches, values checked before anything is timed; then one epoch of the default job by phase.
 //!
 //! The shaders by name: ddim_step with ddim_log_prob, log_ratio with log_ratio_finish, policy_objective, credit_reduce,
-//! philox_noise (with the preludes common and philox).
+//! philox_noise, with the preludes common, philox, lanes1 and lanes4.
 //!
 //! Not criterion or divan: the figures that matter are ratios of three paths measured in turn in one run, which their
 //! reports do not make, and each would be one more tree of crates in every clean build. The timing is a median over at

@@ -1,6 +1,6 @@
 //! Each operation of the hot path: shader against CPU reference, reference against f64, gradient against central
 //! differences, repeatability. Kernels by name: philox_noise, ddim_step, ddim_log_prob, log_ratio, log_ratio_finish,
-//! policy_objective, credit_reduce (with the preludes common and philox).
+//! policy_objective, credit_reduce, with the preludes common, philox, lanes1 and lanes4 (both widths are among SHAPES).
 
 use burn::tensor::{Tensor, TensorData};
 use pcpo_wgpu::bench::{Case, OPERATIONS};
