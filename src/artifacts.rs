@@ -13,6 +13,8 @@ use crate::files;
 pub struct RunFolder {
     pub dir: PathBuf,
     metrics: String,
+    /// No epoch has been written yet.
+    fresh: bool,
     pending: Vec<(PathBuf, Vec<u8>)>,
 }
 
@@ -20,7 +22,7 @@ impl RunFolder {
     /// A new run's folder, which must not exist or be empty.
     ///
     /// # Errors
-    /// When it holds something.
+    /// When it holds something or cannot be made.
     pub fn new(dir: &Path) -> Result<Self> {
         let occupied = dir.exists() && std::fs::read_dir(dir).map_or(true, |mut d| d.next().is_some());
         ensure!(
@@ -28,7 +30,9 @@ impl RunFolder {
             "--out {}: is not an empty folder; choose another, or continue it with --resume",
             dir.display()
         );
-        Ok(Self { dir: dir.to_path_buf(), metrics: String::new(), pending: Vec::new() })
+        // Claimed at once, so that a second run started meanwhile takes another; dropped again where nothing follows.
+        std::fs::create_dir_all(dir).with_context(|| format!("--out {}: cannot be made", dir.display()))?;
+        Ok(Self { dir: dir.to_path_buf(), metrics: String::new(), fresh: true, pending: Vec::new() })
     }
 
     /// A run's folder to continue, with its metrics as they were at the checkpoint.
@@ -38,7 +42,7 @@ impl RunFolder {
     pub fn resume(dir: &Path, metrics_lines: usize) -> Result<Self> {
         let text = files::read_text(&dir.join("metrics.jsonl"))?;
         let metrics = text.lines().take(metrics_lines).map(|l| format!("{l}\n")).collect();
-        Ok(Self { dir: dir.to_path_buf(), metrics, pending: Vec::new() })
+        Ok(Self { dir: dir.to_path_buf(), metrics, fresh: false, pending: Vec::new() })
     }
 
     /// Adds a line to metrics.jsonl.
@@ -72,7 +76,7 @@ impl RunFolder {
     /// # Errors
     /// Names the file that cannot be written.
     pub fn flush(&mut self, last: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        let new = !self.dir.exists();
+        let new = std::mem::take(&mut self.fresh);
         let pending = std::mem::take(&mut self.pending);
         let write = || {
             for (path, bytes) in &pending {
@@ -86,6 +90,15 @@ impl RunFolder {
                 let _ = std::fs::remove_dir_all(&self.dir);
             }
         })
+    }
+}
+
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        if self.fresh {
+            // Removes the folder only while it is empty.
+            let _ = std::fs::remove_dir(&self.dir);
+        }
     }
 }
 

@@ -29,24 +29,25 @@ pub fn train(args: TrainArgs) -> Result<i32> {
                 dir.display()
             );
             let saved = Options::from_file(&path)?;
-            let resumed = args.options.over(&saved).resolve()?;
+            let resumed = args.options.over(&saved)?.resolve()?;
             let free = Options {
+                model: args.options.model.clone(),
                 epochs: args.options.epochs,
                 device: args.options.device.clone(),
                 keep_every: args.options.keep_every,
                 ..Default::default()
             };
-            let same = toml::to_string(&free.over(&saved).resolve()?)? == toml::to_string(&resumed)?;
+            let same = toml::to_string(&free.over(&saved)?.resolve()?)? == toml::to_string(&resumed)?;
             ensure!(
                 same,
-                "--resume {}: only --epochs, --device and --keep-every can change; start a new run for the rest",
+                "--resume {}: only --epochs, --device, --keep-every and --model (the same model elsewhere) can change; start a new run for the rest",
                 dir.display()
             );
             (resumed, dir.clone())
         }
         None => {
             let file = args.config.as_deref().map(Options::from_file).transpose()?.unwrap_or_default();
-            let settings = args.options.over(&file).resolve()?;
+            let settings = args.options.over(&file)?.resolve()?;
             let name = format!("{:?}", settings.preset).to_lowercase();
             (settings, args.out.unwrap_or_else(|| artifacts::default_folder(&name)))
         }

@@ -36,7 +36,7 @@ impl Run<'_> {
             let latents = Tensor::from_data(TensorData::new(noise, [columns, c, h, w]), &self.compute.burn);
             let policy = self.policy(Some(&lora), &cond, &uncond);
             // Images numbered from the top, which no rollout reaches.
-            let first_image = u32::MAX - (total - first) as u32;
+            let first_image = u32::MAX - (4 * columns - first) as u32;
             let sampled = sample(&policy, latents, &self.steps, &[], (s.seed, first_image), check_stop)?;
             decode(&self.pipeline.vae, &sampled.latents)
         })?;

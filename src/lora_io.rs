@@ -86,7 +86,17 @@ fn alpha_from_metadata(path: &Path) -> Result<Option<f64>> {
         safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))?;
     let text = header.metadata().as_ref().and_then(|m| m.get("lora_adapter_metadata"));
     let json = text.and_then(|t| serde_json::from_str::<serde_json::Value>(t).ok());
-    Ok(json.and_then(|j| j["unet.lora_alpha"].as_f64()))
+    if let Some(alpha) = json.and_then(|j| j["unet.lora_alpha"].as_f64()) {
+        return Ok(Some(alpha));
+    }
+    // peft's own `save_pretrained` keeps alpha in a file beside the weights.
+    let beside = path.with_file_name("adapter_config.json");
+    if !header.tensors().keys().any(|k| k.starts_with("base_model.model.")) || !beside.is_file() {
+        return Ok(None);
+    }
+    let config: serde_json::Value = crate::files::read_json(&beside)?;
+    ensure!(config["use_rslora"] != true, "{}: use_rslora = true is not supported", beside.display());
+    Ok(config["lora_alpha"].as_f64())
 }
 
 /// Loads an adapter of diffusers', peft's or kohya's layout; `linears` are the network's layers.

@@ -43,6 +43,12 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     let tracker = Tracker { size: s.tracker_size, min_count: s.tracker_min_count, ..Default::default() };
     let (state, adapter, optimizer, folder) = if job.resume {
         let (state, adapter, optimizer) = checkpoint::load(&job.out, &model, &linears)?;
+        ensure!(
+            state.epoch <= s.epochs,
+            "--epochs {}: the run has completed {} already; give that many or more",
+            s.epochs,
+            state.epoch
+        );
         let folder = RunFolder::resume(&job.out, state.metrics_lines)?;
         println!("resuming {} after epoch {}", job.out.display(), state.epoch);
         (state, adapter, optimizer, folder)
@@ -71,6 +77,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         s.reward
     );
     let uncond = pipeline.encode(&[""])?;
+    let saved = state.epoch;
     Ok(Run {
         s,
         compute,
@@ -85,5 +92,6 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         pipeline,
         dump: job.dump.clone(),
         skipped_in_a_row: 0,
+        saved,
     })
 }

@@ -47,7 +47,7 @@ pub struct Options {
     #[arg(long)]
     pub reward: Option<String>,
     /// Text file of prompts, one a line
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
     /// One prompt; can be repeated instead of a file
     #[arg(long = "prompt", value_name = "TEXT")]
@@ -212,11 +212,22 @@ impl Options {
     }
 
     /// `self` where it says something, `base` elsewhere.
-    pub fn over(&self, base: &Self) -> Self {
-        let table = |o: &Self| toml::Table::try_from(o).expect("options are plain values");
-        let mut merged = table(base);
-        merged.extend(table(self));
-        merged.try_into().expect("a merge of options is options")
+    ///
+    /// # Errors
+    /// When a path is not UTF-8 or the seed does not fit TOML's 63 bits.
+    pub fn over(&self, base: &Self) -> Result<Self> {
+        let table = |o: &Self| {
+            toml::Table::try_from(o)
+                .context("a path that is not UTF-8, or a --seed of 2^63 or more, cannot be saved with the run")
+        };
+        let (own, mut merged) = (table(self)?, table(base)?);
+        if own.contains_key("prompt") || own.contains_key("prompts") {
+            // One word on the prompts replaces both of the other's.
+            merged.remove("prompt");
+            merged.remove("prompts");
+        }
+        merged.extend(own);
+        Ok(merged.try_into()?)
     }
 
     /// Fills in presets and defaults, and checks.
@@ -228,11 +239,8 @@ impl Options {
         let (o, model) = match &self.model {
             Some(model) => (self, model.clone()),
             None => {
-                let mut job: Self = toml::from_str(EMOJI_JOB).context("models/emoji/train.toml")?;
-                if self.prompts.is_some() {
-                    job.prompt = None;
-                }
-                embedded = self.over(&job);
+                let job: Self = toml::from_str(EMOJI_JOB).context("models/emoji/train.toml")?;
+                embedded = self.over(&job)?;
                 (&embedded, embedded_model()?)
             }
         };

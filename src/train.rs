@@ -72,6 +72,8 @@ pub(crate) struct Run<'a> {
     pub(crate) folder: RunFolder,
     pub(crate) dump: Option<dump::Request>,
     pub(crate) skipped_in_a_row: usize,
+    /// Epochs that are on disk.
+    pub(crate) saved: usize,
 }
 
 /// An epoch's rollout.
@@ -92,9 +94,9 @@ pub(crate) struct Rollout {
 pub fn train(job: Job) -> Result<Summary> {
     let mut run = prepare(&job)?;
     let result = run.epochs();
-    let done = run.state.epoch;
+    let done = run.saved;
     match result {
-        Err(e) if done > 0 && run.folder.dir.exists() => Err(e.context(format!(
+        Err(e) if done > 0 => Err(e.context(format!(
             "the run ended after {done} complete epochs, which are kept; continue with `pcpo-wgpu train --resume {}`",
             run.folder.dir.display()
         ))),
@@ -104,8 +106,9 @@ pub fn train(job: Job) -> Result<Summary> {
 
 impl Run<'_> {
     fn epochs(&mut self) -> Result<Summary> {
+        // Also of a resumed run, which may have been given more epochs.
+        self.folder.file("settings.toml", toml::to_string(self.s).context("settings")?.into_bytes());
         if self.state.epoch == 0 {
-            self.folder.file("settings.toml", toml::to_string(self.s).context("settings")?.into_bytes());
             let (images, score) = self.evaluate(true)?;
             self.folder.picture("grids/epoch-00000.png", &grid(&images, self.grid_columns()))?;
             self.folder.metric(&json!({ "kind": "evaluation", "epoch": 0, "reward_mean": score }));
@@ -339,10 +342,14 @@ impl Run<'_> {
         self.skipped_in_a_row += 1;
         eprintln!("warning: update {} has a loss or gradient that is not finite and is skipped", self.state.updates);
         if self.skipped_in_a_row == MAX_SKIPPED {
-            bail!(
-                "{MAX_SKIPPED} updates in a row were not finite; lower --learning-rate or --max-grad-norm; the last good \
-                 adapter is that of the last completed epoch"
-            );
+            let kept = if self.saved > 0 {
+                let path = self.folder.dir.join("adapter-last-good.safetensors");
+                lora_io::save(&self.adapter, &path, Format::Diffusers)?;
+                format!("the adapter after the last finite update is in {}", path.display())
+            } else {
+                "no epoch was completed, so nothing is kept".to_string()
+            };
+            bail!("{MAX_SKIPPED} updates in a row were not finite; lower --learning-rate or --max-grad-norm; {kept}");
         }
         Ok(())
     }
@@ -370,6 +377,7 @@ impl Run<'_> {
             lora_io::save(adapter, &dir.join("adapter.safetensors"), Format::Diffusers)?;
             checkpoint::save(dir, state, adapter, optimizer, keep)
         })?;
+        self.saved = self.state.epoch;
         println!("{}", epoch.text(self.s.epochs));
         Ok(())
     }

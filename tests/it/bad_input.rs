@@ -29,6 +29,7 @@ fn settings() {
     refused(&["--updates-per-epoch", "3"], &["--updates-per-epoch 3"]);
     refused(&["--images-per-epoch", "64"], &["--images-per-epoch 64", "8 prompts"]);
     refused(&["--steps", "0"], &["--steps 0"]);
+    refused(&["--seed", "9223372036854775808"], &["--seed"]);
     refused(&["--steps", "2000"], &["--steps 2000"]);
     refused(&["--train-steps", "20"], &["--train-steps 20", "19"]);
     refused(&["--credit", "released"], &["released", "proportionate"]);

@@ -154,13 +154,34 @@ fn resuming_refuses_another_model_and_other_settings() {
         assert!(output.status.code() == Some(2) && error.contains(word), "{error}");
     };
     refused(&["--learning-rate", "1"], "--resume");
-    let state = out.join("checkpoints/epoch-00001/state.json");
+    refused(&["--epochs", "0"], "--epochs 0");
+    // More epochs are remembered: the next resume knows of them.
+    let more = program(&["train", "--resume", out.to_str().unwrap(), "--epochs", "2"]);
+    assert!(more.status.success(), "{more:?}");
+    assert!(std::fs::read_to_string(out.join("settings.toml")).unwrap().contains("epochs = 2"));
+    refused(&["--epochs", "1"], "has completed 2 already");
+    let state = out.join("checkpoints/epoch-00002/state.json");
     let text = std::fs::read_to_string(&state).unwrap();
     let model = serde_json::from_str::<serde_json::Value>(&text).unwrap()["model"].as_str().unwrap().to_string();
     std::fs::write(&state, text.replace(&model, &"0".repeat(64))).unwrap();
-    refused(&["--epochs", "2"], "model with hash");
+    refused(&["--epochs", "3"], "model with hash");
     std::fs::write(&state, text.replace("\"version\": 1", "\"version\": 99")).unwrap();
-    refused(&["--epochs", "2"], "version 99");
+    refused(&["--epochs", "3"], "version 99");
+}
+
+#[test]
+fn three_updates_that_are_not_finite_end_the_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let mut args = vec!["train", "--out", out.to_str().unwrap(), "--device", "cpu", "--epochs", "1"];
+    args.extend(SMALL);
+    args.extend(["--updates-per-epoch", "8", "--learning-rate", "1e30"]);
+    let output = program(&args);
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert_eq!(error.matches("is skipped").count(), 3, "{error}");
+    assert!(error.contains("3 updates in a row were not finite"), "{error}");
+    assert!(!out.exists(), "no epoch was completed, so there is no folder");
 }
 
 #[cfg(unix)]
