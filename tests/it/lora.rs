@@ -4,7 +4,7 @@ use burn::tensor::{Tensor, TensorData};
 use pcpo_wgpu::check::relative_error;
 use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::lora::Adapter;
-use pcpo_wgpu::lora_io::{Format, load, save};
+use pcpo_wgpu::lora_io::{Format, load, save, tensors};
 use pcpo_wgpu::model::Conditioning;
 use pcpo_wgpu::model::unet::UNet;
 use pcpo_wgpu::model::weights::{Storage, Weights};
@@ -52,6 +52,21 @@ fn both_layouts_read_back_what_was_written() {
         save(&adapter, &path, format).unwrap();
         assert_eq!(load(&path, &unet.linears()).unwrap(), adapter, "{format:?}");
     }
+}
+
+#[test]
+fn the_folder_that_peft_itself_saves_keeps_its_alpha() {
+    let unet = UNet::load(&golden("simple/unet"), &cpu().burn, Storage::F32).unwrap();
+    let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("adapter_model.safetensors");
+    let rename = |(name, shape, values): (String, Vec<usize>, Vec<f32>)| {
+        (name.replace("unet.", "base_model.model."), shape, values)
+    };
+    let tensors: Vec<_> = tensors(&adapter, Format::Diffusers).into_iter().map(rename).collect();
+    pcpo_wgpu::files::write_tensors(&path, &tensors, &[]).unwrap();
+    std::fs::write(dir.path().join("adapter_config.json"), r#"{"r": 4, "lora_alpha": 8}"#).unwrap();
+    assert_eq!(load(&path, &unet.linears()).unwrap(), adapter);
 }
 
 #[test]
