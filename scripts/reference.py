@@ -1,6 +1,8 @@
-"""Writes reference tensors of a diffusers StableDiffusion folder: DIR/reference.safetensors and DIR/reference.json.
+"""Writes reference tensors of a diffusers folder: DIR/reference.safetensors and DIR/reference.json.
 
-Everything runs on the CPU in f32 and in eval mode. Tensors, all f32 (B images, H x W latents, T tokens of width D):
+A folder with a `transformer` (Stable Diffusion 3, FLUX.1) goes to reference_flow.py, which lists its tensors. Of a
+StableDiffusion folder they are as follows. Everything runs on the CPU in f32 and in eval mode; all tensors are f32 (B
+images, H x W latents, T tokens of width D):
 
     in.latents                 [B, C, H, W]   standard normal
     in.timestep                [B]            a different one for each sample
@@ -53,6 +55,14 @@ def load_component(cls, folder, dtype=torch.float32):
     if missing:
         raise ValueError(f"{folder}: the weights lack, or have in another shape, {', '.join(missing)}")
     return model.eval().requires_grad_(False)
+
+
+def is_flow(folder):
+    """Whether a folder has a transformer in the UNet's place, or is one itself."""
+    folder = Path(folder)
+    config = folder / "config.json"
+    lone = config.is_file() and "Transformer" in json.loads(config.read_text()).get("_class_name", "")
+    return lone or (folder / "transformer").is_dir()
 
 
 def load_scheduler(folder):
@@ -156,38 +166,51 @@ def save_tensors(path, tensors):
 
 
 def write_reference(folder, out, **options):
-    """Makes a folder's reference and writes both its files to `out`; returns the tensors and the record."""
-    tensors, record = make_reference(folder, **options)
+    """Makes a folder's reference and writes its files to `out`; returns the tensors and the record.
+
+    A lone transformer has no record, as there is nothing to say of prompts and steps.
+    """
+    make = make_reference
+    if is_flow(folder):
+        from reference_flow import make_reference as make  # not at the top: it imports from here
+    tensors, record = make(folder, **options)
     save_tensors(Path(out) / "reference.safetensors", tensors)
-    (Path(out) / "reference.json").write_text(json.dumps(record, indent=2) + "\n")
+    if record:
+        (Path(out) / "reference.json").write_text(json.dumps(record, indent=2) + "\n")
     return tensors, record
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", metavar="MODEL_DIR", help="a StableDiffusion folder in diffusers' layout")
+    parser.add_argument("model", metavar="MODEL_DIR", help="a model folder in diffusers' layout")
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=2, help="images")
-    parser.add_argument("--steps", type=int, default=10, help="DDIM steps")
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--height-latent", type=int, help="default: the UNet's sample_size")
-    parser.add_argument("--width-latent", type=int, help="default: the UNet's sample_size")
+    parser.add_argument("--steps", type=int, help="default: 10 of DDIM, 8 of a flow model")
+    parser.add_argument("--guidance", type=float, help="default: 3.0, FLUX 3.5")
+    parser.add_argument("--height-latent", type=int, help="default: the network's sample_size, FLUX 16 or 8")
+    parser.add_argument("--width-latent", type=int, help="default: the network's sample_size, FLUX 16 or 8")
+    parser.add_argument("--max-sequence-length", type=int, help="T5's tokens in a flow model; default: 256, FLUX 512")
     parser.add_argument("--prompts", nargs="+", help="repeated in turn to fill the batch")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.batch < 1:
         parser.error(f"--batch {args.batch}: at least 1")
+    if args.max_sequence_length and not is_flow(args.model):
+        parser.error("--max-sequence-length: a StableDiffusion folder has no T5")
+    options = {
+        "seed": args.seed, "batch": args.batch, "steps": args.steps, "guidance": args.guidance,
+        "height": args.height_latent, "width": args.width_latent, "prompts": args.prompts,
+        "max_sequence_length": args.max_sequence_length,
+    }
     torch.set_num_threads(args.threads)
     try:
-        tensors, _ = write_reference(
-            args.model, args.out, seed=args.seed, batch=args.batch, steps=args.steps, guidance=args.guidance,
-            height=args.height_latent, width=args.width_latent, prompts=args.prompts,
-        )
+        given = {name: value for name, value in options.items() if value is not None}
+        tensors, _ = write_reference(args.model, args.out, **given)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     for name, tensor in tensors.items():
-        print(f"{name:26} {str(list(tensor.shape)):18} std {tensor.float().std():.4f}")
+        print(f"{name:33} {str(list(tensor.shape)):18} std {tensor.float().std():.4f}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Writes StableDiffusion folders with random weights, in diffusers' layout, for random_sd15.py and make_golden.py.
 
+Folders of flow models are flow_folder.py's.
+
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, transformers 5.23.0, safetensors 0.8.
 """
 
@@ -95,11 +97,12 @@ OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "p
 
 
 @torch.no_grad()
-def randomise(model, generator):
+def randomise(model, generator, gains=GAINS):
     """Random values under which every layer shows in the output: norms near 1, biases near 0, weights by fan-in.
 
     The convolutions on the residual stream itself grow it a little, so that the deepest blocks are not drowned by the
-    skip connections; queries and keys make attention choose; the VAE's decoder takes latents of size 10 to 50.
+    skip connections; queries and keys make attention choose; the VAE's decoder takes latents of size 10 to 50. `gains`
+    holds what departs from 1, by parts of names.
     """
     for name, parameter in model.named_parameters():
         parameter.normal_(generator=generator)
@@ -108,14 +111,14 @@ def randomise(model, generator):
         elif parameter.ndim == 1:
             parameter.mul_(0.2).add_(1.0)
         else:
-            gain = next((gain for part, gain in GAINS.items() if part in name), 1.0)
+            gain = next((gain for part, gain in gains.items() if part in name), 1.0)
             parameter.mul_(gain / parameter[0].numel() ** 0.5)
 
 
-def random_weights(kind, config, seed, dtype):
+def random_weights(kind, config, seed, dtype, builders=BUILDERS, gains=GAINS):
     """The state dict of a random model of this kind ("unet", "vae" or "text_encoder"), rounded to `dtype`."""
-    model = BUILDERS[kind](config)
-    randomise(model, torch.Generator().manual_seed(seed))
+    model = builders[kind](config)
+    randomise(model, torch.Generator().manual_seed(seed), gains)
     return {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
 
 
@@ -167,12 +170,26 @@ def write_shards(folder, stem, weights, shards):
     )
 
 
-def write_tokenizer(source, folder, length, pad_token="<|endoftext|>", tokenizer_json=True, special_tokens_map=False):
-    """Copies a CLIP tokenizer under another length and pad token."""
+def shorten_tokenizer(folder, merges):
+    """Leaves a CLIP tokenizer its first merges: 2 x 256 bytes, what the merges make of them, two special tokens."""
+    vocab = json.loads((folder / "vocab.json").read_text())
+    tokens = sorted(vocab, key=vocab.get)
+    tokens = tokens[: 512 + merges] + tokens[-2:]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    lines = (folder / "merges.txt").read_text().splitlines()
+    (folder / "merges.txt").write_text("\n".join(lines[: 1 + merges]) + "\n")
+
+
+def write_tokenizer(
+    source, folder, length, pad_token="<|endoftext|>", tokenizer_json=True, special_tokens_map=False, merges=None,
+):
+    """Copies a CLIP tokenizer under another length and pad token, and without tokenizer.json with fewer merges."""
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ["vocab.json", "merges.txt"] + ["tokenizer.json"] * tokenizer_json:
         shutil.copyfile(source / name, folder / name)
+    if merges:
+        shorten_tokenizer(folder, merges)
 
     def special(content):
         return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}

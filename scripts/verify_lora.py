@@ -2,10 +2,12 @@
 
     python scripts/verify_lora.py --model MODEL_DIR --lora FILE.safetensors --reference FILE.safetensors [--kohya]
 
-The reference holds in.latents, in.timestep, in.encoder_hidden_states and out.prediction (the UNet with the adapter).
-With --kohya the file has to be in kohya's format (lora_unet_....lora_down.weight, .lora_up.weight, .alpha), else in
-diffusers' (unet.....lora_A.weight, .lora_B.weight). The file goes through StableDiffusionPipeline.load_lora_weights;
-it fails too if diffusers drops one of the file's tensors or if the adapter does not change the prediction.
+The reference holds the network's inputs (of a UNet in.latents, in.timestep, in.encoder_hidden_states; of a flow model's
+transformer what reference_flow.py says) and out.prediction, the network with the adapter. With --kohya the file has to
+be in kohya's format (lora_unet_....lora_down.weight, .lora_up.weight, .alpha), which is verified of UNets only, else in
+diffusers' (unet. or transformer. ....lora_A.weight, .lora_B.weight). The file goes through the pipeline's
+load_lora_weights; it fails too if diffusers drops one of the file's tensors or if the adapter does not change the
+prediction.
 
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, peft 0.21.2, safetensors 0.8.
 """
@@ -17,47 +19,65 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from reference import load_folder, predict
+from reference import is_flow, load_folder, predict
+from reference_flow import load_transformer, predict_flow
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 INPUTS = ["in.latents", "in.timestep", "in.encoder_hidden_states"]
-PREFIX = {True: "lora_unet_", False: "unet."}
+FLOW_INPUTS = ["in.hidden_states", "in.timestep", "in.encoder_hidden_states", "in.pooled_projections"]
 
 
-def check_format(path, kohya):
+def check_format(path, prefix, kohya):
     """Fails if the file's keys are not of the promised format; returns how many matrices it holds."""
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
-    strange = [key for key in keys if not key.startswith(PREFIX[kohya])]
+    strange = [key for key in keys if not key.startswith(prefix)]
     if strange:
         switch = "on" if kohya else "off"
-        raise ValueError(f"{path}: {strange[0]} does not start with {PREFIX[kohya]} (--kohya is {switch})")
+        raise ValueError(f"{path}: {strange[0]} does not start with {prefix} (--kohya is {switch})")
     return sum(not key.endswith(".alpha") for key in keys)
 
 
-def verify(model, lora, reference, kohya, tolerance):
-    """Prints what was loaded and the error; returns a sentence for each reason to fail."""
-    lora = Path(lora)
-    matrices = check_format(lora, kohya)
-    tensors = load_file(reference)
-    missing = [name for name in INPUTS + ["out.prediction"] if name not in tensors]
-    if missing:
-        raise ValueError(f"{reference} lacks {', '.join(missing)}")
+def load_unet(model):
+    """(pipeline, network, its prediction at the tensors of a reference) of a StableDiffusion folder."""
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about the scheduler's steps_offset
         pipe = StableDiffusionPipeline(
             **vars(load_folder(model)), safety_checker=None, feature_extractor=None, requires_safety_checker=False
         )
-    inputs, expected = [tensors[name] for name in INPUTS], tensors["out.prediction"]
+    return pipe, pipe.unet, lambda tensors: predict(pipe.unet, *(tensors[name] for name in INPUTS))
+
+
+def load_flow(model):
+    """The same of a flow model's folder, whose pipeline is empty but for the transformer."""
+    family, transformer = load_transformer(model)
+    names = ["vae", "scheduler", *family.text_encoders]
+    names += [name.replace("text_encoder", "tokenizer") for name in family.text_encoders]
+    pipe = family.pipeline(transformer=transformer, **dict.fromkeys(names))
+    return pipe, transformer, lambda tensors: predict_flow(transformer, tensors)
+
+
+def verify(model, lora, reference, kohya, tolerance):
+    """Prints what was loaded and the error; returns a sentence for each reason to fail."""
+    lora, flow = Path(lora), is_flow(model)
+    if flow and kohya:
+        raise ValueError("--kohya: of UNets only")
+    matrices = check_format(lora, "transformer." if flow else "lora_unet_" if kohya else "unet.", kohya)
+    tensors = load_file(reference)
+    missing = [name for name in [*(FLOW_INPUTS if flow else INPUTS), "out.prediction"] if name not in tensors]
+    if missing:
+        raise ValueError(f"{reference} lacks {', '.join(missing)}")
+    pipe, network, prediction = (load_flow if flow else load_unet)(model)
+    expected = tensors["out.prediction"]
     with torch.no_grad():
-        plain = predict(pipe.unet, *inputs)
+        plain = prediction(tensors)
         try:
             pipe.load_lora_weights(str(lora.parent), weight_name=lora.name)
         except (TypeError, KeyError) as problem:
             raise ValueError(f"diffusers refuses {lora}: {problem}") from problem
-        adapted = predict(pipe.unet, *inputs)
-    loaded = sum(".lora_" in name for name, _ in pipe.unet.named_parameters())
-    config = next(iter(pipe.unet.peft_config.values()))
+        adapted = prediction(tensors)
+    loaded = sum(".lora_" in name for name, _ in network.named_parameters())
+    config = next(iter(network.peft_config.values()))
     print(f"loaded {loaded} of {matrices} matrices, rank {config.r}, alpha {config.lora_alpha}")
     size = expected.abs().max()
     error = ((adapted - expected).abs().max() / size).item()

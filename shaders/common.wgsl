@@ -1,4 +1,4 @@
-// Shared by all kernels: the uniforms and the fixed reduction tree. Kept in sync with src/ops/mod.rs (`Params`).
+// Shared by all kernels: the uniforms and the layout of partial sums. Kept in sync with src/ops/mod.rs (`Params`).
 
 struct Params {
     batch: u32, dim: u32, blocks: u32, guided: u32,
@@ -8,24 +8,17 @@ struct Params {
     clip: f32, w: f32, w_native: f32, objective: u32,
     xi: f32, scale: f32, beta: f32, grad_uncond: f32,
     log_hi: f32, log_lo: f32, with_reference: u32, stream: u32,
-    with_direction: u32,
+    with_direction: u32, quadratic: f32, loss_weight: f32,
 }
 
 @group(0) @binding(0) var<uniform> params: Params;
 
-const THREADS: u32 = 256u;
-// Elements that one workgroup takes of one sample; BLOCK in src/ops/mod.rs.
+// Threads of a workgroup, and the elements of one sample that it takes: THREADS and BLOCK in src/ops/mod.rs.
+const THREADS: u32 = 64u;
 const BLOCK: u32 = 4096u;
 
-var<workgroup> tree: array<vec2<f32>, 256>;
-
-// Sum over the workgroup in a fixed tree: the same order on every run, so results repeat to the bit.
-fn tree_sum(thread: u32, value: vec2<f32>) -> vec2<f32> {
-    tree[thread] = value;
-    workgroupBarrier();
-    for (var half = THREADS / 2u; half > 0u; half = half / 2u) {
-        if thread < half { tree[thread] += tree[thread + half]; }
-        workgroupBarrier();
-    }
-    return tree[0];
+// Sums over a sample are deterministic: every thread leaves the sum of its elements, and a second kernel adds these up in
+// order. Without barriers, which cost software Vulkan more than the arithmetic between them.
+fn partial_index(group: vec3<u32>, thread: u32) -> u32 {
+    return (group.y * params.blocks + group.x) * THREADS + thread;
 }

@@ -1,14 +1,14 @@
-// log rho = -mean(w D z + 1/2 w^2 D^2) with D = prediction - old, and the exact KL to the reference. The form of
-// METHOD section 3 needs neither x_prev nor two log-probabilities. Grid: (blocks, batch).
-// Where policy_objective follows, the direction w (z + w D) of the gradient is kept, so that noise is drawn once.
+// log rho = -mean(w D z + q/2 w^2 D^2) with D = prediction - old, and the exact KL to the reference. The form of METHOD
+// section 3 needs neither x_prev nor two log-probabilities. q is 1, and 0 for GRPO-Guard's normalised ratio. Grid: (blocks, batch).
+// Where policy_objective follows, the direction w (z + q w D) of the gradient is kept, so that noise is drawn once.
 
 @group(0) @binding(1) var<storage, read_write> model_out: array<Lanes>;  // [(1 + guided) batch, dim]
 @group(0) @binding(2) var<storage, read_write> old: array<Lanes>;        // [batch, dim]
 @group(0) @binding(3) var<storage, read_write> reference: array<Lanes>;  // [(1 + guided) batch, dim], or any buffer
-@group(0) @binding(4) var<storage, read_write> partials: array<vec2<f32>>; // [batch, blocks]: log rho, KL
+@group(0) @binding(4) var<storage, read_write> partials: array<vec2<f32>>; // [batch, blocks, threads]: log rho, KL
 @group(0) @binding(5) var<storage, read_write> direction: array<Lanes>;  // [batch, dim] or longer; or any buffer
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let sample = group.y;
     let units = params.dim / WIDTH;
@@ -21,8 +21,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var p = model_out[i];
         if params.guided == 1u { p = p + params.guidance * (model_out[j] - p); }
         let wd = params.w * (p - old[i]);
-        sum.x += sum_lanes(wd * (z + 0.5 * wd));
-        if params.with_direction == 1u { direction[i] = params.w * (z + wd); }
+        let qwd = params.quadratic * wd;
+        sum.x += sum_lanes(wd * (z + 0.5 * qwd));
+        if params.with_direction == 1u { direction[i] = params.w * (z + qwd); }
         if params.with_reference == 1u {
             var r = reference[i];
             if params.guided == 1u { r = r + params.guidance * (reference[j] - r); }
@@ -30,6 +31,5 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             sum.y += 0.5 * sum_lanes(wr * wr);
         }
     }
-    let total = tree_sum(thread, sum);
-    if thread == 0u { partials[sample * params.blocks + group.x] = total; }
+    partials[partial_index(group, thread)] = sum;
 }

@@ -2,7 +2,7 @@
 
 @group(0) @binding(1) var<storage, read_write> noise: array<Lanes>; // [batch, dim]
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let sample = group.y;
     let units = params.dim / WIDTH;

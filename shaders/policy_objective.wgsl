@@ -28,12 +28,12 @@ fn objective(lr: f32, adv: f32) -> vec3<f32> {
     return vec3<f32>(-adv * (1.0 + lr), -adv, clipped);
 }
 
-@compute @workgroup_size(256)
+@compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
     let sample = group.y;
     let lr = log_rho[sample];
     let o = objective(lr.x, advantage[sample]);
-    let policy = -o.y * params.scale / f32(params.dim);
+    let policy = -o.y * params.loss_weight * params.scale / f32(params.dim);
     let penalty = params.beta * params.scale * params.w_native * params.w_native / f32(params.dim);
     let units = params.dim / WIDTH;
     let end = min((group.x + 1u) * (BLOCK / WIDTH), units);
@@ -56,10 +56,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if group.x == 0u && thread == 0u {
         let row = 6u * sample;
         stats[row] = lr.x;
-        stats[row + 1u] = o.x + params.beta * lr.y;
+        stats[row + 1u] = params.loss_weight * o.x + params.beta * lr.y;
         stats[row + 2u] = o.z;
         stats[row + 3u] = 0.5 * lr.x * lr.x;
         stats[row + 4u] = lr.y;
-        stats[row + 5u] = abs(o.y);
+        stats[row + 5u] = params.loss_weight * abs(o.y);
     }
 }

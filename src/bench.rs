@@ -10,14 +10,15 @@ use crate::credit::{self, Credit};
 use crate::device::Compute;
 use crate::ops::credit_reduce::{self, credit_reduce};
 use crate::ops::ddim_step::{self, ddim_step};
+use crate::ops::flow_step::{self, flow_step};
 use crate::ops::log_ratio::{self, log_ratio};
 use crate::ops::policy_objective::{self, GuidanceGradient, Objective, STATS, Surrogate, policy_objective};
 use crate::ops::{Coefficients, Guidance, NoiseKey, philox, read, tensor_ops};
 use crate::philox::{Stream, noise};
-use crate::schedule::Schedule;
+use crate::schedule::{Flow, Grid, Sampler, Sampling, Schedule, ddim::Ddim};
 
 /// The operations that have all three paths.
-pub const OPERATIONS: [&str; 3] = ["ddim_step", "log_ratio", "policy_objective"];
+pub const OPERATIONS: [&str; 4] = ["ddim_step", "flow_step", "log_ratio", "policy_objective"];
 
 /// One operation's inputs at one size, on the host and on the device.
 pub struct Case<'a> {
@@ -34,6 +35,8 @@ pub struct Case<'a> {
     guidance: Guidance,
     surrogate: Surrogate,
     c: Coefficients,
+    /// A Flow-GRPO step's.
+    flow: Coefficients,
     key: NoiseKey,
 }
 
@@ -48,8 +51,14 @@ impl<'a> Case<'a> {
             (0..n).map(|i| out[i] + 3.0 * (out[i + n] - out[i])).zip(draw(2, n)).map(|(p, d)| p + 1e-3 * d).collect();
         let tensor =
             |v: &[f32], shape: [usize; 4]| Tensor::from_data(TensorData::new(v.to_vec(), shape), &compute.burn);
-        let schedule = Schedule::stable_diffusion();
-        let steps = schedule.steps(50, 1.0).and_then(|s| credit::apply(Credit::Proportionate, &schedule, s));
+        let steps = |schedule: Schedule, sampler: Sampler| {
+            let (steps, eta) = (sampler.default_steps(), sampler.default_eta());
+            let sampling = Sampling { sampler, steps, eta, grid: Grid::Shifted, shift: None, tokens: 0 };
+            let native = schedule.steps(&sampling).expect("published settings are valid");
+            credit::apply(Credit::Proportionate, &schedule, native, None).expect("the rule fits every family")
+        };
+        let diffusion = steps(Schedule::Ddim(Ddim::stable_diffusion()), Sampler::Ddim);
+        let flow = steps(Schedule::Flow(Flow::shifted(3.0)), Sampler::FlowGrpo);
         let key = NoiseKey { seed: 7, first_image: 11, step: 3 };
         let advantage: Vec<f32> = (0..batch).map(|i| if i % 2 == 0 { 1.0 } else { -0.5 }).collect();
         Self {
@@ -70,7 +79,8 @@ impl<'a> Case<'a> {
                 guidance_gradient: GuidanceGradient::Both,
                 scale: 1.0 / batch as f32,
             },
-            c: Coefficients::from(&steps.expect("Stable Diffusion's schedule has 50 steps")[25]),
+            c: Coefficients::from(&diffusion[25]),
+            flow: Coefficients::from(&flow[5]),
             key,
             compute,
         }
@@ -79,7 +89,7 @@ impl<'a> Case<'a> {
     /// Bytes that the operation must move at least: what it reads and writes once.
     pub fn bytes(&self, operation: &str) -> usize {
         let latents = match operation {
-            "ddim_step" => 5,
+            "ddim_step" | "flow_step" => 5,
             "log_ratio" => 3,
             _ => 5,
         };
@@ -91,6 +101,9 @@ impl<'a> Case<'a> {
         let flat = |t: Tensor<4>| t.reshape([-1]);
         match operation {
             "ddim_step" => flat(ddim_step(self.compute, &self.x, &self.out, self.guidance, &self.c, self.key).x_prev),
+            "flow_step" => {
+                flat(flow_step(self.compute, &self.x, &self.out, self.guidance, &self.flow, self.key).x_prev)
+            }
             "log_ratio" => {
                 let rows = log_ratio(self.compute, &self.out, &self.old, None, self.guidance, &self.c, self.key);
                 rows.narrow(1, 0, 1).reshape([-1])
@@ -120,6 +133,7 @@ impl<'a> Case<'a> {
         let [x, out, old] = &self.host;
         match operation {
             "ddim_step" => ddim_step::reference(x, out, self.batch, self.guidance, &self.c, self.key).0,
+            "flow_step" => flow_step::reference(x, out, self.batch, self.guidance, &self.flow, self.key).0,
             "log_ratio" => {
                 let rows = log_ratio::reference(out, old, None, self.batch, self.guidance, &self.c, self.key);
                 rows.iter().map(|r| r[0]).collect()
@@ -139,8 +153,9 @@ impl<'a> Case<'a> {
         let given = (!own_noise).then_some(&self.z);
         let (g, c) = (self.guidance, &self.c);
         match operation {
-            "ddim_step" => {
-                let (x_prev, p, log_prob) = tensor_ops::ddim_step(&self.x, &self.out, given, g, c);
+            "ddim_step" | "flow_step" => {
+                let c = if operation == "flow_step" { &self.flow } else { c };
+                let (x_prev, p, log_prob) = tensor_ops::sampler_step(&self.x, &self.out, given, g, c);
                 self.force(&p);
                 self.force(&log_prob);
                 x_prev.reshape([-1])

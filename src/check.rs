@@ -3,19 +3,20 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use burn::tensor::{Tensor, TensorData};
 use serde::Deserialize;
 
 use crate::device::Compute;
 use crate::model::clip::ClipText;
-use crate::model::pipeline::{Conditioning, load_schedule};
-use crate::model::tokenizer::Tokenizer;
-use crate::model::unet::UNet;
+use crate::model::flux::Flux;
+use crate::model::pipeline::{Family, load_schedule};
+use crate::model::text::Text;
 use crate::model::vae::Vae;
 use crate::model::weights::{Storage, Weights};
-use crate::ops::Guidance;
-use crate::rollout::{Denoise, sample};
+use crate::model::{Conditioning, Denoiser, Inputs};
+use crate::rollout::{Denoise, Guided, sample};
+use crate::schedule::{Grid, Sampler, Sampling};
 
 /// One line of the answer.
 pub struct Comparison {
@@ -31,17 +32,20 @@ struct Run {
     steps: usize,
     guidance: f64,
     eta: f64,
+    /// T5 tokens of a flow model's prompts.
+    #[serde(default)]
+    max_sequence_length: usize,
 }
 
 /// A component's folder: below the model folder, or the folder itself.
-fn component(dir: &Path, name: &str, class: &str) -> Option<PathBuf> {
+fn component(dir: &Path, name: &str, classes: &[&str]) -> Option<PathBuf> {
     let below = dir.join(name);
     if below.join("config.json").is_file() {
         return Some(below);
     }
     let json: serde_json::Value = crate::files::read_json(&dir.join("config.json")).ok()?;
-    let own = json["_class_name"] == class || json["architectures"][0] == class;
-    own.then(|| dir.to_path_buf())
+    let own = |class: &&str| json["_class_name"] == **class || json["architectures"][0] == **class;
+    classes.iter().any(own).then(|| dir.to_path_buf())
 }
 
 struct Reference {
@@ -89,58 +93,40 @@ pub fn relative_error(found: &[f32], expected: &[f32]) -> f64 {
     if worst == 0.0 { 0.0 } else { worst / std }
 }
 
+/// What a folder's files are compared with.
+struct Subject<'a> {
+    model: &'a Path,
+    family: Family,
+    compute: &'a Compute,
+    storage: Storage,
+    reference: Reference,
+}
+
 /// Runs every comparison that the folder and the file allow.
 ///
 /// # Errors
 /// When a file is missing or damaged, a shape differs, or nothing can be compared.
 pub fn check(model: &Path, file: &Path, compute: &Compute, storage: Storage) -> Result<Vec<Comparison>> {
     ensure!(model.is_dir(), "--model {}: no such folder", model.display());
-    let r = Reference { weights: Weights::open_file(file)? };
-    let dev = &compute.burn;
-    let unet = component(model, "unet", "UNet2DConditionModel").map(|d| UNet::load(&d, dev, storage)).transpose()?;
-    let vae = component(model, "vae", "AutoencoderKL").map(|d| Vae::load(&d, dev, storage)).transpose()?;
-    let text =
-        component(model, "text_encoder", "CLIPTextModel").map(|d| ClipText::load(&d, dev, storage)).transpose()?;
+    let reference = Reference { weights: Weights::open_file(file)? };
+    let network = component(model, "transformer", &["SD3Transformer2DModel", "FluxTransformer2DModel"])
+        .or_else(|| component(model, "unet", &["UNet2DConditionModel"]));
+    let family = if network.is_some() { Family::of(model)? } else { Family::StableDiffusion };
+    let s = Subject { model, family, compute, storage, reference };
+    let r = &s.reference;
+    let vae = component(model, "vae", &["AutoencoderKL"]).map(|d| Vae::load(&d, &compute.burn, storage)).transpose()?;
     let mut lines = Vec::new();
-    if let (Some(unet), true) = (&unet, r.has("out.prediction")) {
-        let x = r.tensor::<4>("in.latents", compute)?;
-        let (timesteps, _) = r.weights.raw("in.timestep")?;
-        let sequence = r.tensor::<3>("in.encoder_hidden_states", compute)?;
-        let rows = x.dims()[0];
-        ensure!(
-            timesteps.len() == rows
-                && sequence.dims()[0] == rows
-                && x.dims()[1] == unet.in_channels
-                && sequence.dims()[2] == unet.context,
-            "{}: in.latents {:?}, in.timestep [{}] and in.encoder_hidden_states {:?} do not fit each other and the UNet ({} channels, context {})",
-            file.display(),
-            x.dims(),
-            timesteps.len(),
-            sequence.dims(),
-            unet.in_channels,
-            unet.context
-        );
-        let found = unet.forward(x, &timesteps, &Conditioning { sequence }, None);
-        lines.push(r.compare("prediction", "out.prediction", found)?);
+    if network.is_some() && r.has("out.prediction") {
+        lines.push(s.prediction()?);
     }
-    if let (Some(text), true) = (&text, r.has("in.input_ids")) {
-        let (ids, shape) = r.weights.raw("in.input_ids")?;
-        ensure!(
-            shape.len() == 2 && shape[1] > 0,
-            "{}: in.input_ids has shape {shape:?}, expected [B, T]",
-            file.display()
-        );
-        let ids: Vec<Vec<u32>> = ids.chunks(shape[1]).map(|row| row.iter().map(|&i| i as u32).collect()).collect();
-        lines.push(r.compare("encoder_hidden_states", "in.encoder_hidden_states", text.forward(&ids)?)?);
+    if let (Some(dir), true) = (component(model, "text_encoder", &["CLIPTextModel"]), r.has("in.input_ids")) {
+        lines.push(s.text_encoder(&dir)?);
     }
-    if r.has("out.latents") {
-        if let (Some(unet), Some(text)) = (&unet, &text) {
-            let found = whole_run(model, file, compute, unet, text, r.tensor("in.latents", compute)?)?;
-            lines.push(r.compare("latents", "out.latents", found)?);
-        }
-        if let (Some(vae), true) = (&vae, r.has("out.image")) {
-            lines.push(r.compare("image", "out.image", vae.decode(r.tensor("out.latents", compute)?))?);
-        }
+    if r.has("out.latents") && s.is_whole() {
+        lines.extend(s.whole_run()?);
+    }
+    if let (Some(vae), true) = (&vae, r.has("out.image")) {
+        lines.push(r.compare("image", "out.image", vae.decode(r.tensor("out.latents", compute)?))?);
     }
     if let (Some(vae), true) = (&vae, r.has("out.encoded") && r.has("in.image")) {
         lines.push(r.compare("encoded", "out.encoded", vae.encode(r.tensor("in.image", compute)?))?);
@@ -151,31 +137,139 @@ pub fn check(model: &Path, file: &Path, compute: &Compute, storage: Storage) -> 
     Ok(lines)
 }
 
-/// The DDIM run that reference.json describes.
-fn whole_run(
-    model: &Path,
-    file: &Path,
-    compute: &Compute,
-    unet: &UNet,
-    text: &ClipText,
-    latents: Tensor<4>,
-) -> Result<Tensor<4>> {
-    let path = file.with_file_name("reference.json");
-    let run: Run = crate::files::read_json(&path)?;
-    ensure!(
-        run.prompts.len() == latents.dims()[0],
-        "{}: {} prompts for {} latents",
-        path.display(),
-        run.prompts.len(),
-        latents.dims()[0]
-    );
-    let tokenizer = Tokenizer::load(&model.join("tokenizer"), text.max_tokens)?;
-    let encode = |p: &str| tokenizer.encode(p);
-    let rows = run.prompts.iter().map(|p| encode(p)).collect::<Result<Vec<_>>>()?;
-    let cond = Conditioning { sequence: text.forward(&rows)? };
-    let uncond = Conditioning { sequence: text.forward(&[encode("")?])? }.repeat(rows.len());
-    let steps = load_schedule(model)?.steps(run.steps, run.eta)?;
-    let denoise =
-        Denoise { compute, unet, lora: None, guidance: Guidance::new(run.guidance), cond: &cond, uncond: &uncond };
-    Ok(sample(&denoise, latents, &steps, &[], (0, 0), || Ok(()))?.latents)
+impl Subject<'_> {
+    fn is_whole(&self) -> bool {
+        let has = |part: &str| self.model.join(part).is_dir();
+        has(self.family.network()) && has("text_encoder") && has("tokenizer") && has("scheduler")
+    }
+
+    /// The network alone, in the terms of its class's forward.
+    fn prediction(&self) -> Result<Comparison> {
+        let r = &self.reference;
+        let (timesteps, _) = r.weights.raw("in.timestep")?;
+        let sequence = r.tensor::<3>("in.encoder_hidden_states", self.compute)?;
+        let pooled =
+            if self.family.is_flow() { Some(r.tensor::<2>("in.pooled_projections", self.compute)?) } else { None };
+        let (rows, width) = (sequence.dims()[0], sequence.dims()[2]);
+        let pooled_width = pooled.as_ref().map_or(0, |p| p.dims()[1]);
+        let cond = Conditioning { sequence, pooled };
+        if self.family == Family::Flux {
+            return self.flux(&timesteps, &cond);
+        }
+        let net = self.family.load(self.model, &self.compute.burn, self.storage)?;
+        // A flow's forward calls its latents hidden states.
+        let name = if self.family.is_flow() { "in.hidden_states" } else { "in.latents" };
+        let x = r.tensor::<4>(name, self.compute)?;
+        let [channels, ..] = net.latent_shape();
+        ensure!(
+            x.dims()[..2] == [rows, channels] && timesteps.len() == rows && net.context() == [width, pooled_width],
+            "{}: {name} {:?}, in.timestep [{}] and embeddings {width} and {pooled_width} wide do not fit a network of {channels} channels and context {:?}",
+            r.weights.source().display(),
+            x.dims(),
+            timesteps.len(),
+            net.context()
+        );
+        let [_, _, h, w] = x.dims();
+        net.accepts([h, w]).with_context(|| format!("{}: {name}", r.weights.source().display()))?;
+        let inputs = Inputs { timesteps: &timesteps, cond: &cond, guidance: &[] };
+        r.compare("prediction", "out.prediction", net.forward(x, inputs, None))
+    }
+
+    /// FLUX's forward takes packed tokens, their positions, and times from 0 to 1.
+    fn flux(&self, timesteps: &[f32], cond: &Conditioning) -> Result<Comparison> {
+        let r = &self.reference;
+        let below = self.model.join("transformer");
+        let dir = if below.is_dir() { below } else { self.model.to_path_buf() };
+        let net = Flux::load(&dir, &self.compute.burn, self.storage)?;
+        let packed = r.tensor::<3>("in.hidden_states", self.compute)?;
+        let [rows, n, channels] = packed.dims();
+        let ids = |name: &str, count: usize| -> Result<Vec<[f32; 3]>> {
+            let (values, shape) = r.weights.raw(name)?;
+            ensure!(
+                shape == [count, 3],
+                "{}: {name} has shape {shape:?}, expected [{count}, 3]",
+                r.weights.source().display()
+            );
+            Ok(values.chunks_exact(3).map(|c| [c[0], c[1], c[2]]).collect())
+        };
+        let (image_ids, text_ids) = (ids("in.img_ids", n)?, ids("in.txt_ids", cond.sequence.dims()[1])?);
+        let guidance = if r.has("in.guidance") { r.weights.raw("in.guidance")?.0 } else { vec![1.0; rows] };
+        let widths = [cond.sequence.dims()[2], cond.pooled.as_ref().map_or(0, |p| p.dims()[1])];
+        ensure!(
+            cond.len() == rows
+                && timesteps.len() == rows
+                && guidance.len() == rows
+                && channels == 4 * net.latent_shape()[0]
+                && widths == net.context(),
+            "{}: in.hidden_states {:?}, in.timestep [{}] and embeddings {widths:?} wide do not fit a network of {} channels and context {:?}",
+            r.weights.source().display(),
+            [rows, n, channels],
+            timesteps.len(),
+            4 * net.latent_shape()[0],
+            net.context()
+        );
+        let timesteps: Vec<f32> = timesteps.iter().map(|t| t * 1000.0).collect();
+        let inputs = Inputs { timesteps: &timesteps, cond, guidance: &guidance };
+        let state = net.start_tokens(packed, &image_ids, &text_ids, [0, 0], inputs);
+        let state = (0..net.blocks()).fold(state, |state, i| net.block(i, state, None));
+        r.compare("prediction", "out.prediction", net.finish_tokens(state, n))
+    }
+
+    /// CLIP's last hidden state against the sequence of a diffusion model.
+    fn text_encoder(&self, dir: &Path) -> Result<Comparison> {
+        let r = &self.reference;
+        let text = ClipText::load(dir, &self.compute.burn, self.storage)?;
+        let (ids, shape) = r.weights.raw("in.input_ids")?;
+        ensure!(
+            shape.len() == 2 && shape[1] > 0,
+            "{}: in.input_ids has shape {shape:?}, expected [B, T]",
+            r.weights.source().display()
+        );
+        let ids: Vec<Vec<u32>> = ids.chunks(shape[1]).map(|row| row.iter().map(|&i| i as u32).collect()).collect();
+        r.compare("encoder_hidden_states", "in.encoder_hidden_states", text.forward(&ids)?.last)
+    }
+
+    /// The run that reference.json describes: the prompts' embeddings where the file holds them, and the final latents.
+    fn whole_run(&self) -> Result<Vec<Comparison>> {
+        let r = &self.reference;
+        let latents = r.tensor::<4>("in.latents", self.compute)?;
+        let path = r.weights.source().with_file_name("reference.json");
+        let run: Run = crate::files::read_json(&path)?;
+        let [rows, _, h, w] = latents.dims();
+        ensure!(run.prompts.len() == rows, "{}: {} prompts for {rows} latents", path.display(), run.prompts.len());
+        let net = self.family.load(self.model, &self.compute.burn, self.storage)?;
+        net.accepts([h, w]).with_context(|| format!("{}: in.latents", r.weights.source().display()))?;
+        let width = net.context()[0];
+        let (dev, length) = (&self.compute.burn, run.max_sequence_length);
+        let text = Text::load(self.model, self.family, length, width, dev, self.storage)?;
+        let cond = text.encode(&run.prompts)?;
+        let uncond = text.encode(&[""])?;
+        let mut lines = Vec::new();
+        for (name, reference, found) in [
+            ("prompt_embeds", "out.prompt_embeds", &cond),
+            ("negative_prompt_embeds", "out.negative_prompt_embeds", &uncond),
+        ] {
+            if r.has(reference) {
+                lines.push(r.compare(name, reference, found.sequence.clone())?);
+            }
+        }
+        for (name, reference, found) in [
+            ("pooled_prompt_embeds", "out.pooled_prompt_embeds", &cond),
+            ("negative_pooled_embeds", "out.negative_pooled_prompt_embeds", &uncond),
+        ] {
+            if let (Some(pooled), true) = (&found.pooled, r.has(reference)) {
+                lines.push(r.compare(name, reference, pooled.clone())?);
+            }
+        }
+        let sampler = if self.family.is_flow() { Sampler::Ode } else { Sampler::Ddim };
+        let (steps, eta, tokens) = (run.steps, run.eta, net.tokens([h, w]));
+        let sampling = Sampling { sampler, steps, eta, grid: Grid::Diffusers, shift: None, tokens };
+        let steps = load_schedule(self.model)?.steps(&sampling)?;
+        let guidance = Guided::new(&*net, run.guidance);
+        let uncond = uncond.repeat(rows);
+        let policy = Denoise { compute: self.compute, net: &*net, lora: None, guidance, cond: &cond, uncond: &uncond };
+        let found = sample(&policy, latents, &steps, &[], (0, 0), || Ok(()))?.latents;
+        lines.push(r.compare("latents", "out.latents", found)?);
+        Ok(lines)
+    }
 }

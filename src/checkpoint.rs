@@ -10,6 +10,7 @@ use crate::adamw;
 use crate::files::{self, Named};
 use crate::lora::Adapter;
 use crate::lora_io::{self, Format};
+use crate::model::Family;
 use crate::model::nn::Linear;
 use crate::model::weights::Weights;
 use crate::ops::group_advantage::Tracker;
@@ -20,7 +21,7 @@ const VERSION: u32 = 1;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub version: u32,
-    /// SHA-256 of the UNet's weights.
+    /// SHA-256 of the network's weights.
     pub model: String,
     /// Epochs completed.
     pub epoch: usize,
@@ -55,7 +56,13 @@ fn epochs(run: &Path) -> Vec<usize> {
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub fn save(run: &Path, state: &State, adapter: &Adapter, optimizer: &adamw::State, keep: usize) -> Result<()> {
+pub fn save(
+    run: &Path,
+    state: &State,
+    (adapter, family): (&Adapter, Family),
+    optimizer: &adamw::State,
+    keep: usize,
+) -> Result<()> {
     let target = folder(run, state.epoch);
     let parent = run.join("checkpoints");
     std::fs::create_dir_all(&parent).with_context(|| format!("{}: cannot be made", parent.display()))?;
@@ -63,7 +70,7 @@ pub fn save(run: &Path, state: &State, adapter: &Adapter, optimizer: &adamw::Sta
         .prefix(".partial-")
         .tempdir_in(&parent)
         .with_context(|| format!("{}: cannot be written", parent.display()))?;
-    lora_io::save(adapter, &temporary.path().join("adapter.safetensors"), Format::Diffusers)?;
+    lora_io::save(adapter, &temporary.path().join("adapter.safetensors"), Format::Diffusers, family)?;
     let moments = |name: &str, values: &[Vec<f32>]| -> Vec<Named> {
         values.iter().enumerate().map(|(i, v)| (format!("{name}.{i:05}"), vec![v.len()], v.clone())).collect()
     };

@@ -3,12 +3,13 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{Args, Parser, Subcommand};
 
 use crate::commands;
 use crate::dump;
 use crate::lora_io::Format;
 use crate::model::weights::Storage;
+use crate::schedule::{Grid, Sampler};
 use crate::settings::Options;
 
 /// Aligns text-to-image models with a reward by policy gradients (PCPO), on any GPU, without CUDA.
@@ -30,6 +31,8 @@ pub enum Command {
     Check(CheckArgs),
     /// Print the credit weights of a schedule
     Credit(CreditArgs),
+    /// Encode prompts once, so that training needs no text encoder
+    Embed(EmbedArgs),
     /// List the devices and what `auto` takes
     Devices,
     /// Rewrite an adapter in another layout
@@ -58,7 +61,7 @@ pub struct TrainArgs {
 
 #[derive(Args)]
 pub struct SampleArgs {
-    /// Model folder [default: the embedded emoji model]
+    /// Model folder, or emoji or emoji-flow [default: emoji]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Adapter to use
@@ -67,16 +70,25 @@ pub struct SampleArgs {
     /// Prompt; can be repeated
     #[arg(long, required = true)]
     pub prompt: Vec<String>,
-    #[arg(long, default_value_t = 50)]
-    pub steps: usize,
-    /// Classifier-free guidance; 1 or less is none
-    #[arg(long, default_value_t = 5.0)]
-    pub guidance: f64,
-    /// DDIM's eta: 0 is deterministic, 1 is DDPM
+    #[command(flatten)]
+    pub steps: StepArgs,
+    /// Guidance; without a distilled network 1 or less is none [default: 5, for Stable Diffusion 3 4.5, for FLUX 3.5]
+    #[arg(long)]
+    pub guidance: Option<f64>,
+    /// Amount of noise: 0 is deterministic, and 1 is DDPM for ddim
     #[arg(long, default_value_t = 0.0)]
     pub eta: f64,
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
+    /// Side of the images in pixels [default: the model's own]
+    #[arg(long, value_name = "PIXELS")]
+    pub resolution: Option<usize>,
+    /// Text embeddings that `pcpo-wgpu embed` wrote: no text encoder is loaded
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+    /// T5 tokens of a prompt [default: 256 for Stable Diffusion 3, 512 for FLUX]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_sequence_length: Option<usize>,
     /// Images of each prompt
     #[arg(long, default_value_t = 1)]
     pub batch: usize,
@@ -93,6 +105,23 @@ pub struct SampleArgs {
     pub device: String,
     #[arg(long, value_enum, default_value = "f32")]
     pub storage: Storage,
+}
+
+/// Which steps a sampler takes.
+#[derive(Args)]
+pub struct StepArgs {
+    /// Sampler [default: ddim for diffusion, ode for flow models]
+    #[arg(long, value_enum)]
+    pub sampler: Option<Sampler>,
+    /// Number of steps [default: 50 for diffusion, 28 for flow models]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Spacing of a flow's times
+    #[arg(long, value_enum, default_value = "diffusers")]
+    pub grid: Grid,
+    /// Shift of a flow's times [default: the model's scheduler's]
+    #[arg(long)]
+    pub shift: Option<f64>,
 }
 
 #[derive(Args)]
@@ -112,21 +141,23 @@ pub struct CheckArgs {
     pub storage: Storage,
 }
 
-/// Samplers whose credit can be printed.
-#[derive(Clone, Copy, ValueEnum)]
-pub enum Sampler {
-    Ddim,
-}
-
 #[derive(Args)]
 pub struct CreditArgs {
     #[arg(long, value_enum, default_value = "ddim")]
     pub sampler: Sampler,
-    #[arg(long, default_value_t = 50)]
-    pub steps: usize,
-    #[arg(long, default_value_t = 1.0)]
-    pub eta: f64,
-    /// Model folder whose scheduler is used [default: Stable Diffusion's]
+    /// Number of steps [default: 50 for ddim, 16 for dance, 10 for flow-grpo and cps]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Amount of noise [default: 1 for ddim, 0.3 for dance, 0.7 for flow-grpo and cps]
+    #[arg(long)]
+    pub eta: Option<f64>,
+    /// Shift of a flow's times [default: 3, or the model's scheduler's]
+    #[arg(long)]
+    pub shift: Option<f64>,
+    /// Published total of a flow's credit, in place of the grid's own
+    #[arg(long)]
+    pub zeta: Option<f64>,
+    /// Model folder whose scheduler is used [default: Stable Diffusion's for ddim, a plain shift for flows]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Print JSON
@@ -138,6 +169,29 @@ pub struct CreditArgs {
 }
 
 #[derive(Args)]
+pub struct EmbedArgs {
+    /// Model folder, or emoji or emoji-flow [default: emoji]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+    /// Text file of prompts, one a line
+    #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
+    pub prompts: Option<PathBuf>,
+    /// One prompt; can be repeated instead of a file
+    #[arg(long = "prompt", value_name = "TEXT")]
+    pub prompt: Option<Vec<String>>,
+    /// File to write
+    #[arg(long, value_name = "FILE")]
+    pub out: PathBuf,
+    /// T5 tokens of a prompt [default: 256 for Stable Diffusion 3, 512 for FLUX]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_sequence_length: Option<usize>,
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    #[arg(long, value_enum, default_value = "f32")]
+    pub storage: Storage,
+}
+
+#[derive(Args)]
 pub struct ConvertArgs {
     /// Adapter to read: diffusers', peft's or kohya's layout
     pub input: PathBuf,
@@ -145,7 +199,7 @@ pub struct ConvertArgs {
     pub output: PathBuf,
     #[arg(long, value_enum, default_value = "kohya")]
     pub format: Format,
-    /// Model folder that the adapter belongs to [default: the embedded emoji model]
+    /// Model folder that the adapter belongs to, or emoji or emoji-flow [default: emoji]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
 }
@@ -166,6 +220,7 @@ pub fn run(cli: Cli) -> Result<i32> {
         Command::Sample(args) => commands::sample(&args),
         Command::Check(args) => commands::check(&args),
         Command::Credit(args) => commands::credit(&args),
+        Command::Embed(args) => commands::embed(&args),
         Command::Devices => commands::devices(),
         Command::Convert(args) => commands::convert(&args),
         Command::Bench(args) => commands::bench(&args),

@@ -1,20 +1,17 @@
 //! What the commands do, apart from their own modules: they open, call, print and write.
 
-use std::path::PathBuf;
-
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::cli::{BenchArgs, CheckArgs, ConvertArgs, CreditArgs, SampleArgs, TrainArgs};
-use crate::inputs::embedded_model;
-use crate::model::Pipeline;
-use crate::model::pipeline::load_schedule;
-use crate::model::unet::UNet;
+use crate::cli::{BenchArgs, CheckArgs, ConvertArgs, CreditArgs, EmbedArgs, SampleArgs, TrainArgs};
+use crate::inputs::{model_folder, read_prompts};
+use crate::model::pipeline::{Family, TextFrom, load_schedule};
+use crate::model::text::{Text, write_embeddings};
 use crate::model::weights::{Storage, Weights};
-use crate::ops::Guidance;
+use crate::model::{Pipeline, config::Config};
 use crate::philox::{self, Stream};
-use crate::rollout::{Denoise, decode, sample as run_sampler};
-use crate::schedule::Schedule;
+use crate::rollout::{Denoise, Guided, decode, sample as run_sampler};
+use crate::schedule::{Flow, Grid, Sampler, Sampling, Schedule, ddim::Ddim};
 use crate::settings::Options;
 use crate::{artifacts, device, files, lora_io, progress, train as training};
 
@@ -64,19 +61,29 @@ pub fn train(args: TrainArgs) -> Result<i32> {
     Ok(0)
 }
 
-fn model_or_embedded(model: &Option<PathBuf>) -> Result<PathBuf> {
-    model.clone().map_or_else(embedded_model, Ok)
-}
-
 /// `sample`.
 pub fn sample(args: &SampleArgs) -> Result<i32> {
     ensure!(args.batch > 0, "--batch 0: must be at least 1");
-    let model = model_or_embedded(&args.model)?;
+    let model = model_folder(args.model.as_deref())?;
+    let family = Family::of(&model)?;
     let compute = device::open(&args.device)?;
-    let p = Pipeline::load(&model, &compute.burn, args.storage)?;
-    let adapter = args.lora.as_ref().map(|f| lora_io::load(f, &p.unet.linears())).transpose().context("--lora")?;
+    let text = match &args.embeddings {
+        Some(file) => TextFrom::File(file),
+        None => TextFrom::Encoders(args.max_sequence_length.unwrap_or(family.default_sequence())),
+    };
+    let p = Pipeline::load(&model, &compute.burn, args.storage, text, args.resolution)?;
+    let adapter = args.lora.as_ref().map(|f| lora_io::load(f, &p.net.linears())).transpose().context("--lora")?;
     let lora = adapter.map(|a| a.to_device(&compute.burn, false));
-    let steps = p.schedule.steps(args.steps, args.eta)?;
+    let (sampler, steps) = if family.is_flow() { (Sampler::Ode, 28) } else { (Sampler::Ddim, 50) };
+    let steps = p.schedule.steps(&Sampling {
+        sampler: args.steps.sampler.unwrap_or(sampler),
+        steps: args.steps.steps.unwrap_or(steps),
+        eta: args.eta,
+        grid: args.steps.grid,
+        shift: args.steps.shift,
+        tokens: p.tokens(),
+    })?;
+    let guidance = Guided::new(&*p.net, args.guidance.unwrap_or(family.default_guidance()));
     let total = args.prompt.len() * args.batch;
     let [c, h, w] = p.latent_shape();
     let noise = match &args.latents {
@@ -96,13 +103,12 @@ pub fn sample(args: &SampleArgs) -> Result<i32> {
         }
     };
     let uncond = p.encode(&[""])?.repeat(args.batch);
-    let bar = progress::bar("sample", args.prompt.len() * args.steps);
+    let bar = progress::bar("sample", args.prompt.len() * steps.len());
     let mut latents = Vec::new();
     for (i, prompt) in args.prompt.iter().enumerate() {
         let cond = p.encode(&[prompt])?.repeat(args.batch);
-        let guidance = Guidance::new(args.guidance);
         let policy =
-            Denoise { compute: &compute, unet: &p.unet, lora: lora.as_ref(), guidance, cond: &cond, uncond: &uncond };
+            Denoise { compute: &compute, net: &*p.net, lora: lora.as_ref(), guidance, cond: &cond, uncond: &uncond };
         let first = i * args.batch;
         let start = noise.clone().narrow(0, first, args.batch);
         let done = run_sampler(&policy, start, &steps, &[], (args.seed, first as u32), || {
@@ -139,13 +145,25 @@ pub fn check(args: &CheckArgs) -> Result<i32> {
     Ok(if lines.iter().all(|l| l.error <= args.tolerance) { 0 } else { 1 })
 }
 
+/// Tokens of a 1024-pixel image in the flow models: what a model's dynamic shifting is shown for.
+const DEFAULT_TOKENS: usize = 4096;
+
 /// `credit`.
 pub fn credit(args: &CreditArgs) -> Result<i32> {
     let schedule = match &args.model {
-        Some(dir) => load_schedule(dir)?,
-        None => Schedule::stable_diffusion(),
+        Some(dir) => load_schedule(&model_folder(Some(dir))?)?,
+        None if args.sampler == Sampler::Ddim => Schedule::Ddim(Ddim::stable_diffusion()),
+        None => Schedule::Flow(Flow::shifted(3.0)),
     };
-    let table = crate::credit_table::table(&schedule, args.steps, args.eta)?;
+    let sampling = Sampling {
+        sampler: args.sampler,
+        steps: args.steps.unwrap_or(args.sampler.default_steps()),
+        eta: args.eta.unwrap_or(args.sampler.default_eta()),
+        grid: Grid::Shifted,
+        shift: args.shift,
+        tokens: DEFAULT_TOKENS,
+    };
+    let table = crate::credit_table::table(&schedule, sampling, args.zeta)?;
     if args.json {
         println!("{}", serde_json::to_string_pretty(&table.json())?);
     } else {
@@ -156,6 +174,21 @@ pub fn credit(args: &CreditArgs) -> Result<i32> {
         table.plot().write_to(&mut bytes, image::ImageFormat::Png).context("PNG")?;
         files::write(path, bytes.get_ref())?;
     }
+    Ok(0)
+}
+
+/// `embed`.
+pub fn embed(args: &EmbedArgs) -> Result<i32> {
+    let model = model_folder(args.model.as_deref())?;
+    let prompts = read_prompts(args.prompts.as_deref(), args.prompt.as_ref())?;
+    let family = Family::of(&model)?;
+    let compute = device::open(&args.device)?;
+    let length = args.max_sequence_length.unwrap_or(family.default_sequence());
+    let config = Config::open(&model.join(family.network()))?;
+    let width = config.size("joint_attention_dim", 4096)?;
+    let text = Text::load(&model, family, length, width, &compute.burn, args.storage)?;
+    write_embeddings(&text, &prompts, &args.out)?;
+    println!("{}: {} prompts and the empty one", args.out.display(), prompts.len());
     Ok(0)
 }
 
@@ -188,10 +221,11 @@ pub fn devices() -> Result<i32> {
 
 /// `convert`.
 pub fn convert(args: &ConvertArgs) -> Result<i32> {
-    let model = model_or_embedded(&args.model)?;
-    let unet = UNet::load(&model.join("unet"), &Device::flex(), Storage::F16)?;
-    let adapter = lora_io::load(&args.input, &unet.linears())?;
-    lora_io::save(&adapter, &args.output, args.format)?;
+    let model = model_folder(args.model.as_deref())?;
+    let family = Family::of(&model)?;
+    let net = family.load(&model, &Device::flex(), Storage::F16)?;
+    let adapter = lora_io::load(&args.input, &net.linears())?;
+    lora_io::save(&adapter, &args.output, args.format, family)?;
     println!(
         "{}: rank {}, alpha {}, {} layers",
         args.output.display(),

@@ -12,7 +12,7 @@ use crate::model::Pipeline;
 use crate::ops::philox::philox_noise;
 use crate::ops::policy_objective::{STATS, Surrogate};
 use crate::ops::{NoiseKey, read};
-use crate::schedule::{Prediction, Step};
+use crate::schedule::{Family, Prediction, Step};
 use crate::settings::Settings;
 use crate::update::{Batch, Contribution};
 
@@ -53,7 +53,8 @@ pub struct Update<'a> {
     pub gradients: &'a [Vec<f32>],
 }
 
-/// Writes the update. Predictions, weights and noise are in eps units, whatever the network predicts.
+/// Writes the update. Predictions, weights and noise are in eps units where a network of diffusion predicts v, and in
+/// the velocity's own for a flow.
 ///
 /// # Errors
 /// When the device fails or the file cannot be written.
@@ -68,8 +69,9 @@ pub fn write(u: &Update, request: &Request) -> Result<()> {
             let visit = &batch.visits[s];
             let x = read(&visit.x)?;
             let mut p = read(&visit.old)?;
-            if u.pipeline.schedule.prediction == Prediction::V {
-                let (signal, spread) = (step.alpha_bar.sqrt() as f32, (1.0 - step.alpha_bar).sqrt() as f32);
+            if u.pipeline.schedule.prediction() == Prediction::V {
+                let bar = alpha_bar(step);
+                let (signal, spread) = (bar.sqrt() as f32, (1.0 - bar).sqrt() as f32);
                 p.iter_mut().zip(&x).for_each(|(p, x)| *p = signal * *p + spread * x);
             }
             let key = NoiseKey { seed: u.settings.seed, first_image: batch.first_image, step: *index as u32 };
@@ -87,25 +89,35 @@ pub fn write(u: &Update, request: &Request) -> Result<()> {
     tensors.push(("advantages".into(), vec![images], u.advantages.to_vec()));
     let per_step = |f: fn(&Step) -> f64| u.trained.iter().map(|(_, s)| f(s) as f32).collect::<Vec<f32>>();
     let steps = vec![u.trained.len()];
-    tensors.push(("timesteps".into(), steps.clone(), per_step(|s| s.t as f64)));
-    tensors.push(("alphas_cumprod".into(), steps.clone(), per_step(|s| s.alpha_bar)));
+    tensors.push(("timesteps".into(), steps.clone(), per_step(|s| s.t)));
+    tensors.push(("alphas_cumprod".into(), steps.clone(), per_step(alpha_bar)));
     tensors.push(("weights".into(), steps.clone(), per_step(|s| s.weight)));
-    tensors.push(("weights_native".into(), steps, per_step(|s| s.w_native)));
+    tensors.push(("weights_native".into(), steps.clone(), per_step(|s| s.w_native)));
+    tensors.push(("quadratic".into(), steps.clone(), per_step(|s| s.quadratic)));
+    tensors.push(("loss_weights".into(), steps, per_step(|s| s.loss_weight)));
     for (name, conditional) in [("prompt_embeds", true), ("negative_prompt_embeds", false)] {
         let rows = u.batches.iter().map(|b| if conditional { &b.cond } else { &b.uncond }.sequence.clone()).collect();
         let rows: Tensor<3> = Tensor::cat(rows, 0);
         tensors.push((name.into(), rows.dims().to_vec(), read(&rows)?));
     }
+    for (name, conditional) in [("pooled_prompt_embeds", true), ("negative_pooled_prompt_embeds", false)] {
+        let part = |b: &&Batch| if conditional { b.cond.pooled.clone() } else { b.uncond.pooled.clone() };
+        if let Some(rows) = u.batches.iter().map(part).collect::<Option<Vec<_>>>() {
+            let rows: Tensor<2> = Tensor::cat(rows, 0);
+            tensors.push((name.into(), rows.dims().to_vec(), read(&rows)?));
+        }
+    }
     let mut gradient = u.adapter.clone();
     gradient.parameters().into_iter().zip(u.gradients).for_each(|(p, g)| p.clone_from(g));
     for (prefix, adapter) in [("lora", u.adapter), ("grad", &gradient)] {
-        let named = lora_io::tensors(adapter, Format::Diffusers).into_iter();
+        let named = lora_io::tensors(adapter, Format::Diffusers, u.pipeline.family).into_iter();
         tensors.extend(named.map(|(key, shape, values)| (format!("{prefix}.{key}"), shape, values)));
     }
     let word = |v: serde_json::Value| v.as_str().unwrap_or_default().to_string();
-    let prediction = match u.pipeline.schedule.prediction {
+    let prediction = match u.pipeline.schedule.prediction() {
         Prediction::Epsilon => "epsilon",
         Prediction::V => "v_prediction",
+        Prediction::Velocity => "velocity",
     };
     let metadata = [
         ("objective", word(serde_json::to_value(u.surrogate.objective)?)),
@@ -123,4 +135,12 @@ pub fn write(u: &Update, request: &Request) -> Result<()> {
         ("step_indices", u.trained.iter().map(|(i, _)| i.to_string()).collect::<Vec<_>>().join(",")),
     ];
     write_tensors(&request.file, &tensors, &metadata)
+}
+
+/// The step's cumulative alpha; 0 for a flow, which has none.
+fn alpha_bar(step: &Step) -> f64 {
+    match step.family {
+        Family::Diffusion { alpha_bar, .. } => alpha_bar,
+        Family::Flow { .. } => 0.0,
+    }
 }

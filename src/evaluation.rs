@@ -18,7 +18,8 @@ impl Run<'_> {
     }
 
     /// Pictures of fixed prompts and noise, and their mean reward. `full` takes four rows instead of one: the reward
-    /// before and after is worth the time, the epochs between have their rollout's.
+    /// before and after is worth the time, the epochs between have their rollout's. A flow is drawn without noise, as
+    /// its users will draw it.
     pub(crate) fn evaluate(&mut self, full: bool) -> Result<(Vec<RgbImage>, f64)> {
         let s = self.s;
         let columns = self.grid_columns();
@@ -26,6 +27,8 @@ impl Run<'_> {
         let prompts: Vec<String> = (0..total).map(|i| s.prompt[i % columns].clone()).collect();
         let [c, h, w] = self.pipeline.latent_shape();
         let lora = self.adapter.to_device(&self.compute.burn, false);
+        let quiet = self.pipeline.family.is_flow();
+        let steps: Vec<_> = self.steps.iter().map(|s| if quiet { s.without_noise() } else { *s }).collect();
         let starts: Vec<usize> = (0..total).step_by(columns).collect();
         let rows = for_batches(&self.compute, &starts, |&first| {
             let cond = self.pipeline.encode(&prompts[first..first + columns])?;
@@ -37,7 +40,7 @@ impl Run<'_> {
             let policy = self.policy(Some(&lora), &cond, &uncond);
             // Images numbered from the top, which no rollout reaches.
             let first_image = u32::MAX - (4 * columns - first) as u32;
-            let sampled = sample(&policy, latents, &self.steps, &[], (s.seed, first_image), check_stop)?;
+            let sampled = sample(&policy, latents, &steps, &[], (s.seed, first_image), check_stop)?;
             decode(&self.pipeline.vae, &sampled.latents)
         })?;
         let images = rows.concat();

@@ -1,30 +1,66 @@
-//! What a run is given besides numbers: its prompts and the embedded model.
+//! What a run is given besides numbers: its prompts and the embedded models.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
 use crate::settings::Options;
 
-/// The embedded model's folder: below the working directory, or beside the program as cargo builds it.
+/// The embedded models with the jobs that `train` runs for them.
+const EMBEDDED: [(&str, &str); 2] = [
+    ("emoji", include_str!("../models/emoji/train.toml")),
+    ("emoji-flow", include_str!("../models/emoji-flow/train.toml")),
+];
+
+/// The job and the folder of an embedded model: the first where no model is named, another by its name; `None` where a
+/// folder is meant.
 ///
 /// # Errors
-/// When it is in neither place.
-pub fn embedded_model() -> Result<PathBuf> {
-    let here = PathBuf::from("models/emoji");
-    let program = std::env::current_exe().ok();
-    let beside = program.iter().flat_map(|p| p.ancestors().skip(1).take(4)).map(|d| d.join("models/emoji"));
-    std::iter::once(here).chain(beside).find(|d| d.join("model_index.json").is_file()).ok_or_else(|| {
-        anyhow!("the embedded model (models/emoji) is not here; run from the repository, or give --model DIR")
+/// When the embedded model is not found.
+pub fn embedded(model: Option<&Path>) -> Result<Option<(&'static str, PathBuf)>> {
+    let found = match model {
+        None => Some(&EMBEDDED[0]),
+        Some(path) if path.exists() => None,
+        Some(path) => EMBEDDED.iter().find(|(name, _)| path == Path::new(name)),
+    };
+    found.map(|(name, job)| Ok((*job, folder(name)?))).transpose()
+}
+
+/// The folder that `--model` means: an embedded model's, or the one that is named.
+///
+/// # Errors
+/// When an embedded model is not found.
+pub fn model_folder(model: Option<&Path>) -> Result<PathBuf> {
+    Ok(match embedded(model)? {
+        Some((_, folder)) => folder,
+        None => model.expect("a model that is not embedded was named").to_path_buf(),
     })
+}
+
+/// An embedded model's folder: below the working directory, or beside the program as cargo builds it.
+fn folder(name: &str) -> Result<PathBuf> {
+    let below = Path::new("models").join(name);
+    let program = std::env::current_exe().ok();
+    let beside = program.iter().flat_map(|p| p.ancestors().skip(1).take(4)).map(|d| d.join(&below));
+    std::iter::once(below.clone()).chain(beside).find(|d| d.join("model_index.json").is_file()).ok_or_else(|| {
+        anyhow!("the embedded model ({}) is not here; run from the repository, or give --model DIR", below.display())
+    })
+}
+
+/// The prompts of a run's options.
+///
+/// # Errors
+/// As [`read_prompts`].
+pub fn prompts(o: &Options) -> Result<Vec<String>> {
+    read_prompts(o.prompts.as_deref(), o.prompt.as_ref())
 }
 
 /// The prompts of a file or of the flags, each once.
 ///
 /// # Errors
 /// When the file cannot be read, there is none, or one stands there twice.
-pub fn prompts(o: &Options) -> Result<Vec<String>> {
-    let (list, source) = match (&o.prompts, &o.prompt) {
+pub fn read_prompts(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<Vec<String>> {
+    let (list, source) = match (file, list) {
         (Some(file), _) => {
             let text = crate::files::read_text(file).context("--prompts")?;
             (

@@ -1,10 +1,11 @@
-//! pcpo-wgpu aligns text-to-image diffusion models with a reward by PCPO (Proportionate Credit Policy Optimization,
+//! pcpo-wgpu aligns text-to-image diffusion and flow models with a reward by PCPO (Proportionate Credit Policy Optimization,
 //! Lee & Ye, ICLR 2026, arXiv 2509.25774) on any GPU that wgpu reaches, and on the CPU.
 //!
 //! Read [`train`] first: it tells the whole story. ARCHITECTURE.md draws the flow of data and who may import whom.
 
 pub mod adamw;
 pub mod artifacts;
+pub mod backward;
 pub mod bench;
 pub mod check;
 pub mod checkpoint;

@@ -63,7 +63,7 @@ impl Adapter {
         for target in targets {
             ensure!(
                 linears.iter().any(|l| targeted(&l.name, std::slice::from_ref(target))),
-                "--target-modules {target}: the UNet's attention blocks have no linear layer of that name; to_q, to_k, to_v, to_out.0 are there"
+                "--target-modules {target}: the network's blocks have no linear layer of that name; to_q, to_k, to_v, to_out.0 are there"
             );
         }
         let chosen = linears.iter().filter(|l| targeted(&l.name, targets));
@@ -83,11 +83,11 @@ impl Adapter {
         for layer in &self.layers {
             let found = linears.iter().find(|l| l.name == layer.name);
             let Some(l) = found else {
-                anyhow::bail!("the adapter's layer {} is not in this UNet; it belongs to another model", layer.name)
+                anyhow::bail!("the adapter's layer {} is not in this network; it belongs to another model", layer.name)
             };
             ensure!(
                 (l.inputs, l.outputs) == (layer.inputs, layer.outputs),
-                "the adapter's layer {} is {}x{}, the UNet's {}x{}; it belongs to another model",
+                "the adapter's layer {} is {}x{}, the network's {}x{}; it belongs to another model",
                 layer.name,
                 layer.inputs,
                 layer.outputs,

@@ -1,4 +1,5 @@
-//! Adapters as safetensors: diffusers' keys (which peft made and ComfyUI reads too) and kohya's for A1111.
+//! Adapters as safetensors: diffusers' keys (which peft made and ComfyUI reads too) and kohya's for A1111. Keys begin
+//! with the network's place in the pipeline, `unet` or `transformer`.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,6 +9,7 @@ use clap::ValueEnum;
 
 use crate::files::{Named, write_tensors};
 use crate::lora::{Adapter, Layer};
+use crate::model::Family;
 use crate::model::nn::Linear;
 use crate::model::weights::Weights;
 
@@ -26,34 +28,35 @@ fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
 }
 
 /// diffusers keeps rank and alpha in the file's metadata, one JSON string.
-fn diffusers_metadata(adapter: &Adapter) -> String {
+fn diffusers_metadata(adapter: &Adapter, network: &str) -> String {
     let mut targets: Vec<&str> = adapter.layers.iter().map(|l| l.name.as_str()).collect();
     targets.sort_unstable();
-    serde_json::json!({
-        "unet.peft_type": "LORA",
-        "unet.r": adapter.rank,
-        "unet.lora_alpha": adapter.alpha,
-        "unet.target_modules": targets,
-        "unet.init_lora_weights": "gaussian",
-        "unet.bias": "none",
-    })
-    .to_string()
+    let fields = serde_json::json!({
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "target_modules": targets,
+        "init_lora_weights": "gaussian",
+        "bias": "none",
+    });
+    let fields = fields.as_object().expect("an object").iter();
+    serde_json::Value::Object(fields.map(|(k, v)| (format!("{network}.{k}"), v.clone())).collect()).to_string()
 }
 
 /// The adapter as named tensors in a format's keys and orientations.
-pub fn tensors(adapter: &Adapter, format: Format) -> Vec<Named> {
-    let r = adapter.rank;
+pub fn tensors(adapter: &Adapter, format: Format, family: Family) -> Vec<Named> {
+    let (r, network) = (adapter.rank, family.network());
     let mut out = Vec::new();
     for l in &adapter.layers {
         // Files hold PyTorch's [out, in].
         let (down, up) = (transpose(&l.a, l.inputs), transpose(&l.b, r));
         match format {
             Format::Diffusers => {
-                out.push((format!("unet.{}.lora_A.weight", l.name), vec![r, l.inputs], down));
-                out.push((format!("unet.{}.lora_B.weight", l.name), vec![l.outputs, r], up));
+                out.push((format!("{network}.{}.lora_A.weight", l.name), vec![r, l.inputs], down));
+                out.push((format!("{network}.{}.lora_B.weight", l.name), vec![l.outputs, r], up));
             }
             Format::Kohya => {
-                let name = format!("lora_unet_{}", l.name.replace('.', "_"));
+                let name = format!("lora_{network}_{}", l.name.replace('.', "_"));
                 out.push((format!("{name}.lora_down.weight"), vec![r, l.inputs], down));
                 out.push((format!("{name}.lora_up.weight"), vec![l.outputs, r], up));
                 out.push((format!("{name}.alpha"), vec![], vec![adapter.alpha as f32]));
@@ -67,17 +70,22 @@ pub fn tensors(adapter: &Adapter, format: Format) -> Vec<Named> {
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn save(adapter: &Adapter, path: &Path, format: Format) -> Result<()> {
+pub fn save(adapter: &Adapter, path: &Path, format: Format, family: Family) -> Result<()> {
     let metadata = match format {
-        Format::Diffusers => vec![("format", "pt".to_string()), ("lora_adapter_metadata", diffusers_metadata(adapter))],
+        Format::Diffusers => {
+            vec![("format", "pt".to_string()), ("lora_adapter_metadata", diffusers_metadata(adapter, family.network()))]
+        }
         Format::Kohya => vec![
             ("ss_network_module", "networks.lora".to_string()),
             ("ss_network_dim", adapter.rank.to_string()),
             ("ss_network_alpha", adapter.alpha.to_string()),
         ],
     };
-    write_tensors(path, &tensors(adapter, format), &metadata)
+    write_tensors(path, &tensors(adapter, format, family), &metadata)
 }
+
+/// A network's place in a pipeline: what adapters' keys begin with.
+const NETWORKS: [&str; 2] = ["unet", "transformer"];
 
 /// rank and alpha as written in diffusers' metadata, where they are.
 fn alpha_from_metadata(path: &Path) -> Result<Option<f64>> {
@@ -86,7 +94,8 @@ fn alpha_from_metadata(path: &Path) -> Result<Option<f64>> {
         safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| anyhow!("{}: {e}", path.display()))?;
     let text = header.metadata().as_ref().and_then(|m| m.get("lora_adapter_metadata"));
     let json = text.and_then(|t| serde_json::from_str::<serde_json::Value>(t).ok());
-    if let Some(alpha) = json.and_then(|j| j["unet.lora_alpha"].as_f64()) {
+    let alpha = |j: serde_json::Value| NETWORKS.iter().find_map(|n| j[format!("{n}.lora_alpha")].as_f64());
+    if let Some(alpha) = json.and_then(alpha) {
         return Ok(Some(alpha));
     }
     // peft's own `save_pretrained` keeps alpha in a file beside the weights.
@@ -111,9 +120,14 @@ pub fn load(path: &Path, linears: &[&Linear]) -> Result<Adapter> {
     for key in weights.names() {
         let (module, side) =
             split_key(key).ok_or_else(|| anyhow!("{}: key {key} is not that of a LoRA", path.display()))?;
-        let module = match module.strip_prefix("lora_unet_") {
+        let flat = NETWORKS.iter().find_map(|n| module.strip_prefix(&format!("lora_{n}_")));
+        let module = match flat {
             Some(flat) => kohya.get(flat).map(|s| s.to_string()).unwrap_or_else(|| flat.to_string()),
-            None => module.trim_start_matches("base_model.model.").trim_start_matches("unet.").to_string(),
+            None => {
+                let module = module.trim_start_matches("base_model.model.");
+                let own = NETWORKS.iter().find_map(|n| module.strip_prefix(&format!("{n}.")));
+                own.unwrap_or(module).to_string()
+            }
         };
         match side {
             Side::Down => found.entry(module).or_default()[0] = Some(key.to_string()),

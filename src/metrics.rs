@@ -19,7 +19,8 @@ pub(crate) fn update(
         .zip(table)
         .map(|((_, step), stats)| {
             let mut line = serde_json::to_value(stats).expect("statistics are numbers");
-            line["t"] = json!(step.t);
+            // A timestep of diffusion is a whole number.
+            line["t"] = if step.t.fract() == 0.0 { json!(step.t as u64) } else { json!(step.t) };
             line
         })
         .collect();

@@ -9,7 +9,7 @@ use crate::credit;
 use crate::device;
 use crate::lora::Adapter;
 use crate::lora_io;
-use crate::model::pipeline::{Pipeline, fingerprint};
+use crate::model::pipeline::{Pipeline, TextFrom, fingerprint};
 use crate::ops::group_advantage::Tracker;
 use crate::reward;
 use crate::train::{Job, Run};
@@ -23,14 +23,18 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     let new_folder = if job.resume { None } else { Some(RunFolder::new(&job.out)?) };
     let reward = reward::parse(&s.reward)?;
     let compute = device::open(&s.device)?;
-    let pipeline = Pipeline::load(&s.model, &compute.burn, s.storage)?;
-    let native = pipeline.schedule.steps(s.steps, s.eta)?;
+    let text = match &s.embeddings {
+        Some(file) => TextFrom::File(file),
+        None => TextFrom::Encoders(s.max_sequence_length),
+    };
+    let pipeline = Pipeline::load(&s.model, &compute.burn, s.storage, text, s.resolution)?;
+    let native = pipeline.schedule.steps(&s.sampling(pipeline.tokens()))?;
     ensure!(
-        native[0].clip.is_infinite(),
+        !native[0].clips(),
         "{}: scheduler_config.json: clip_sample = true cannot be trained (a clipped mean is not linear); set it to false",
         s.model.display()
     );
-    let steps = credit::apply(s.credit, &pipeline.schedule, native)?;
+    let steps = credit::apply(s.credit, &pipeline.schedule, native, s.zeta)?;
     let last = steps.len() - 1;
     let trainable: Vec<usize> =
         (0..steps.len()).filter(|&i| steps[i].trainable() && (i != last || s.train_last_step)).collect();
@@ -38,7 +42,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     if let Some(k) = s.train_steps {
         ensure!(k <= trainable.len(), "--train-steps {k}: only {} steps can be trained; lower it", trainable.len());
     }
-    let linears = pipeline.unet.linears();
+    let linears = pipeline.net.linears();
     let model = fingerprint(&s.model)?;
     let tracker = Tracker { size: s.tracker_size, min_count: s.tracker_min_count, ..Default::default() };
     let (state, adapter, optimizer, folder) = if job.resume {
@@ -69,11 +73,12 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     );
     println!("run: {}", s.summary());
     println!(
-        "method: {:?} with {:?} credit over {} of {} steps, reward {}",
+        "method: {:?} with {:?} credit over {} of {} {} steps, reward {}",
         s.objective,
         s.credit,
         s.train_steps.unwrap_or(trainable.len()),
         steps.len(),
+        s.sampler.name(),
         s.reward
     );
     let uncond = pipeline.encode(&[""])?;

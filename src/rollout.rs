@@ -1,4 +1,4 @@
-//! Sampling: the chain of DDIM steps, and the rollout that keeps what the update needs of it.
+//! Sampling: the chain of steps, and the rollout that keeps what the update needs of it.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,46 +9,68 @@ use image::RgbImage;
 
 use crate::device::Compute;
 use crate::lora::Lora;
-use crate::model::Conditioning;
-use crate::model::unet::UNet;
 use crate::model::vae::Vae;
-use crate::ops::ddim_step::ddim_step;
+use crate::model::{Conditioning, Denoiser, Inputs};
+use crate::ops::sampler_step::sampler_step;
 use crate::ops::{Coefficients, Guidance, NoiseKey};
 use crate::schedule::Step;
 
 /// The policy for one batch: a network, its adapter, its conditioning and its guidance.
 pub struct Denoise<'a> {
     pub compute: &'a Compute,
-    pub unet: &'a UNet,
+    pub net: &'a dyn Denoiser,
     pub lora: Option<&'a Lora>,
-    pub guidance: Guidance,
+    pub guidance: Guided,
     pub cond: &'a Conditioning,
     pub uncond: &'a Conditioning,
+}
+
+/// How a run's guidance scale reaches a network.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Guided {
+    /// Two passes that are combined, or one.
+    pub combine: Guidance,
+    /// The scale as an input, for distilled networks.
+    pub input: f32,
+}
+
+impl Guided {
+    /// A distilled network takes the scale as an input; others are run with and without text.
+    pub fn new(net: &dyn Denoiser, scale: f64) -> Self {
+        Self { combine: if net.distilled() { Guidance::Off } else { Guidance::new(scale) }, input: scale as f32 }
+    }
+}
+
+/// Which rows of the network's input a pass has.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Branch {
+    /// All that guidance needs: with it the unconditional rows first.
+    All,
+    Conditional,
+    Unconditional,
 }
 
 impl Denoise<'_> {
     /// The network's output for latents `[B, ..]` at one timestep: `[B, ..]`, or `[2B, ..]` with guidance, the
     /// unconditional rows first.
-    pub fn output(&self, x: &Tensor<4>, t: usize) -> Tensor<4> {
-        let rows = x.dims()[0] * self.guidance.rows();
-        let timesteps = vec![t as f32; rows];
-        match self.guidance {
-            Guidance::Off => self.unet.forward(x.clone(), &timesteps, self.cond, self.lora),
-            Guidance::Scale(_) => {
-                let both = Tensor::cat(vec![x.clone(), x.clone()], 0);
-                self.unet.forward(both, &timesteps, &self.uncond.then(self.cond), self.lora)
+    pub fn output(&self, x: &Tensor<4>, t: f64) -> Tensor<4> {
+        self.pass(Branch::All, x, t, |x, inputs| self.net.forward(x, inputs, self.lora))
+    }
+
+    /// Hands `run` the network's inputs for a branch.
+    pub fn pass<R>(&self, branch: Branch, x: &Tensor<4>, t: f64, run: impl FnOnce(Tensor<4>, Inputs) -> R) -> R {
+        let both;
+        let (x, cond) = match (branch, self.guidance.combine) {
+            (Branch::Unconditional, _) => (x.clone(), self.uncond),
+            (Branch::All, Guidance::Scale(_)) => {
+                both = Conditioning::cat(vec![self.uncond.clone(), self.cond.clone()]);
+                (Tensor::cat(vec![x.clone(), x.clone()], 0), &both)
             }
-        }
-    }
-
-    /// The conditional output alone, `[B, ..]`.
-    pub fn conditional(&self, x: &Tensor<4>, t: usize) -> Tensor<4> {
-        self.unet.forward(x.clone(), &vec![t as f32; x.dims()[0]], self.cond, self.lora)
-    }
-
-    /// The unconditional output alone, `[B, ..]`.
-    pub fn unconditional(&self, x: &Tensor<4>, t: usize) -> Tensor<4> {
-        self.unet.forward(x.clone(), &vec![t as f32; x.dims()[0]], self.uncond, self.lora)
+            _ => (x.clone(), self.cond),
+        };
+        let rows = x.dims()[0];
+        let (timesteps, guidance) = (vec![t as f32; rows], vec![self.guidance.input; rows]);
+        run(x, Inputs { timesteps: &timesteps, cond, guidance: &guidance })
     }
 }
 
@@ -86,7 +108,8 @@ pub fn sample(
     for (i, step) in steps.iter().enumerate() {
         let out = policy.output(&x, step.t);
         let key = NoiseKey { seed, first_image, step: i as u32 };
-        let next = ddim_step(policy.compute, &x, &out, policy.guidance, &Coefficients::from(step), key);
+        let c = Coefficients::from(step);
+        let next = sampler_step(policy.compute, &x, &out, policy.guidance.combine, &c, key);
         if keep.contains(&i) {
             visits.push(Visit { x, old: next.prediction });
         }

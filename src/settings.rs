@@ -7,11 +7,13 @@ use anyhow::{Context, Result, anyhow, ensure};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Serialize};
 
-use crate::credit::Credit;
-use crate::inputs::{embedded_model, prompts};
+use crate::credit::{Credit, Total};
+use crate::inputs::{embedded, prompts};
+use crate::model::Family;
 use crate::model::weights::Storage;
 use crate::ops::group_advantage::Advantage;
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
+use crate::schedule::{Grid, Sampler, Sampling};
 
 /// A published method; every part of it can be overridden.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -34,7 +36,7 @@ pub enum InitialNoise {
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Options {
-    /// Model folder in diffusers' layout [default: the embedded emoji model and its job]
+    /// Model folder in diffusers' layout, or an embedded model with its job: emoji or emoji-flow [default: emoji]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
     /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices` [default: auto]
@@ -46,6 +48,15 @@ pub struct Options {
     /// Reward: jpeg-compressibility, jpeg-incompressibility, symmetry, color:NAME or command:PROGRAM
     #[arg(long)]
     pub reward: Option<String>,
+    /// Side of the images in pixels [default: the model's own]
+    #[arg(long, value_name = "PIXELS")]
+    pub resolution: Option<usize>,
+    /// Text embeddings that `pcpo-wgpu embed` wrote: no text encoder is loaded
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+    /// T5 tokens of a prompt [default: 256 for Stable Diffusion 3, 512 for FLUX]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_sequence_length: Option<usize>,
     /// Text file of prompts, one a line
     #[arg(long, value_name = "FILE", conflicts_with = "prompt")]
     pub prompts: Option<PathBuf>,
@@ -61,6 +72,12 @@ pub struct Options {
     /// Credit rule over the steps
     #[arg(long, value_enum)]
     pub credit: Option<Credit>,
+    /// Total credit of `--credit proportionate`, in place of the grid's own: a flow's zeta
+    #[arg(long)]
+    pub zeta: Option<f64>,
+    /// Steps whose total credit `proportionate` keeps [default: all]
+    #[arg(long, value_enum)]
+    pub credit_total: Option<Total>,
     /// Initial latents: one for a group, or one an image
     #[arg(long, value_enum)]
     pub initial_noise: Option<InitialNoise>,
@@ -91,13 +108,22 @@ pub struct Options {
     /// Images that the network takes at once; gradients accumulate over them [default: 8]
     #[arg(long)]
     pub batch: Option<usize>,
-    /// Sampler steps [default: 50]
+    /// How a step is drawn [default: ddim for diffusion, flow-grpo for flow models]
+    #[arg(long, value_enum)]
+    pub sampler: Option<Sampler>,
+    /// Sampler steps [default: 50 for ddim, 16 for dance, 10 for flow-grpo and cps]
     #[arg(long)]
     pub steps: Option<usize>,
-    /// DDIM's eta: 1 is DDPM, and less is quieter [default: 1]
+    /// Amount of noise; 1 is DDPM for ddim [default: 1 for ddim, 0.3 for dance, 0.7 for flow-grpo and cps]
     #[arg(long)]
     pub eta: Option<f64>,
-    /// Classifier-free guidance; 1 or less is none [default: 5]
+    /// Spacing of a flow's times [default: shifted]
+    #[arg(long, value_enum)]
+    pub grid: Option<Grid>,
+    /// Shift of a flow's times [default: the model's scheduler's]
+    #[arg(long)]
+    pub shift: Option<f64>,
+    /// Guidance; without a distilled network 1 or less is none [default: 5, for Stable Diffusion 3 4.5, for FLUX 3.5]
     #[arg(long)]
     pub guidance_scale: Option<f64>,
     /// Branches of the guidance that the gradient takes [default: both]
@@ -112,6 +138,9 @@ pub struct Options {
     /// Sample with noise only at the steps that are trained [default: false]
     #[arg(long)]
     pub noise_only_trained: Option<bool>,
+    /// Hold the activations of one block at a time: much less memory for one more forward pass [default: true]
+    #[arg(long)]
+    pub activation_checkpointing: Option<bool>,
     /// Clip range xi [default: 1e-4]
     #[arg(long)]
     pub clip_range: Option<f64>,
@@ -139,7 +168,7 @@ pub struct Options {
     /// Alpha of the LoRA [default: the rank]
     #[arg(long)]
     pub alpha: Option<f64>,
-    /// Layers with a LoRA, by the end of their names [default: to_q,to_k,to_v,to_out.0]
+    /// Layers with a LoRA, by the end of their names [default: all attention projections]
     #[arg(long, value_delimiter = ',')]
     pub target_modules: Option<Vec<String>>,
     /// Start from this adapter instead of a fresh one
@@ -161,10 +190,18 @@ pub struct Settings {
     pub device: String,
     pub storage: Storage,
     pub reward: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resolution: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<PathBuf>,
+    pub max_sequence_length: usize,
     pub prompt: Vec<String>,
     pub preset: Preset,
     pub objective: Objective,
     pub credit: Credit,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zeta: Option<f64>,
+    pub credit_total: Total,
     pub initial_noise: InitialNoise,
     pub advantage: Advantage,
     pub train_last_step: bool,
@@ -175,14 +212,19 @@ pub struct Settings {
     pub updates_per_epoch: usize,
     pub inner_epochs: usize,
     pub batch: usize,
+    pub sampler: Sampler,
     pub steps: usize,
     pub eta: f64,
+    pub grid: Grid,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shift: Option<f64>,
     pub guidance_scale: f64,
     pub guidance_gradient: GuidanceGradient,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_steps: Option<usize>,
     pub train_window: bool,
     pub noise_only_trained: bool,
+    pub activation_checkpointing: bool,
     pub clip_range: f64,
     pub advantage_clamp: f64,
     pub tracker_size: usize,
@@ -198,9 +240,6 @@ pub struct Settings {
     pub seed: u64,
     pub keep_every: usize,
 }
-
-/// The job of the embedded model.
-const EMOJI_JOB: &str = include_str!("../models/emoji/train.toml");
 
 impl Options {
     /// Reads a TOML file.
@@ -235,16 +274,17 @@ impl Options {
     /// # Errors
     /// Names the flag, its value and the way out.
     pub fn resolve(&self) -> Result<Settings> {
-        let embedded;
-        let (o, model) = match &self.model {
-            Some(model) => (self, model.clone()),
-            None => {
-                let job: Self = toml::from_str(EMOJI_JOB).context("models/emoji/train.toml")?;
-                embedded = self.over(&job)?;
-                (&embedded, embedded_model()?)
+        let with_job;
+        let (o, model) = match embedded(self.model.as_deref())? {
+            None => (self, self.model.clone().expect("a model that is not embedded was named")),
+            Some((job, folder)) => {
+                let job: Self = toml::from_str(job).with_context(|| format!("{}/train.toml", folder.display()))?;
+                with_job = self.over(&job)?;
+                (&with_job, folder)
             }
         };
-        ensure!(model.is_dir(), "--model {}: no such folder", model.display());
+        let family = Family::of(&model)?;
+        let sampler = o.sampler.unwrap_or(if family.is_flow() { Sampler::FlowGrpo } else { Sampler::Ddim });
         let preset = o.preset.unwrap_or(Preset::Pcpo);
         let ddpo = preset == Preset::Ddpo;
         let pcpo = preset == Preset::Pcpo;
@@ -258,10 +298,15 @@ impl Options {
             reward: o.reward.clone().ok_or_else(|| {
                 anyhow!("--reward is missing: jpeg-compressibility, jpeg-incompressibility, symmetry, color:NAME or command:PROGRAM")
             })?,
+            resolution: o.resolution,
+            embeddings: o.embeddings.clone(),
+            max_sequence_length: o.max_sequence_length.unwrap_or(family.default_sequence()),
             prompt,
             preset,
             objective: o.objective.unwrap_or(if pcpo { Objective::LogHinge } else { Objective::PpoClip }),
             credit: o.credit.unwrap_or(if pcpo { Credit::Proportionate } else { Credit::Native }),
+            zeta: o.zeta,
+            credit_total: o.credit_total.unwrap_or(Total::All),
             initial_noise: o.initial_noise.unwrap_or(if ddpo { InitialNoise::Own } else { InitialNoise::Shared }),
             advantage: o.advantage.unwrap_or(if ddpo { Advantage::PerPrompt } else { Advantage::Group }),
             train_last_step: o.train_last_step.unwrap_or(ddpo),
@@ -272,13 +317,17 @@ impl Options {
             updates_per_epoch: o.updates_per_epoch.unwrap_or(2),
             inner_epochs: o.inner_epochs.unwrap_or(1),
             batch: o.batch.unwrap_or(8),
-            steps: o.steps.unwrap_or(50),
-            eta: o.eta.unwrap_or(1.0),
-            guidance_scale: o.guidance_scale.unwrap_or(5.0),
+            sampler,
+            steps: o.steps.unwrap_or(sampler.default_steps()),
+            eta: o.eta.unwrap_or(sampler.default_eta()),
+            grid: o.grid.unwrap_or(Grid::Shifted),
+            shift: o.shift,
+            guidance_scale: o.guidance_scale.unwrap_or(family.default_guidance()),
             guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
             train_steps: o.train_steps,
             train_window: o.train_window.unwrap_or(false),
             noise_only_trained: o.noise_only_trained.unwrap_or(false),
+            activation_checkpointing: o.activation_checkpointing.unwrap_or(true),
             clip_range: o.clip_range.unwrap_or(1e-4),
             advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
             tracker_size: o.tracker_size.unwrap_or(32),
@@ -288,10 +337,7 @@ impl Options {
             max_grad_norm: o.max_grad_norm.unwrap_or(1.0),
             rank,
             alpha: o.alpha.unwrap_or(rank as f64),
-            target_modules: o
-                .target_modules
-                .clone()
-                .unwrap_or_else(|| ["to_q", "to_k", "to_v", "to_out.0"].map(String::from).to_vec()),
+            target_modules: o.target_modules.clone().unwrap_or_else(|| family.default_targets()),
             lora: o.lora.clone(),
             seed: o.seed.unwrap_or(0),
             keep_every: o.keep_every.unwrap_or(10),
@@ -305,6 +351,11 @@ impl Settings {
     /// Prompts an epoch.
     pub fn groups(&self) -> usize {
         self.images_per_epoch / self.group_size
+    }
+
+    /// What the run asks of its schedule; `tokens` is how many the network makes of a latent.
+    pub fn sampling(&self, tokens: usize) -> Sampling {
+        Sampling { sampler: self.sampler, steps: self.steps, eta: self.eta, grid: self.grid, shift: self.shift, tokens }
     }
 
     /// Images of one update.
@@ -365,6 +416,18 @@ impl Settings {
             "--images-per-epoch {images}: makes {} prompts an epoch, only {} are given; lower it or raise --group-size",
             self.groups(),
             self.prompt.len()
+        );
+        if let Some(zeta) = self.zeta {
+            ensure!(zeta.is_finite() && zeta > 0.0, "--zeta {zeta}: must be a positive number");
+            ensure!(
+                self.credit_total == Total::All,
+                "--zeta {zeta}: fixes the total credit, and --credit-total trained computes it; leave one of them out"
+            );
+        }
+        ensure!(
+            self.sampler != Sampler::Ode,
+            "--sampler ode: a step without noise cannot be trained; use flow-grpo, dance or cps, with --train-steps K \
+             --noise-only-trained true where only K steps shall have noise"
         );
         ensure!(self.eta > 0.0, "--eta {}: a step without noise cannot be trained; use 1, or more than 0", self.eta);
         Ok(())

@@ -16,21 +16,22 @@ use serde_json::json;
 use crate::adamw::{self, Hyper, clip_norm};
 use crate::artifacts::{RunFolder, grid};
 use crate::checkpoint::{self, State};
+use crate::credit::{self, Credit, Total};
 use crate::device::Compute;
 use crate::dump;
 use crate::lora::Adapter;
 use crate::lora_io::{self, Format};
 use crate::metrics;
-use crate::model::pipeline::{Conditioning, Pipeline};
+use crate::model::{Conditioning, Pipeline};
+use crate::ops::Coefficients;
 use crate::ops::credit_reduce::credit_reduce;
 use crate::ops::group_advantage::{group_advantage, varies};
 use crate::ops::policy_objective::Surrogate;
-use crate::ops::{Coefficients, Guidance};
 use crate::philox::{self, Stream};
 use crate::prepare::prepare;
 use crate::progress::{bar, check_stop};
 use crate::reward::Reward;
-use crate::rollout::{Denoise, decode, for_batches, sample};
+use crate::rollout::{Denoise, Guided, decode, for_batches, sample};
 use crate::schedule::Step;
 use crate::settings::{InitialNoise, Settings};
 use crate::update::{Batch, Contribution, batch_gradient};
@@ -172,9 +173,8 @@ impl Run<'_> {
         let keep: Vec<usize> = trained.iter().map(|(i, _)| *i).collect();
         let mut steps = self.steps.clone();
         if s.noise_only_trained {
-            for (i, step) in steps.iter_mut().enumerate().filter(|(i, _)| !keep.contains(i)) {
-                *step = self.pipeline.schedule.with_sigma(step.t, step.alpha_bar, step.alpha_bar_prev, 0.0);
-                debug_assert!(!step.trainable(), "step {i} has no noise");
+            for (_, step) in steps.iter_mut().enumerate().filter(|(i, _)| !keep.contains(i)) {
+                *step = step.without_noise();
             }
         }
         let per_update = s.images_per_update();
@@ -189,8 +189,8 @@ impl Run<'_> {
         let sampling = Instant::now();
         let progress = bar("rollout", starts.len() * steps.len());
         let sampled = for_batches(&self.compute, &starts, |&(first, n)| {
-            let rows: Vec<Tensor<3>> = (first..first + n).map(|i| embeddings.rows(i % groups, 1).sequence).collect();
-            let (cond, uncond) = (Conditioning { sequence: Tensor::cat(rows, 0) }, self.uncond.repeat(n));
+            let rows = (first..first + n).map(|i| embeddings.rows(i % groups, 1)).collect();
+            let (cond, uncond) = (Conditioning::cat(rows), self.uncond.repeat(n));
             let noise = (first..first + n).flat_map(|i| {
                 let image = match s.initial_noise {
                     InitialNoise::Shared => i % groups,
@@ -227,8 +227,8 @@ impl Run<'_> {
         cond: &'a Conditioning,
         uncond: &'a Conditioning,
     ) -> Denoise<'a> {
-        let guidance = Guidance::new(self.s.guidance_scale);
-        Denoise { compute: &self.compute, unet: &self.pipeline.unet, lora, guidance, cond, uncond }
+        let net = &*self.pipeline.net;
+        Denoise { compute: &self.compute, net, lora, guidance: Guided::new(net, self.s.guidance_scale), cond, uncond }
     }
 
     pub(crate) fn score(&mut self, images: &[RgbImage], prompts: &[String]) -> Result<Vec<f64>> {
@@ -236,7 +236,7 @@ impl Run<'_> {
         self.reward.score(images, &names)
     }
 
-    /// The steps that an epoch trains: all, some at random, or a window at a random place.
+    /// The steps that an epoch trains: all, some at random, or a window at a random place; with their credit.
     fn trained_steps(&self, epoch: usize) -> Vec<(usize, Step)> {
         let (s, all) = (self.s, &self.trainable);
         let k = s.train_steps.unwrap_or(all.len());
@@ -248,7 +248,13 @@ impl Run<'_> {
             draw(all.len(), k)
         };
         positions.sort_unstable();
-        positions.into_iter().map(|p| (all[p], self.steps[all[p]])).collect()
+        let (indices, mut steps): (Vec<usize>, Vec<Step>) =
+            positions.into_iter().map(|p| (all[p], self.steps[all[p]])).unzip();
+        if s.credit == Credit::Proportionate && s.credit_total == Total::Trained {
+            let total = credit::zeta(&steps);
+            credit::proportionate(&mut steps, total);
+        }
+        indices.into_iter().zip(steps).collect()
     }
 
     /// One optimizer step over the batches of an update; returns its line of metrics.
@@ -273,7 +279,8 @@ impl Run<'_> {
             let from = batch.first - start;
             let policy = self.policy(None, &batch.cond, &batch.uncond);
             let own = &advantages[from..from + batch.len()];
-            batch_gradient(&policy, &self.adapter, batch, trained, &surrogate, (own, s.seed), || {
+            let how = (own, s.seed, s.activation_checkpointing);
+            batch_gradient(&policy, &self.adapter, batch, trained, &surrogate, how, || {
                 progress.inc(1);
                 check_stop()
             })
@@ -344,7 +351,7 @@ impl Run<'_> {
         if self.skipped_in_a_row == MAX_SKIPPED {
             let kept = if self.saved > 0 {
                 let path = self.folder.dir.join("adapter-last-good.safetensors");
-                lora_io::save(&self.adapter, &path, Format::Diffusers)?;
+                lora_io::save(&self.adapter, &path, Format::Diffusers, self.pipeline.family)?;
                 format!("the adapter after the last finite update is in {}", path.display())
             } else {
                 "no epoch was completed, so nothing is kept".to_string()
@@ -372,10 +379,11 @@ impl Run<'_> {
         self.folder.metric(&json!({ "kind": "evaluation", "epoch": self.state.epoch, "reward_mean": score }));
         self.state.metrics_lines = self.folder.metrics_lines();
         self.state.optimizer_step = self.optimizer.step;
+        let family = self.pipeline.family;
         let (state, adapter, optimizer, keep) = (&self.state, &self.adapter, &self.optimizer, self.s.keep_every);
         self.folder.flush(|dir| {
-            lora_io::save(adapter, &dir.join("adapter.safetensors"), Format::Diffusers)?;
-            checkpoint::save(dir, state, adapter, optimizer, keep)
+            lora_io::save(adapter, &dir.join("adapter.safetensors"), Format::Diffusers, family)?;
+            checkpoint::save(dir, state, (adapter, family), optimizer, keep)
         })?;
         self.saved = self.state.epoch;
         println!("{}", epoch.text(self.s.epochs));

@@ -4,11 +4,12 @@
 use anyhow::Result;
 use burn::tensor::Tensor;
 
+use crate::backward::{Forward, Sums};
 use crate::lora::Adapter;
 use crate::model::Conditioning;
 use crate::ops::policy_objective::{GuidanceGradient, Surrogate, policy_objective};
 use crate::ops::{Coefficients, Guidance, NoiseKey};
-use crate::rollout::{Denoise, Visit};
+use crate::rollout::{Branch, Denoise, Visit};
 use crate::schedule::Step;
 
 /// A rollout's batch as the update sees it.
@@ -25,7 +26,7 @@ pub struct Batch {
 
 impl Batch {
     pub fn len(&self) -> usize {
-        self.cond.sequence.dims()[0]
+        self.cond.len()
     }
 
     pub fn is_empty(&self) -> bool {
@@ -41,7 +42,8 @@ pub struct Contribution {
     pub stats: Tensor<3>,
 }
 
-/// The gradient of one batch over the trained steps, given as (index in the schedule, step).
+/// The gradient of one batch over the trained steps, given as (index in the schedule, step). `by_block` holds the
+/// activations of one block at a time (see [`crate::backward`]).
 ///
 /// # Errors
 /// When the device fails, or `tick` (called after each step) asks to stop.
@@ -51,65 +53,38 @@ pub fn batch_gradient(
     batch: &Batch,
     trained: &[(usize, Step)],
     surrogate: &Surrogate,
-    (advantage, seed): (&[f32], u64),
+    (advantage, seed, by_block): (&[f32], u64, bool),
     tick: impl Fn() -> Result<()>,
 ) -> Result<Contribution> {
-    let compute = policy.compute;
+    let (compute, net, guidance) = (policy.compute, policy.net, policy.guidance.combine);
     let lora = adapter.to_device(&compute.burn, true);
     let frozen = adapter.to_device(&compute.burn, false);
+    let detached = Denoise { lora: Some(&frozen), ..*policy };
     let reference = Denoise { lora: None, ..*policy };
-    let mut sums: Vec<Option<Tensor<2>>> = vec![None; 2 * adapter.layers.len()];
+    let mut sums = Sums::new(adapter, &lora);
     let mut stats = Vec::with_capacity(trained.len());
+    let conditional_only = surrogate.guidance_gradient == GuidanceGradient::Conditional && guidance != Guidance::Off;
+    let branch = if conditional_only { Branch::Conditional } else { Branch::All };
     for ((index, step), visit) in trained.iter().zip(&batch.visits) {
-        // The tracked output, and the whole output that the objective reads.
-        let conditional_only =
-            surrogate.guidance_gradient == GuidanceGradient::Conditional && policy.guidance != Guidance::Off;
-        let tracked = Denoise { lora: Some(&lora), ..*policy };
-        let (output, whole) = if conditional_only {
-            let conditional = tracked.conditional(&visit.x, step.t);
-            let unconditional = Denoise { lora: Some(&frozen), ..*policy }.unconditional(&visit.x, step.t);
-            let whole = Tensor::cat(vec![unconditional, conditional.clone().inner()], 0);
-            (conditional, whole)
+        let forward =
+            policy.pass(branch, &visit.x, step.t, |x, inputs| Forward::run(net, x, inputs, [&lora, &frozen], by_block));
+        // The whole output, which the objective reads.
+        let output = if conditional_only {
+            let run = |x, inputs: crate::model::Inputs| net.forward(x, inputs, detached.lora);
+            let unconditional = detached.pass(Branch::Unconditional, &visit.x, step.t, run);
+            Tensor::cat(vec![unconditional, forward.output()], 0)
         } else {
-            let output = tracked.output(&visit.x, step.t);
-            (output.clone(), output.inner())
+            forward.output()
         };
         let reference = (surrogate.beta > 0.0).then(|| reference.output(&visit.x, step.t));
         let key = NoiseKey { seed, first_image: batch.first_image, step: *index as u32 };
         let c = Coefficients::from(step);
-        let (gradient, rows) = policy_objective(
-            compute,
-            surrogate,
-            &whole,
-            &visit.old,
-            reference.as_ref(),
-            advantage,
-            policy.guidance,
-            &c,
-            key,
-        );
+        let (gradient, rows) =
+            policy_objective(compute, surrogate, &output, &visit.old, reference.as_ref(), advantage, guidance, &c, key);
         let gradient = if conditional_only { gradient.narrow(0, batch.len(), batch.len()) } else { gradient };
-        let mut grads = (output * gradient.autodiff()).sum().backward();
-        for (layer, sums) in adapter.layers.iter().zip(sums.chunks_mut(2)) {
-            let pair = lora.get(&layer.name).expect("the adapter's own layer");
-            for (matrix, sum) in [&pair.a, &pair.b].into_iter().zip(sums) {
-                // Layers behind a detached branch get no gradient.
-                if let Some(g) = matrix.grad_remove(&mut grads) {
-                    *sum = Some(match sum.take() {
-                        Some(s) => s + g,
-                        None => g,
-                    });
-                }
-            }
-        }
+        forward.backward(gradient, &mut sums);
         stats.push(rows.unsqueeze::<3>());
         tick()?;
     }
-    let sizes = adapter.layers.iter().flat_map(|l| [l.a.len(), l.b.len()]);
-    let read = |(sum, n): (Option<Tensor<2>>, usize)| match sum {
-        Some(sum) => crate::ops::read(&sum),
-        None => Ok(vec![0.0; n]),
-    };
-    let gradients = sums.into_iter().zip(sizes).map(read).collect::<Result<_>>()?;
-    Ok(Contribution { gradients, stats: Tensor::cat(stats, 0) })
+    Ok(Contribution { gradients: sums.read()?, stats: Tensor::cat(stats, 0) })
 }

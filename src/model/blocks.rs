@@ -5,7 +5,7 @@ use anyhow::Result;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::attention::Attention;
-use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, gelu, silu};
+use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, gelu, gelu_tanh, silu};
 use super::weights::Loader;
 use crate::lora::Lora;
 
@@ -78,8 +78,7 @@ struct TransformerBlock {
     norms: [LayerNorm; 3],
     attn1: Attention,
     attn2: Attention,
-    ff_in: Linear,
-    ff_out: Linear,
+    ff: FeedForward,
 }
 
 const DIFFUSERS_ATTENTION: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
@@ -93,8 +92,7 @@ impl TransformerBlock {
             norms: [norm("norm1")?, norm("norm2")?, norm("norm3")?],
             attn1: Attention::load(&l.at("attn1"), DIFFUSERS_ATTENTION, width, own, heads)?,
             attn2: Attention::load(&l.at("attn2"), DIFFUSERS_ATTENTION, width, context, heads)?,
-            ff_in: Linear::load(l, "ff.net.0.proj", width, 8 * width)?,
-            ff_out: Linear::load(l, "ff.net.2", 4 * width, width)?,
+            ff: FeedForward::load(&l.at("ff"), width, true)?,
         })
     }
 
@@ -102,9 +100,7 @@ impl TransformerBlock {
         let own = self.only_cross.then_some(context);
         let x = x.clone() + self.attn1.forward(self.norms[0].forward(x), own, None, lora);
         let x = x.clone() + self.attn2.forward(self.norms[1].forward(x), Some(context), None, lora);
-        let h = self.ff_in.forward(self.norms[2].forward(x.clone()), lora);
-        let [value, gate]: [Tensor<3>; 2] = h.chunk(2, 2).try_into().expect("two halves");
-        x + self.ff_out.forward(value * gelu(gate), lora)
+        x.clone() + self.ff.forward(self.norms[2].forward(x), lora)
     }
 }
 
@@ -184,7 +180,7 @@ impl Transformer2d {
         for b in &self.blocks {
             all.extend(b.attn1.linears());
             all.extend(b.attn2.linears());
-            all.extend([&b.ff_in, &b.ff_out]);
+            all.extend([&b.ff.input, &b.ff.output]);
         }
         all
     }
@@ -274,5 +270,34 @@ impl TimeEmbedding {
         }
         let x = Tensor::from_data(TensorData::new(rows, [timesteps.len(), self.width]), device);
         self.linear_2.forward(silu(self.linear_1.forward(x, None)), None)
+    }
+}
+
+/// diffusers' `FeedForward`: GEGLU (Stable Diffusion 1 and 2) or gelu by tanh (the flow models).
+pub struct FeedForward {
+    pub input: Linear,
+    pub output: Linear,
+    gated: bool,
+}
+
+impl FeedForward {
+    pub fn load(l: &Loader, width: usize, gated: bool) -> Result<Self> {
+        let inner = 4 * width;
+        Ok(Self {
+            input: Linear::load(l, "net.0.proj", width, if gated { 2 * inner } else { inner })?,
+            output: Linear::load(l, "net.2", inner, width)?,
+            gated,
+        })
+    }
+
+    pub fn forward(&self, x: Tensor<3>, lora: Option<&Lora>) -> Tensor<3> {
+        let h = self.input.forward(x, lora);
+        let h = if self.gated {
+            let [value, gate]: [Tensor<3>; 2] = h.chunk(2, 2).try_into().expect("two halves");
+            value * gelu(gate)
+        } else {
+            gelu_tanh(h)
+        };
+        self.output.forward(h, lora)
     }
 }

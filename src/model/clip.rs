@@ -1,4 +1,4 @@
-//! transformers' `CLIPTextModel`.
+//! transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
 
 use std::path::Path;
 
@@ -18,7 +18,17 @@ struct Layer {
     fc2: Linear,
 }
 
-/// The text encoder; its output is the last hidden state after the final norm.
+/// What the encoder makes of prompts.
+pub struct ClipOutput {
+    /// The last hidden state after the final norm, `[B, T, width]`: Stable Diffusion 1 and 2's sequence.
+    pub last: Tensor<3>,
+    /// The hidden state before the last layer, not normalised: Stable Diffusion 3's sequence.
+    pub penultimate: Tensor<3>,
+    /// The last hidden state at the end token, projected where the model has a projection, `[B, P]`.
+    pub pooled: Tensor<2>,
+}
+
+/// A text encoder.
 pub struct ClipText {
     pub width: usize,
     pub max_tokens: usize,
@@ -28,8 +38,13 @@ pub struct ClipText {
     positions: Tensor<2>,
     layers: Vec<Layer>,
     norm: LayerNorm,
+    projection: Option<Linear>,
+    end: u32,
     device: Device,
 }
+
+/// The end token of configs from before transformers fixed it: there the pooled position is that of the largest token.
+const WRONG_END: u32 = 2;
 
 impl ClipText {
     /// Loads a `text_encoder` folder, with or without the `text_model.` prefix in its keys.
@@ -39,9 +54,9 @@ impl ClipText {
     pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
         let c = Config::open(dir)?;
         if let Some(architecture) = c.json["architectures"][0].as_str()
-            && !["CLIPTextModel", "CLIPModel"].contains(&architecture)
+            && !["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"].contains(&architecture)
         {
-            bail!(c.bad("architectures", "is not supported; CLIPTextModel is"));
+            bail!(c.bad("architectures", "is not supported; CLIPTextModel and CLIPTextModelWithProjection are"));
         }
         let width = c.size("hidden_size", 512)?;
         let heads = c.size("num_attention_heads", 8)?;
@@ -53,7 +68,12 @@ impl ClipText {
         let eps = c.float("layer_norm_eps", 1e-5)?;
         let (vocabulary, max_tokens) = (c.size("vocab_size", 49408)?, c.size("max_position_embeddings", 77)?);
         let weights = Weights::open_dir(dir)?;
-        let root = Loader::new(&weights, device, storage);
+        let outer = Loader::new(&weights, device, storage);
+        let projection = match outer.has("text_projection.weight") {
+            true => Some(Linear::load(&outer, "text_projection", width, c.size("projection_dim", 512)?)?),
+            false => None,
+        };
+        let root = outer;
         let root = if weights.has("text_model.final_layer_norm.weight") { root.at("text_model") } else { root };
         let layer = |i: usize| -> Result<Layer> {
             let l = root.at(format!("encoder.layers.{i}"));
@@ -75,15 +95,22 @@ impl ClipText {
             positions: root.tensor("embeddings.position_embedding.weight", [max_tokens, width])?,
             layers: (0..c.size("num_hidden_layers", 12)?).map(layer).collect::<Result<_>>()?,
             norm: LayerNorm::load(&root, "final_layer_norm", width, eps)?,
+            projection,
+            end: c.size("eos_token_id", 49407)? as u32,
             device: device.clone(),
         })
     }
 
-    /// Token numbers, one row a prompt, all of one length -> `[B, T, width]`.
+    /// Width of the pooled output.
+    pub fn pooled_width(&self) -> usize {
+        self.projection.as_ref().map_or(self.width, |p| p.outputs)
+    }
+
+    /// Token numbers, one row a prompt, all of one length.
     ///
     /// # Errors
     /// When a token is outside the vocabulary or a row too long.
-    pub fn forward(&self, ids: &[Vec<u32>]) -> Result<Tensor<3>> {
+    pub fn forward(&self, ids: &[Vec<u32>]) -> Result<ClipOutput> {
         let (b, t) = (ids.len(), ids[0].len());
         ensure!(t <= self.max_tokens, "the text encoder takes {} tokens, not {t}", self.max_tokens);
         let flat: Vec<i32> = ids.iter().flatten().map(|&i| i as i32).collect();
@@ -92,17 +119,36 @@ impl ClipText {
             "a token is outside the text encoder's vocabulary of {}; do tokenizer and text_encoder belong together?",
             self.vocabulary
         );
+        let ends: Vec<usize> = ids.iter().map(|row| self.end_of(row)).collect();
         let ids = Tensor::<1, Int>::from_data(TensorData::new(flat, [b * t]), &self.device);
         let positions = self.positions.clone().narrow(0, 0, t).unsqueeze::<3>();
         let mut x = self.tokens.clone().select(0, ids).reshape([b, t, self.width]) + positions;
         let causal: Vec<f32> = (0..t * t).map(|i| if i % t > i / t { -1e30 } else { 0.0 }).collect();
         let causal = Tensor::<4>::from_data(TensorData::new(causal, [1, 1, t, t]), &self.device);
+        let mut penultimate = x.clone();
         for layer in &self.layers {
+            penultimate = x.clone();
             let y = layer.norm1.forward(x.clone());
             x = x + layer.attention.forward(y, None, Some(causal.clone()), None);
             let y = layer.fc1.forward(layer.norm2.forward(x.clone()), None);
             x = x + layer.fc2.forward(self.activation.forward(y), None);
         }
-        Ok(self.norm.forward(x))
+        let last = self.norm.forward(x);
+        let rows = ends.iter().enumerate().map(|(row, &at)| last.clone().narrow(0, row, 1).narrow(1, at, 1));
+        let pooled = Tensor::cat(rows.collect(), 0).squeeze_dim::<2>(1);
+        let pooled = match &self.projection {
+            Some(projection) => projection.forward(pooled, None),
+            None => pooled,
+        };
+        Ok(ClipOutput { last, penultimate, pooled })
+    }
+
+    /// Where a row's end token is, as transformers finds it.
+    fn end_of(&self, row: &[u32]) -> usize {
+        if self.end == WRONG_END {
+            let largest = row.iter().max().copied().unwrap_or_default();
+            return row.iter().position(|&i| i == largest).unwrap_or_default();
+        }
+        row.iter().position(|&i| i == self.end).unwrap_or_default()
     }
 }

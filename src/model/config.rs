@@ -68,6 +68,19 @@ impl Config {
         }
     }
 
+    /// A list of whole numbers; empty for an absent field.
+    pub fn list(&self, field: &str) -> Result<Vec<usize>> {
+        match &self.json[field] {
+            Value::Null => Ok(vec![]),
+            Value::Array(list) => list
+                .iter()
+                .map(|v| v.as_u64().map(|n| n as usize))
+                .collect::<Option<_>>()
+                .ok_or_else(|| self.bad(field, "is not a list of whole numbers")),
+            _ => Err(self.bad(field, "is not a list of whole numbers")),
+        }
+    }
+
     /// A positive number, or a list of `n` of them, one for each block.
     pub fn sizes(&self, field: &str, n: usize, default: usize) -> Result<Vec<usize>> {
         let list = match &self.json[field] {

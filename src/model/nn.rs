@@ -15,9 +15,15 @@ pub struct Linear {
     pub name: String,
     pub inputs: usize,
     pub outputs: usize,
-    /// [inputs, outputs]: transposed once at load, so that the matrix product reads it in order.
-    weight: Tensor<2>,
+    weight: Weight,
     bias: Option<Tensor<1>>,
+}
+
+enum Weight {
+    /// [inputs, outputs]: transposed once at load, so that the matrix product reads it in order.
+    Float(Tensor<2>),
+    /// [outputs, inputs], in blocks along the inputs, the dimension that a product sums over.
+    Quantised(Tensor<2>),
 }
 
 fn f32<const D: usize>(t: &Tensor<D>) -> Tensor<D> {
@@ -27,10 +33,16 @@ fn f32<const D: usize>(t: &Tensor<D>) -> Tensor<D> {
 impl Linear {
     pub fn load(l: &Loader, part: &str, inputs: usize, outputs: usize) -> Result<Self> {
         let l = l.at(part);
-        let weight = l.stored("weight", [outputs, inputs])?;
-        // A plain transpose is a view; the copy makes it contiguous.
-        let weight = weight.transpose();
-        let weight = Tensor::from_data(weight.into_data(), (l.device, l.storage.dtype()));
+        let shape = [outputs, inputs];
+        let weight = match l.storage.scheme().filter(|_| inputs.is_multiple_of(super::weights::QUANTISED_BLOCK)) {
+            Some(scheme) => Weight::Quantised(l.tensor("weight", shape)?.quantize_dynamic(&scheme)),
+            None => {
+                let weight = l.stored("weight", shape)?;
+                let dtype = weight.dtype();
+                // A plain transpose is a view; the copy makes it contiguous.
+                Weight::Float(Tensor::from_data(weight.transpose().into_data(), (l.device, dtype)))
+            }
+        };
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
         Ok(Self { name: l.name("").trim_end_matches('.').to_string(), inputs, outputs, weight, bias })
     }
@@ -40,19 +52,14 @@ impl Linear {
         let low = lora
             .and_then(|l| l.get(&self.name))
             .map(|pair| linear(linear(x.clone(), pair.a.clone(), None), pair.b.clone(), None) * pair.scale);
-        let y = linear(x, f32(&self.weight), self.bias.clone());
+        let weight = match &self.weight {
+            Weight::Float(weight) => f32(weight),
+            Weight::Quantised(weight) => weight.clone().dequantize().transpose(),
+        };
+        let y = linear(x, weight, self.bias.clone());
         match low {
             Some(low) => y + low,
             None => y,
-        }
-    }
-}
-
-impl super::weights::Storage {
-    pub fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 => DType::F16,
         }
     }
 }
@@ -120,7 +127,7 @@ impl GroupNorm {
     }
 }
 
-/// `torch.nn.LayerNorm` over the last dimension.
+/// `torch.nn.LayerNorm` over the last dimension; without weights where `elementwise_affine` is off.
 pub struct LayerNorm {
     eps: f64,
     gamma: Tensor<1>,
@@ -133,8 +140,29 @@ impl LayerNorm {
         Ok(Self { eps, gamma: l.tensor("weight", [width])?, beta: l.tensor("bias", [width])? })
     }
 
+    pub fn plain(l: &Loader, width: usize, eps: f64) -> Self {
+        Self { eps, gamma: Tensor::ones([width], l.device), beta: Tensor::zeros([width], l.device) }
+    }
+
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
         burn::tensor::module::layer_norm(x, self.gamma.clone(), Some(self.beta.clone()), self.eps)
+    }
+}
+
+/// `torch.nn.RMSNorm` over the last dimension.
+pub struct RmsNorm {
+    eps: f64,
+    gamma: Tensor<1>,
+}
+
+impl RmsNorm {
+    pub fn load(l: &Loader, part: &str, width: usize, eps: f64) -> Result<Self> {
+        Ok(Self { eps, gamma: l.at(part).tensor("weight", [width])? })
+    }
+
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        let scale = (x.clone().square().mean_dim(D - 1) + self.eps).sqrt().recip();
+        x * scale * self.gamma.clone().unsqueeze::<D>()
     }
 }
 
@@ -143,6 +171,8 @@ impl LayerNorm {
 pub enum Activation {
     Silu,
     Gelu,
+    /// gelu by tanh: `gelu-approximate` in diffusers, `gelu_new` in transformers.
+    GeluTanh,
     QuickGelu,
     Relu,
 }
@@ -152,6 +182,7 @@ impl Activation {
         match self {
             Self::Silu => silu(x),
             Self::Gelu => gelu(x),
+            Self::GeluTanh => gelu_tanh(x),
             Self::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
             Self::Relu => activation::relu(x),
         }
@@ -166,6 +197,14 @@ pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
 /// the gradients of everything below off by up to 3e-3; its erf is differentiated exactly.
 pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     if on_cpu(&x) { activation::gelu(x) } else { x.clone() * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5 }
+}
+
+/// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). Burn's own takes the cube as a power, which has no derivative at
+/// negative numbers on every backend.
+pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
+    let root = (2.0 / std::f64::consts::PI).sqrt();
+    let inner = x.clone() * (x.clone().square() * (0.044715 * root) + root);
+    x * (inner.tanh() + 1.0) * 0.5
 }
 
 /// Whether a tensor is on the CPU backend, whose fused kernels are exact.

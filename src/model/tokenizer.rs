@@ -1,4 +1,4 @@
-//! CLIP's tokenizer, from tokenizer.json or from vocab.json and merges.txt.
+//! CLIP's tokenizer, from tokenizer.json or from vocab.json and merges.txt, and T5's, from tokenizer.json.
 
 use std::path::Path;
 
@@ -14,7 +14,8 @@ use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimi
 /// Text to token numbers of one fixed length.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    bos: u32,
+    /// The start token, which T5 has none of.
+    bos: Option<u32>,
     eos: u32,
     pad: u32,
     /// Tokens in each row, start, end and padding included.
@@ -99,7 +100,33 @@ impl Tokenizer {
             "{}: model_max_length = {length} does not fit the text encoder's {max_tokens} tokens",
             dir.display()
         );
-        Ok(Self { inner, bos, eos, pad, length })
+        Ok(Self { inner, bos: Some(bos), eos, pad, length })
+    }
+
+    /// Loads T5's tokenizer; rows are `length` tokens long.
+    ///
+    /// # Errors
+    /// Names the file that is missing or cannot be used, or the length that is out of range.
+    pub fn load_t5(dir: &Path, length: usize) -> Result<Self> {
+        ensure!(
+            (1..=512).contains(&length),
+            "--max-sequence-length {length}: must lie between 1 and 512 where there is a T5"
+        );
+        let path = dir.join("tokenizer.json");
+        ensure!(
+            path.is_file(),
+            "{}: missing; a folder with spiece.model alone gets one from `T5TokenizerFast.from_pretrained(..).save_pretrained(..)`",
+            path.display()
+        );
+        let mut inner =
+            tokenizers::Tokenizer::from_file(&path).map_err(|e| anyhow!("{}: cannot be used: {e}", path.display()))?;
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(|e| anyhow!("{}: {e}", path.display()))?;
+        let id = |token: &str| {
+            inner.token_to_id(token).ok_or_else(|| anyhow!("{}: {token:?} is not in the vocabulary", path.display()))
+        };
+        let (eos, pad) = (id("</s>")?, id("<pad>")?);
+        Ok(Self { inner, bos: None, eos, pad, length })
     }
 
     /// One row of exactly `length` tokens: start, text (cut where too long), end, padding.
@@ -108,8 +135,8 @@ impl Tokenizer {
     /// When the text cannot be tokenized.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         let encoding = self.inner.encode_fast(text, false).map_err(|e| anyhow!("prompt {text:?}: {e}"))?;
-        let mut row = vec![self.bos];
-        row.extend(encoding.get_ids().iter().take(self.length - 2));
+        let mut row: Vec<u32> = self.bos.into_iter().collect();
+        row.extend(encoding.get_ids().iter().take(self.length - 1 - row.len()));
         row.push(self.eos);
         row.resize(self.length, self.pad);
         Ok(row)

@@ -1,14 +1,15 @@
 //! diffusers' `UNet2DConditionModel`, driven by its config.json.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Tensor};
 use serde_json::json;
 
-use super::Conditioning;
 use super::blocks::{Downsample, Resnet, ResnetSpec, TimeEmbedding, Transformer2d, TransformerSpec, Upsample};
 use super::config::Config;
+use super::denoiser::{Denoiser, Fixed, Inputs, State};
 use super::nn::{Conv2d, GroupNorm, Linear, silu};
 use super::weights::{Loader, Storage, Weights};
 use crate::lora::Lora;
@@ -24,6 +25,16 @@ struct Block {
 struct Mid {
     resnets: Vec<Resnet>,
     attention: Option<Transformer2d>,
+}
+
+/// A part of the network that is differentiated alone: a resnet with its attention, or a change of size.
+#[derive(Clone, Copy)]
+enum Unit {
+    Down(usize, usize),
+    Downsample(usize),
+    Mid,
+    Up(usize, usize),
+    Upsample(usize),
 }
 
 /// The noise-prediction network.
@@ -42,6 +53,8 @@ pub struct UNet {
     up: Vec<Block>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
+    /// The order in which the parts run.
+    units: Vec<Unit>,
 }
 
 /// The per-block settings of a config, checked.
@@ -236,7 +249,12 @@ impl UNet {
         );
         let padding = c.size("downsample_padding", 1)?;
         ensure!(padding <= 1, c.bad("downsample_padding", "is not supported; 0 and 1 are"));
+        let down = (0..n).map(|i| plan.load_down(&l, &c, i, padding)).collect::<Result<Vec<_>>>()?;
+        let mid = plan.load_mid(&l, &c)?;
+        let up = (0..n).map(|i| plan.load_up(&l, &c, i)).collect::<Result<Vec<_>>>()?;
+        let units = units(&down, mid.is_some(), &up);
         Ok(Self {
+            units,
             in_channels,
             out_channels,
             context: plan.context,
@@ -251,64 +269,104 @@ impl UNet {
                 c.float("freq_shift", 0.0)?,
             )?,
             conv_in: Conv2d::same(&l, "conv_in", in_channels, first)?,
-            down: (0..n).map(|i| plan.load_down(&l, &c, i, padding)).collect::<Result<_>>()?,
-            mid: plan.load_mid(&l, &c)?,
-            up: (0..n).map(|i| plan.load_up(&l, &c, i)).collect::<Result<_>>()?,
+            down,
+            mid,
+            up,
             norm_out: GroupNorm::load(&l, "conv_norm_out", plan.resnet.groups, first, plan.resnet.eps)?,
             conv_out: Conv2d::same(&l, "conv_out", first, out_channels)?,
         })
     }
+}
 
-    /// Predicts eps or v: `x` `[B, C, H, W]`, one timestep for each row, conditioning of B rows -> `[B, C, H, W]`.
-    pub fn forward(&self, x: Tensor<4>, timesteps: &[f32], cond: &Conditioning, lora: Option<&Lora>) -> Tensor<4> {
-        let context = &cond.sequence;
-        // Every resnet activates the embedding first: once here instead of in each.
-        let time = silu(self.time.forward(timesteps, &self.device));
-        let x = if self.center { x * 2.0 - 1.0 } else { x };
-        let mut h = self.conv_in.forward(x);
-        let mut skips = vec![h.clone()];
-        for block in &self.down {
-            for (j, resnet) in block.resnets.iter().enumerate() {
-                h = resnet.forward(h, Some(&time), lora);
-                if let Some(attention) = block.attentions.get(j) {
-                    h = attention.forward(h, context, lora);
-                }
-                skips.push(h.clone());
-            }
-            if let Some(down) = &block.down {
-                h = down.forward(h);
-                skips.push(h.clone());
-            }
-        }
-        if let Some(mid) = &self.mid {
-            h = mid.resnets[0].forward(h, Some(&time), lora);
-            if let Some(attention) = &mid.attention {
-                h = attention.forward(h, context, lora);
-            }
-            for resnet in &mid.resnets[1..] {
-                h = resnet.forward(h, Some(&time), lora);
-            }
-        }
-        for block in &self.up {
-            for (j, resnet) in block.resnets.iter().enumerate() {
-                let skip = skips.pop().expect("a skip for every up resnet");
-                h = resnet.forward(Tensor::cat(vec![h, skip], 1), Some(&time), lora);
-                if let Some(attention) = block.attentions.get(j) {
-                    h = attention.forward(h, context, lora);
-                }
-            }
-            if let Some(up) = &block.up {
-                let size = skips.last().map(|s| [s.dims()[2], s.dims()[3]]);
-                h = up.forward(h, size);
-            }
-        }
-        self.conv_out.forward(silu(self.norm_out.forward(h)))
+fn units(down: &[Block], mid: bool, up: &[Block]) -> Vec<Unit> {
+    let mut units = Vec::new();
+    for (i, block) in down.iter().enumerate() {
+        units.extend((0..block.resnets.len()).map(|j| Unit::Down(i, j)));
+        units.extend(block.down.is_some().then_some(Unit::Downsample(i)));
+    }
+    units.extend(mid.then_some(Unit::Mid));
+    for (i, block) in up.iter().enumerate() {
+        units.extend((0..block.resnets.len()).map(|j| Unit::Up(i, j)));
+        units.extend(block.up.is_some().then_some(Unit::Upsample(i)));
+    }
+    units
+}
+
+impl Denoiser for UNet {
+    fn latent_shape(&self) -> [usize; 3] {
+        let [h, w] = self.sample_size;
+        [self.in_channels, h, w]
     }
 
-    /// The linear layers that a LoRA can target, in the order of the network.
-    pub fn linears(&self) -> Vec<&Linear> {
+    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
+        h * w
+    }
+
+    fn context(&self) -> [usize; 2] {
+        [self.context, 0]
+    }
+
+    fn linears(&self) -> Vec<&Linear> {
         let blocks = self.down.iter().flat_map(|b| &b.attentions);
         let mid = self.mid.iter().flat_map(|m| &m.attention);
         blocks.chain(mid).chain(self.up.iter().flat_map(|b| &b.attentions)).flat_map(Transformer2d::linears).collect()
+    }
+
+    fn start(&self, x: Tensor<4>, inputs: Inputs) -> State {
+        let [_, _, h, w] = x.dims();
+        // Every resnet activates the embedding first: once here instead of in each.
+        let time = silu(self.time.forward(inputs.timesteps, &self.device));
+        let x = if self.center { x * 2.0 - 1.0 } else { x };
+        let x = self.conv_in.forward(x);
+        let context = Some(inputs.cond.sequence.clone());
+        // The image last; below it the skip connections that wait for their up block.
+        State { flow: vec![x.clone(), x], fixed: Arc::new(Fixed { time, context, rotary: None, size: [h, w] }) }
+    }
+
+    fn blocks(&self) -> usize {
+        self.units.len()
+    }
+
+    fn block(&self, i: usize, state: State, lora: Option<&Lora>) -> State {
+        let State { mut flow, fixed } = state;
+        let (time, context) = (Some(&fixed.time), fixed.context.as_ref().expect("a UNet attends to its text"));
+        let mut h = flow.pop().expect("the image");
+        let attend = |h: Tensor<4>, attention: Option<&Transformer2d>| match attention {
+            Some(attention) => attention.forward(h, context, lora),
+            None => h,
+        };
+        match self.units[i] {
+            Unit::Down(i, j) => {
+                let block = &self.down[i];
+                h = attend(block.resnets[j].forward(h, time, lora), block.attentions.get(j));
+                flow.push(h.clone());
+            }
+            Unit::Downsample(i) => {
+                h = self.down[i].down.as_ref().expect("listed as a unit").forward(h);
+                flow.push(h.clone());
+            }
+            Unit::Mid => {
+                let mid = self.mid.as_ref().expect("listed as a unit");
+                h = attend(mid.resnets[0].forward(h, time, lora), mid.attention.as_ref());
+                h = mid.resnets[1..].iter().fold(h, |h, resnet| resnet.forward(h, time, lora));
+            }
+            Unit::Up(i, j) => {
+                let block = &self.up[i];
+                let skip = flow.pop().expect("a skip for every up resnet");
+                h = block.resnets[j].forward(Tensor::cat(vec![h, skip], 1), time, lora);
+                h = attend(h, block.attentions.get(j));
+            }
+            Unit::Upsample(i) => {
+                let size = flow.last().map(|s| [s.dims()[2], s.dims()[3]]);
+                h = self.up[i].up.as_ref().expect("listed as a unit").forward(h, size);
+            }
+        }
+        flow.push(h);
+        State { flow, fixed }
+    }
+
+    fn finish(&self, mut state: State) -> Tensor<4> {
+        let h = state.flow.pop().expect("the image");
+        self.conv_out.forward(silu(self.norm_out.forward(h)))
     }
 }

@@ -84,8 +84,9 @@ impl Coder {
 
 /// The image autoencoder.
 pub struct Vae {
-    /// Latents are divided by this before decoding.
+    /// Latents are divided by this before decoding, and shifted by that.
     pub scaling_factor: f64,
+    pub shift_factor: f64,
     pub latent_channels: usize,
     /// Image pixels a latent pixel, along each side.
     pub factor: usize,
@@ -102,7 +103,7 @@ impl Vae {
     /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
     pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
         let c = Config::open(dir)?;
-        c.only(&[("latents_mean", json!(null)), ("latents_std", json!(null)), ("shift_factor", json!(null))])?;
+        c.only(&[("latents_mean", json!(null)), ("latents_std", json!(null))])?;
         let n = c.json["down_block_types"].as_array().map_or(1, Vec::len);
         for (field, block) in [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")] {
             for name in c.names(field, &[block])? {
@@ -173,6 +174,7 @@ impl Vae {
         };
         Ok(Self {
             scaling_factor: c.float("scaling_factor", 0.18215)?,
+            shift_factor: c.float("shift_factor", 0.0)?,
             latent_channels: latent,
             factor: 1 << (n - 1),
             encoder: coder("encoder", 3, 2 * latent, true)?,
@@ -184,7 +186,7 @@ impl Vae {
 
     /// Latents `[B, C, h, w]` as the sampler has them -> images `[B, 3, H, W]`, not clamped, around [-1, 1].
     pub fn decode(&self, latents: Tensor<4>) -> Tensor<4> {
-        let z = latents / self.scaling_factor;
+        let z = latents / self.scaling_factor + self.shift_factor;
         let z = match &self.post_quant {
             Some(conv) => conv.forward(z),
             None => z,
@@ -203,6 +205,6 @@ impl Vae {
             Some(conv) => conv.forward(moments),
             None => moments,
         };
-        moments.narrow(1, 0, self.latent_channels) * self.scaling_factor
+        (moments.narrow(1, 0, self.latent_channels) - self.shift_factor) * self.scaling_factor
     }
 }

@@ -4,17 +4,44 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
+use burn::tensor::quantization::{QuantScheme, QuantValue, ScaleDtype};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
-/// The type that frozen weights are stored in; computation is f32.
+/// The type that frozen weights are stored in; computation is f32. 8 and 4 bits hold the linear layers' matrices, with
+/// one scale for each block of [`QUANTISED_BLOCK`] values; what they leave out is stored as f16.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Storage {
     F32,
     F16,
+    Q8,
+    Q4,
+}
+
+/// Weights that share a scale where they are quantised.
+pub const QUANTISED_BLOCK: usize = 32;
+
+impl Storage {
+    /// The type of weights that are not quantised.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 | Self::Q8 | Self::Q4 => DType::F16,
+        }
+    }
+
+    /// Symmetric quantisation with f32 scales, for linear layers.
+    pub fn scheme(self) -> Option<QuantScheme> {
+        let value = match self {
+            Self::F32 | Self::F16 => return None,
+            Self::Q8 => QuantValue::Q8S,
+            Self::Q4 => QuantValue::Q4S,
+        };
+        Some(QuantScheme::default().with_value(value).per_block([QUANTISED_BLOCK as u8], ScaleDtype::F32))
+    }
 }
 
 struct Entry {
@@ -113,12 +140,32 @@ impl Weights {
         self.entries.get(name).map(|e| &e.shape[..])
     }
 
-    /// SHA-256 over all files, for checkpoints.
+    /// SHA-256 over all files, for checkpoints; of files past 4 GiB one MiB in 64, and the length.
     pub fn add_to_hash(&self, hasher: &mut sha2::Sha256) {
         use sha2::Digest;
+        const MIB: usize = 1 << 20;
         for (_, map) in &self.files {
-            hasher.update(&map[..]);
+            if map.len() <= 4096 * MIB {
+                hasher.update(&map[..]);
+                continue;
+            }
+            hasher.update((map.len() as u64).to_le_bytes());
+            for start in (0..map.len()).step_by(64 * MIB) {
+                hasher.update(&map[start..(start + MIB).min(map.len())]);
+            }
         }
+    }
+
+    /// A string of the first file's metadata.
+    ///
+    /// # Errors
+    /// When the file has no such entry.
+    pub fn metadata(&self, key: &str) -> Result<String> {
+        let (path, map) = &self.files[0];
+        let (_, header) = SafeTensors::read_metadata(map)
+            .map_err(|e| anyhow!("{}: not a valid safetensors file ({e})", path.display()))?;
+        let found = header.metadata().as_ref().and_then(|m| m.get(key)).cloned();
+        found.ok_or_else(|| anyhow!("{}: its metadata has no entry {key}", path.display()))
     }
 
     /// One tensor as f32 values with its shape; refuses values that are not finite.
@@ -139,16 +186,45 @@ impl Weights {
     /// # Errors
     /// When it is missing or of another type.
     pub fn raw(&self, name: &str) -> Result<(Vec<f32>, Vec<usize>)> {
-        let e = self.entries.get(name).ok_or_else(|| anyhow!("{}: tensor {name} is missing", self.dir.display()))?;
+        let e = self.entry(name)?;
+        Ok((self.values(name, e, e.range.clone())?, e.shape.clone()))
+    }
+
+    /// Row `i` along the first dimension of a tensor whose rows have a known shape, as f32, without reading the rest.
+    ///
+    /// # Errors
+    /// When the tensor is missing, of another type or shape, or the row holds a value that is not finite.
+    pub fn row(&self, name: &str, i: usize, shape: &[usize]) -> Result<Vec<f32>> {
+        let e = self.entry(name)?;
+        ensure!(
+            e.shape.first().is_some_and(|&n| i < n) && &e.shape[1..] == shape,
+            "{}: tensor {name} has shape {:?}; rows of {shape:?} are expected, more than {i} of them",
+            self.dir.display(),
+            e.shape
+        );
+        let bytes = e.range.len() / e.shape[0];
+        let values = self.values(name, e, e.range.start + i * bytes..e.range.start + (i + 1) * bytes)?;
+        ensure!(
+            values.iter().all(|v| v.is_finite()),
+            "{}: tensor {name} holds a value that is not finite in row {i}; the file is damaged",
+            self.dir.display()
+        );
+        Ok(values)
+    }
+
+    fn entry(&self, name: &str) -> Result<&Entry> {
+        self.entries.get(name).ok_or_else(|| anyhow!("{}: tensor {name} is missing", self.dir.display()))
+    }
+
+    fn values(&self, name: &str, e: &Entry, range: std::ops::Range<usize>) -> Result<Vec<f32>> {
         let path = self.files[e.file].0.display();
-        let bytes = &self.files[e.file].1[e.range.clone()];
-        let values: Vec<f32> = match e.dtype {
+        let bytes = &self.files[e.file].1[range];
+        Ok(match e.dtype {
             Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             other => bail!("{path}: tensor {name} has type {other:?}; F32, F16 and BF16 are supported"),
-        };
-        Ok((values, e.shape.clone()))
+        })
     }
 
     /// One tensor of a known shape, on the device, in f32.
@@ -203,9 +279,7 @@ impl<'a> Loader<'a> {
     /// A large weight, stored in the type of choice.
     pub fn stored<const D: usize>(&self, part: &str, shape: [usize; D]) -> Result<Tensor<D>> {
         let tensor = self.tensor(part, shape)?;
-        Ok(match self.storage {
-            Storage::F32 => tensor,
-            Storage::F16 => tensor.cast(DType::F16),
-        })
+        let dtype = self.storage.dtype();
+        Ok(if dtype == DType::F32 { tensor } else { tensor.cast(dtype) })
     }
 }

@@ -40,11 +40,22 @@ macro_rules! kernel {
 }
 pub(crate) use kernel;
 
+/// Partial sums of a batch, for a kernel to fill: `[batch, blocks, THREADS]` pairs.
+pub(super) fn partials(batch: usize, dim: usize, device: &Device) -> Buffer {
+    buffer(&output([batch, dim.div_ceil(super::BLOCK), super::THREADS, 2], device))
+}
+
+/// Workgroups for one thread a sample.
+pub(super) fn a_thread_each(batch: usize) -> [u32; 2] {
+    [batch.div_ceil(super::THREADS) as u32, 1]
+}
+
 /// All kernels, for validation.
-pub const KERNELS: [Kernel; 7] = [
+pub const KERNELS: [Kernel; 8] = [
     super::philox::NOISE,
     super::ddim_step::STEP,
-    super::ddim_step::LOG_PROB,
+    super::flow_step::STEP,
+    super::sampler_step::LOG_PROB,
     super::log_ratio::PARTIALS,
     super::log_ratio::FINISH,
     super::policy_objective::OBJECTIVE,

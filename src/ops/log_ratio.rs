@@ -1,20 +1,21 @@
 //! `log_ratio`: the exact log-probability ratio of a step under the policy now and when it sampled.
 //!
 //! ```text
-//! log rho = -mean(w D z + w^2 D^2 / 2),   D = p_theta - p_old           Lee & Ye 2026, proposition 1
+//! log rho = -mean(w D z + q w^2 D^2 / 2),   D = p_theta - p_old         Lee & Ye 2026, proposition 1; q = 1
 //! KL      = mean(w_native^2 (p_theta - p_ref)^2) / 2                     to the reference policy, where there is one
 //! ```
+//! q = 0 and w = b is GRPO-Guard's normalised ratio (Wang et al. 2025): no drift of the mean, one spread at all steps.
 //! The form keeps its relative accuracy as D goes to 0, where exp(log p - log p_old) - 1 has lost all of it.
 //! Accuracy: 1e-5 of the mean magnitude of the terms. Its gradient is part of [`super::policy_objective`].
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::gpu::{Buffer, Kernel, Launch, buffer, kernel, output, width};
-use super::{BLOCK, Coefficients, Guidance, NoiseKey, Params};
+use super::gpu::{Buffer, Kernel, Launch, a_thread_each, buffer, kernel, output, partials, width};
+use super::{Coefficients, Guidance, NoiseKey, Params};
 use crate::device::Compute;
 
 pub(super) const PARTIALS: Kernel = kernel!("log_ratio", "common", "philox");
-pub(super) const FINISH: Kernel = kernel!("log_ratio_finish", "common");
+pub(super) const FINISH: Kernel = kernel!("log_ratio_finish", "common", "partials_sum");
 
 /// `[B, 2]`: log rho and KL of each sample. `model_out` and `reference_out` are `[B or 2B, C, H, W]`, `old` is
 /// the prediction after guidance, `[B, C, H, W]`. Without a reference the KL is 0.
@@ -37,7 +38,7 @@ pub fn log_ratio(
     };
     let params = Params { with_reference: reference_out.is_some().into(), ..Params::new(batch, dim, guidance, c, key) };
     let log_rho = output([batch, 2], &compute.burn);
-    let partials = buffer(&output([batch, dim.div_ceil(BLOCK), 2], &compute.burn));
+    let partials = partials(batch, dim, &compute.burn);
     let (policy, old, rows) = (buffer(model_out), buffer(old), buffer(&log_rho));
     let frozen = reference_out.map(buffer);
     gpu.run(&launches(&params, [&policy, &old, frozen.as_ref().unwrap_or(&policy), &partials, &old], &rows));
@@ -61,7 +62,7 @@ pub(super) fn launches<'a>(params: &'a Params, inputs: [&'a Buffer; 5], log_rho:
             width: width(params.dim as usize),
             uniforms,
             bindings: vec![inputs[3], log_rho],
-            grid: [params.batch.div_ceil(256), 1],
+            grid: a_thread_each(params.batch as usize),
         },
     ]
 }
@@ -85,7 +86,7 @@ pub fn reference(
             for i in sample * dim..(sample + 1) * dim {
                 let p = guidance.combine(model_out[i], model_out[i + second]);
                 let wd = c.w * (p - old[i]);
-                ratio += f64::from(wd * (noise[i] + 0.5 * wd));
+                ratio += f64::from(wd * (noise[i] + 0.5 * c.quadratic * wd));
                 if let Some(r) = reference_out {
                     let wr = c.w_native * (p - guidance.combine(r[i], r[i + second]));
                     kl += f64::from(0.5 * wr * wr);

@@ -6,19 +6,23 @@
 
 pub mod credit_reduce;
 pub mod ddim_step;
+pub mod flow_step;
 pub mod gpu;
 pub mod group_advantage;
 pub mod log_ratio;
 pub mod philox;
 pub mod policy_objective;
+pub mod sampler_step;
 pub mod tensor_ops;
 
 use bytemuck::{Pod, Zeroable};
 
-use crate::schedule::Step;
+use crate::schedule::{Family, Step};
 
-/// Elements that one workgroup takes of one sample: 256 threads, 4 quads each. `BLOCK` in the shaders.
+/// Elements that one workgroup takes of one sample: 64 threads, 16 quads each. `BLOCK` in the shaders.
 pub const BLOCK: usize = 4096;
+/// Threads of a workgroup: each leaves a partial sum. `THREADS` in the shaders.
+pub const THREADS: usize = 64;
 
 /// How guidance combines the two halves of the network's output.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -75,24 +79,40 @@ pub struct Coefficients {
     /// Credit weight and native weight.
     pub w: f32,
     pub w_native: f32,
+    /// Factor of log rho's quadratic term: 1, or 0 for GRPO-Guard.
+    pub quadratic: f32,
+    /// Factor of the step's loss.
+    pub loss_weight: f32,
+    /// Whether the step is a flow's.
+    pub flow: bool,
 }
 
 impl From<&Step> for Coefficients {
     fn from(s: &Step) -> Self {
+        // Far beyond any latent and still finite: shaders may assume that infinities do not occur.
+        const UNCLIPPED: f32 = 1e30;
+        let (x0_x, x0_p, root_prev, clip) = match s.family {
+            Family::Diffusion { alpha_bar_prev, x0_x, x0_p, clip, .. } => {
+                (x0_x as f32, x0_p as f32, alpha_bar_prev.sqrt() as f32, (clip as f32).min(UNCLIPPED))
+            }
+            Family::Flow { .. } => (0.0, 0.0, 0.0, UNCLIPPED),
+        };
         let log_norm = if s.sigma > 0.0 { s.sigma.ln() + 0.5 * std::f64::consts::TAU.ln() } else { 0.0 };
         Self {
             a: s.a as f32,
             b: s.b as f32,
             sigma: s.sigma as f32,
             log_norm: log_norm as f32,
-            x0_x: s.x0_x as f32,
-            x0_p: s.x0_p as f32,
-            root_prev: s.alpha_bar_prev.sqrt() as f32,
-            // Far beyond any latent and still finite: shaders may assume that infinities do not occur.
-            clip: s.clip.min(1e30) as f32,
+            x0_x,
+            x0_p,
+            root_prev,
+            clip,
             // At zero terminal SNR eps has no weight, the prediction still has.
             w: (if s.weight.is_finite() { s.weight * s.unit } else { s.b / s.sigma }) as f32,
             w_native: if s.sigma > 0.0 { (s.b / s.sigma) as f32 } else { 0.0 },
+            quadratic: s.quadratic as f32,
+            loss_weight: s.loss_weight as f32,
+            flow: matches!(s.family, Family::Flow { .. }),
         }
     }
 }
@@ -137,7 +157,9 @@ pub(crate) struct Params {
     pub with_reference: u32,
     pub stream: u32,
     pub with_direction: u32,
-    pub _pad: [u32; 3],
+    pub quadratic: f32,
+    pub loss_weight: f32,
+    pub _pad: u32,
 }
 
 const _: () = assert!(size_of::<Params>() == 32 * 4, "kept in sync with shaders/common.wgsl");
@@ -163,6 +185,8 @@ impl Params {
             clip: c.clip,
             w: c.w,
             w_native: c.w_native,
+            quadratic: c.quadratic,
+            loss_weight: c.loss_weight,
             stream: crate::philox::Stream::StepNoise as u32,
             ..Self::zeroed()
         }

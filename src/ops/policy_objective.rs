@@ -5,16 +5,16 @@
 //! PPO-clip    max(-A rho, -A clip(rho, 1 - xi, 1 + xi))                 DDPO, DanceGRPO, Flow-GRPO
 //! log-ratio   max(-A (1 + log rho), -A clip(1 + log rho, 1 - xi, 1 + xi))   PCPO's ablation
 //! log-hinge   max(0, xi |A| - A log rho)                                PCPO
-//! d log rho / d p = -(w z + w^2 D) / dim;    + beta w_native^2 (p - p_ref) / dim of the KL
+//! d log rho / d p = -(w z + q w^2 D) / dim;    + beta w_native^2 (p - p_ref) / dim of the KL
 //! ```
-//! Everything is multiplied by `scale`, one over the number of (sample, step) pairs of the update. Accuracy: 1e-5.
+//! The objective is multiplied by the step's loss weight, everything by `scale`, one over the number of (sample, step) pairs of the update. Accuracy: 1e-5.
 
 use burn::tensor::{Tensor, TensorData};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
-use super::{BLOCK, Coefficients, Guidance, NoiseKey, Params, log_ratio};
+use super::gpu::{Kernel, Launch, buffer, kernel, output, partials, width};
+use super::{Coefficients, Guidance, NoiseKey, Params, log_ratio};
 use crate::device::Compute;
 
 pub(super) const OBJECTIVE: Kernel = kernel!("policy_objective", "common");
@@ -128,7 +128,7 @@ pub fn policy_objective(
     let gradient = output(shape, &compute.burn);
     let stats = output([batch, STATS], &compute.burn);
     let advantage = Tensor::<1>::from_data(TensorData::new(advantage.to_vec(), [batch]), &compute.burn);
-    let partials = buffer(&output([batch, dim.div_ceil(BLOCK), 2], &compute.burn));
+    let partials = partials(batch, dim, &compute.burn);
     let log_rho = buffer(&output([batch, 2], &compute.burn));
     let (policy, old, advantage) = (buffer(model_out), buffer(old), buffer(&advantage));
     let frozen = reference_out.map(buffer);
@@ -168,10 +168,10 @@ pub fn reference(
     let penalty = s.beta * s.scale * c.w_native * c.w_native / dim as f32;
     for (sample, (row, &adv)) in log_rho.chunks(2).zip(advantage).enumerate() {
         let (loss, push, clipped) = s.entry(row[0], adv);
-        let policy = -push * s.scale / dim as f32;
+        let policy = -push * c.loss_weight * s.scale / dim as f32;
         for i in sample * dim..(sample + 1) * dim {
             let p = guidance.combine(model_out[i], model_out[i + second]);
-            let mut g = policy * c.w * (noise[i] + c.w * (p - old[i]));
+            let mut g = policy * c.w * (noise[i] + c.quadratic * c.w * (p - old[i]));
             if let Some(r) = reference_out {
                 g += penalty * (p - guidance.combine(r[i], r[i + second]));
             }
@@ -184,7 +184,8 @@ pub fn reference(
             }
         }
         let clipped = f32::from(u8::from(clipped));
-        stats.extend([row[0], loss + s.beta * row[1], clipped, 0.5 * row[0] * row[0], row[1], push.abs()]);
+        let (loss, push) = (c.loss_weight * loss, c.loss_weight * push.abs());
+        stats.extend([row[0], loss + s.beta * row[1], clipped, 0.5 * row[0] * row[0], row[1], push]);
     }
     (gradient, stats)
 }

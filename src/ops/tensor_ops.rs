@@ -22,8 +22,8 @@ fn sample_mean(x: Tensor<4>) -> Tensor<1> {
     x.reshape([b as i32, -1]).mean_dim(1).reshape([b])
 }
 
-/// See [`super::ddim_step`]: (x_prev, prediction, log p). `z` is ready-made noise; without it Burn draws its own.
-pub fn ddim_step(
+/// See [`super::sampler_step`]: (x_prev, prediction, log p). `z` is ready-made noise; without it Burn draws its own.
+pub fn sampler_step(
     x: &Tensor<4>,
     out: &Tensor<4>,
     z: Option<&Tensor<4>>,

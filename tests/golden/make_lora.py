@@ -1,5 +1,7 @@
 """Makes tests/golden/lora/: a LoRA of the golden model `simple`, made and saved by peft and diffusers.
 
+make_lora_flow.py adds those of the flow models.
+
     python tests/golden/make_lora.py
 
 peft.safetensors        the adapter, as StableDiffusionPipeline.save_lora_weights writes it, with its metadata
@@ -26,13 +28,13 @@ MODEL, OUT = GOLDEN / "simple", GOLDEN / "lora"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def random_adapter(unet):
+def random_adapter(network, targets=TARGETS):
     """Adds an adapter whose B is random too; returns its config."""
-    unet.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=TARGETS))
-    for name, parameter in unet.named_parameters():
+    network.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=targets))
+    for name, parameter in network.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.2)
-    return unet.peft_config["default"]
+    return network.peft_config["default"]
 
 
 def metadata(config):

@@ -1,7 +1,9 @@
 //! Schedules and credit rules against the f64 golden numbers of the method.
 
-use pcpo_wgpu::credit::{Credit, apply, mean_native};
-use pcpo_wgpu::schedule::Schedule;
+use pcpo_wgpu::credit::{Credit, apply, proportionate, zeta};
+use pcpo_wgpu::schedule::ddim::Ddim;
+use pcpo_wgpu::schedule::flow::Spacing;
+use pcpo_wgpu::schedule::{Family, Flow, Grid, Sampler, Sampling, Schedule, Step};
 use serde_json::Value;
 
 fn golden() -> Vec<Value> {
@@ -15,9 +17,13 @@ fn close(found: f64, expected: &Value, what: &str) {
     assert!((found - expected).abs() <= 1e-10 * expected.abs().max(1e-3), "{what}: {found} is not {expected}");
 }
 
+fn mean_native(steps: &[Step]) -> f64 {
+    zeta(steps) / steps.len() as f64
+}
+
 #[test]
 fn native_weights_match_the_golden_numbers() {
-    let schedule = Schedule::stable_diffusion();
+    let schedule = Ddim::stable_diffusion();
     let tables = golden();
     assert_eq!(tables.len(), 2);
     for table in tables {
@@ -27,7 +33,8 @@ fn native_weights_match_the_golden_numbers() {
         assert_eq!(steps.len(), rows.len());
         for (step, row) in steps.iter().zip(rows) {
             assert_eq!(step.t as u64, row["t"].as_u64().unwrap());
-            close(step.alpha_bar, &row["alpha_bar"], "alpha_bar");
+            let Family::Diffusion { alpha_bar, .. } = step.family else { panic!("a diffusion step") };
+            close(alpha_bar, &row["alpha_bar"], "alpha_bar");
             close(step.sigma, &row["sigma_ddpm"], "sigma");
             close(step.w_native, &row["w_native"], "w_native");
             close(step.b, &Value::from(row["c1"].as_f64().unwrap() - row["c2_ddpm"].as_f64().unwrap()), "c1 - c2");
@@ -38,34 +45,159 @@ fn native_weights_match_the_golden_numbers() {
 
 #[test]
 fn proportionate_credit_is_the_native_mean_at_any_number_of_steps() {
-    let schedule = Schedule::stable_diffusion();
+    let schedule = Ddim::stable_diffusion();
     for n in [7, 10, 20, 50, 333] {
         let native = schedule.steps(n, 1.0).unwrap();
         let mean = mean_native(&native);
-        let steps = apply(Credit::Proportionate, &schedule, native.clone()).unwrap();
+        let steps = apply(Credit::Proportionate, &Schedule::Ddim(schedule.clone()), native.clone(), None).unwrap();
         for (p, s) in steps.iter().zip(&native) {
-            assert_eq!((p.weight, p.sigma, p.w_native), (mean, s.sigma, s.w_native));
+            assert!((p.weight - mean).abs() < 1e-12 * mean);
+            assert_eq!((p.sigma, p.w_native), (s.sigma, s.w_native));
         }
     }
 }
 
 #[test]
 fn released_credit_has_the_published_sampler_and_constant_at_50_steps_only() {
-    let schedule = Schedule::stable_diffusion();
+    let schedule = Ddim::stable_diffusion();
     let table = &golden()[0];
-    let steps = apply(Credit::Released, &schedule, schedule.steps(50, 1.0).unwrap()).unwrap();
+    let steps =
+        apply(Credit::Released, &Schedule::Ddim(schedule.clone()), schedule.steps(50, 1.0).unwrap(), None).unwrap();
     for (step, row) in steps.iter().zip(table["rows"].as_array().unwrap()) {
         close(step.sigma, &row["sigma_released"], "sigma_released");
         close(step.w_native, &row["w_released_true"], "the sampler's true weight");
         assert!((step.weight - 0.516_899_7).abs() < 1e-6);
     }
-    let error = apply(Credit::Released, &schedule, schedule.steps(20, 1.0).unwrap()).unwrap_err();
+    let error =
+        apply(Credit::Released, &Schedule::Ddim(schedule.clone()), schedule.steps(20, 1.0).unwrap(), None).unwrap_err();
     assert!(error.to_string().contains("proportionate"), "{error}");
 }
 
 #[test]
 fn a_step_without_noise_is_not_trained() {
-    let schedule = Schedule::stable_diffusion();
+    let schedule = Ddim::stable_diffusion();
     assert!(schedule.steps(10, 0.0).unwrap().iter().all(|s| !s.trainable()));
     assert!(schedule.steps(10, 1.0).unwrap().iter().all(|s| s.trainable()));
+}
+
+fn flow_tables() -> Vec<Value> {
+    let all: Value = serde_json::from_str(include_str!("../golden/credit_weights.json")).unwrap();
+    all.as_array().unwrap().iter().filter(|g| g["kind"].as_str().unwrap().starts_with("flow-")).cloned().collect()
+}
+
+fn flow_sampling(sampler: Sampler, steps: usize, eta: f64, shift: f64) -> Sampling {
+    Sampling { sampler, steps, eta, grid: Grid::Shifted, shift: Some(shift), tokens: 0 }
+}
+
+#[test]
+fn flow_steps_and_their_credit_match_the_golden_numbers() {
+    let schedule = Schedule::Flow(Flow::shifted(1.0));
+    let tables = flow_tables();
+    assert_eq!(tables.len(), 3);
+    for table in tables {
+        let sampler = if table["kind"] == "flow-dance" { Sampler::Dance } else { Sampler::FlowGrpo };
+        let number = |name: &str| table[name].as_f64().unwrap();
+        let n = table["steps"].as_u64().unwrap() as usize;
+        let native = schedule.steps(&flow_sampling(sampler, n, number("eta"), number("shift"))).unwrap();
+        close(zeta(&native), &table["zeta"], "zeta");
+        let steps = apply(Credit::Proportionate, &schedule, native, None).unwrap();
+        for (step, row) in steps.iter().zip(table["rows"].as_array().unwrap()) {
+            let Family::Flow { t, dt } = step.family else { panic!("a flow step") };
+            close(t, &row["t"], "t");
+            close(step.t, &Value::from(1000.0 * row["t"].as_f64().unwrap()), "the network's timestep");
+            close(dt, &row["dt"], "dt");
+            close(step.sigma / dt.sqrt(), &row["sigma"], "sigma");
+            close(step.w_native, &row["w_native"], "w_native");
+            close(step.w_total, &row["w_in_zeta"], "w_in_zeta");
+            close(step.weight, &row["w_proportionate"], "w_proportionate");
+        }
+    }
+}
+
+#[test]
+fn published_zetas() {
+    let schedule = Schedule::Flow(Flow::shifted(3.0));
+    let zeta_of = |sampler, n, eta| zeta(&schedule.steps(&flow_sampling(sampler, n, eta, 3.0)).unwrap());
+    // PCPO gives 13.343 for DanceGRPO and 4.315 for Flow-GRPO.
+    assert!((zeta_of(Sampler::Dance, 16, 0.3) - 13.343190914766362).abs() < 1e-10);
+    assert!((zeta_of(Sampler::FlowGrpo, 10, 0.7) - 4.3152134639895925).abs() < 1e-10);
+}
+
+#[test]
+fn a_published_zeta_takes_the_place_of_the_grid_s_and_needs_proportionate_credit() {
+    let schedule = Schedule::Flow(Flow::shifted(3.0));
+    let native = schedule.steps(&flow_sampling(Sampler::Dance, 8, 0.3, 3.0)).unwrap();
+    let steps = apply(Credit::Proportionate, &schedule, native.clone(), Some(13.343)).unwrap();
+    assert!(steps.iter().all(|s| (s.weight - 13.343 * s.share).abs() < 1e-12));
+    let total: f64 = steps.iter().map(|s| s.weight).sum();
+    assert!((total - 13.343).abs() < 1e-9, "the intervals add up to 1");
+    let error = apply(Credit::Native, &schedule, native, Some(1.0)).unwrap_err().to_string();
+    assert!(error.contains("--zeta") && error.contains("proportionate"), "{error}");
+}
+
+#[test]
+fn credit_over_the_trained_steps_keeps_their_total() {
+    let schedule = Schedule::Flow(Flow::shifted(3.0));
+    let native = schedule.steps(&flow_sampling(Sampler::FlowGrpo, 10, 0.7, 3.0)).unwrap();
+    let mut trained: Vec<Step> = native[2..5].to_vec();
+    let total = zeta(&trained);
+    proportionate(&mut trained, total);
+    let sum = |f: fn(&Step) -> f64, steps: &[Step]| steps.iter().map(f).sum::<f64>();
+    assert!((sum(|s| s.weight, &trained) - sum(|s| s.w_native, &native[2..5])).abs() < 1e-12);
+    assert!((trained[0].weight / trained[1].weight - trained[0].share / trained[1].share).abs() < 1e-12);
+}
+
+/// diffusers' own grids (tests/golden/make_schedule_golden.py): SD3's, which shifts twice, FLUX's with dynamic shifting,
+/// and the linear kind of it.
+#[test]
+fn grids_match_diffusers_scheduler() {
+    let all: Value = serde_json::from_str(include_str!("../golden/flow_grids.json")).unwrap();
+    let all = all.as_array().unwrap();
+    assert!(all.len() >= 12);
+    for entry in all {
+        let mut flow = Flow::from_config(&entry["config"]).unwrap();
+        if entry["pipeline"] == "flux" {
+            flow.spacing = Spacing::Pipeline;
+        }
+        let steps = entry["steps"].as_u64().unwrap() as usize;
+        let tokens = entry["image_seq_len"].as_u64().unwrap_or(0) as usize;
+        let sampling = Sampling { sampler: Sampler::Ode, steps, eta: 0.0, grid: Grid::Diffusers, shift: None, tokens };
+        let times = flow.times(&sampling).unwrap();
+        let expected = entry["sigmas"].as_array().unwrap();
+        assert_eq!(times.len(), expected.len(), "{}", entry["name"]);
+        for (t, e) in times.iter().zip(expected) {
+            // The scheduler's numbers are f32.
+            assert!((t - e.as_f64().unwrap()).abs() < 3e-7, "{}: {t} is not {e}", entry["name"]);
+        }
+        let network = flow.steps(&sampling).unwrap();
+        for (step, e) in network.iter().zip(entry["timesteps"].as_array().unwrap()) {
+            assert!((step.t - e.as_f64().unwrap()).abs() < 3e-4, "{}: timestep {} is not {e}", entry["name"], step.t);
+        }
+    }
+}
+
+#[test]
+fn flow_samplers_lead_to_the_ode_as_noise_goes_to_zero() {
+    let schedule = Schedule::Flow(Flow::shifted(3.0));
+    for sampler in [Sampler::Dance, Sampler::FlowGrpo, Sampler::Cps] {
+        let quiet = schedule.steps(&flow_sampling(sampler, 10, 1e-6, 3.0)).unwrap();
+        let ode = schedule.steps(&flow_sampling(Sampler::Ode, 10, 0.0, 3.0)).unwrap();
+        for (q, o) in quiet.iter().zip(&ode) {
+            assert!((q.a - o.a).abs() < 1e-9 && (q.b - o.b).abs() < 1e-9, "{sampler:?} at {}", q.t);
+            assert_eq!((o.a, o.sigma, o.trainable()), (1.0, 0.0, false));
+            assert_eq!(q.without_noise().b, o.b);
+        }
+    }
+    // CPS has no noise in its last step, so that step is never trained.
+    let cps = schedule.steps(&flow_sampling(Sampler::Cps, 10, 0.7, 3.0)).unwrap();
+    assert!(cps[..9].iter().all(Step::trainable) && !cps[9].trainable());
+}
+
+#[test]
+fn a_sampler_of_the_other_family_is_refused() {
+    let flow = Schedule::Flow(Flow::shifted(3.0));
+    let ddim = Schedule::Ddim(Ddim::stable_diffusion());
+    let sampling = |sampler| Sampling { sampler, steps: 10, eta: 0.5, grid: Grid::Shifted, shift: None, tokens: 0 };
+    assert!(flow.steps(&sampling(Sampler::Ddim)).unwrap_err().to_string().contains("--sampler ddim"));
+    assert!(ddim.steps(&sampling(Sampler::Dance)).unwrap_err().to_string().contains("--sampler dance"));
 }

@@ -1,6 +1,7 @@
 //! Each operation of the hot path: shader against CPU reference, reference against f64, gradient against central
-//! differences, repeatability. Kernels by name: philox_noise, ddim_step, ddim_log_prob, log_ratio, log_ratio_finish,
-//! policy_objective, credit_reduce, with the preludes common, philox, lanes1 and lanes4 (both widths are among SHAPES).
+//! differences, repeatability. Kernels by name: philox_noise, ddim_step and flow_step with step_log_prob, log_ratio with
+//! log_ratio_finish, policy_objective, credit_reduce, with the preludes common, philox, sampler_step, partials_sum,
+//! lanes1 and lanes4 (both widths are among SHAPES).
 
 use burn::tensor::{Tensor, TensorData};
 use pcpo_wgpu::bench::{Case, OPERATIONS};
@@ -8,13 +9,14 @@ use pcpo_wgpu::credit::{Credit, apply};
 use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::ops::credit_reduce::{self, credit_reduce};
 use pcpo_wgpu::ops::ddim_step::{self, ddim_step};
+use pcpo_wgpu::ops::flow_step::{self, flow_step};
 use pcpo_wgpu::ops::group_advantage::{Advantage, Tracker, group_advantage, varies};
 use pcpo_wgpu::ops::log_ratio::{self, log_ratio};
 use pcpo_wgpu::ops::philox::philox_noise;
 use pcpo_wgpu::ops::policy_objective::{self, GuidanceGradient, Objective, Surrogate, policy_objective};
 use pcpo_wgpu::ops::{Coefficients, Guidance, NoiseKey, read};
 use pcpo_wgpu::philox::{self, Stream, noise};
-use pcpo_wgpu::schedule::Schedule;
+use pcpo_wgpu::schedule::{Family, Flow, Grid, Sampler, Sampling, Schedule, Step, ddim::Ddim};
 
 use crate::support::gpu;
 
@@ -33,8 +35,9 @@ fn tensor(compute: &Compute, values: &[f32], shape: [usize; 4]) -> Tensor<4> {
 }
 
 fn coefficients(rule: Credit, clip: bool) -> Coefficients {
-    let schedule = Schedule::stable_diffusion();
-    let steps = apply(rule, &schedule, schedule.steps(50, 1.0).unwrap()).unwrap();
+    let schedule = Ddim::stable_diffusion();
+    let native = schedule.steps(50, 1.0).unwrap();
+    let steps = apply(rule, &Schedule::Ddim(schedule), native, None).unwrap();
     let c = Coefficients::from(&steps[20]);
     Coefficients { clip: if clip { 1.0 } else { c.clip }, ..c }
 }
@@ -125,14 +128,15 @@ fn ddim_step_matches_its_reference() {
 
 #[test]
 fn ddim_step_reference_is_the_textbook_formula_in_f64() {
-    let schedule = Schedule::stable_diffusion();
+    let schedule = Ddim::stable_diffusion();
     let step = schedule.steps(50, 1.0).unwrap()[20];
     let (n, g) = (4096, 5.0f64);
     let (x, out) = (draw(0, n), draw(1, 2 * n));
     let c = Coefficients::from(&step);
     let (found, _, log_prob) = ddim_step::reference(&x, &out, 1, Guidance::Scale(5.0), &c, KEY);
     let z = noise(KEY.seed, Stream::StepNoise, KEY.first_image, KEY.step, n);
-    let (bar, prev, s) = (step.alpha_bar, step.alpha_bar_prev, step.sigma);
+    let Family::Diffusion { alpha_bar: bar, alpha_bar_prev: prev, .. } = step.family else { panic!("a DDIM step") };
+    let s = step.sigma;
     let mut log_p = 0.0;
     let expected: Vec<f32> = (0..n)
         .map(|i| {
@@ -147,6 +151,132 @@ fn ddim_step_reference_is_the_textbook_formula_in_f64() {
         .collect();
     assert!(error(&found, &expected) < 1e-5);
     assert!(error(&log_prob, &[(log_p / n as f64) as f32]) < 1e-5);
+}
+
+/// A flow's steps at published settings.
+fn flow_steps(sampler: Sampler, rule: Credit) -> Vec<Step> {
+    let schedule = Schedule::Flow(Flow::shifted(3.0));
+    let (steps, eta) = (sampler.default_steps(), sampler.default_eta());
+    let sampling = Sampling { sampler, steps, eta, grid: Grid::Shifted, shift: None, tokens: 0 };
+    apply(rule, &schedule, schedule.steps(&sampling).unwrap(), None).unwrap()
+}
+
+const FLOW_SAMPLERS: [Sampler; 4] = [Sampler::Dance, Sampler::FlowGrpo, Sampler::Cps, Sampler::Ode];
+
+#[test]
+fn flow_step_matches_its_reference() {
+    let gpu = gpu();
+    for shape in SHAPES {
+        let n = shape.iter().product::<usize>();
+        for sampler in FLOW_SAMPLERS {
+            let steps = flow_steps(sampler, Credit::Native);
+            for (guidance, step) in [(Guidance::Off, &steps[0]), (Guidance::Scale(4.5), &steps[steps.len() / 2])] {
+                let (x, out) = (draw(0, n), draw(1, n * guidance.rows()));
+                let c = Coefficients::from(step);
+                let (x_prev, prediction, log_prob) = flow_step::reference(&x, &out, shape[0], guidance, &c, KEY);
+                let wide = [shape[0] * guidance.rows(), shape[1], shape[2], shape[3]];
+                let found = flow_step(&gpu, &tensor(&gpu, &x, shape), &tensor(&gpu, &out, wide), guidance, &c, KEY);
+                assert!(error(&read(&found.x_prev).unwrap(), &x_prev) < 1e-5, "x_prev {shape:?} {sampler:?}");
+                assert!(error(&read(&found.prediction).unwrap(), &prediction) < 1e-5, "prediction {shape:?}");
+                // Relative to the larger of 1 and the value: log p passes through 0 as sigma does.
+                let log_p = read(&found.log_prob).unwrap();
+                let off = log_p.iter().zip(&log_prob).map(|(a, b)| (a - b).abs() / b.abs().max(1.0));
+                assert!(off.fold(0.0, f32::max) < 1e-5, "log_prob {shape:?} {sampler:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn flow_step_reference_is_the_published_formula_in_f64() {
+    let n = 4096;
+    let (x, out) = (draw(0, n), draw(1, 2 * n));
+    let z = noise(KEY.seed, Stream::StepNoise, KEY.first_image, KEY.step, n);
+    for sampler in FLOW_SAMPLERS {
+        let (steps, eta) = (flow_steps(sampler, Credit::Native), sampler.default_eta());
+        for (i, step) in steps.iter().enumerate() {
+            let Family::Flow { t, dt } = step.family else { panic!("a flow step") };
+            let c = Coefficients::from(step);
+            let (found, _, log_prob) = flow_step::reference(&x, &out, 1, Guidance::Scale(4.5), &c, KEY);
+            let next = t - dt;
+            let mut log_p = 0.0;
+            let expected: Vec<f32> = (0..n)
+                .map(|k| {
+                    let (x, u, c) = (f64::from(x[k]), f64::from(out[k]), f64::from(out[k + n]));
+                    let (v, z) = (u + 4.5 * (c - u), f64::from(z[k]));
+                    let sde = |s: f64| {
+                        let mean = x * (1.0 - s * s * dt / (2.0 * t)) - v * (1.0 + s * s * (1.0 - t) / (2.0 * t)) * dt;
+                        (mean, s * dt.sqrt())
+                    };
+                    let (mean, sigma) = match sampler {
+                        Sampler::Dance => sde(eta),
+                        Sampler::FlowGrpo => sde(eta * (t / (1.0 - if i == 0 { next } else { t })).sqrt()),
+                        Sampler::Cps => {
+                            let angle = eta * std::f64::consts::FRAC_PI_2;
+                            let (x0, x1) = (x - t * v, x + (1.0 - t) * v);
+                            ((1.0 - next) * x0 + next * angle.cos() * x1, next * angle.sin())
+                        }
+                        _ => (x - v * dt, 0.0),
+                    };
+                    if sigma > 0.0 {
+                        let density = -(sigma * z).powi(2) / (2.0 * sigma * sigma);
+                        log_p += density - sigma.ln() - 0.5 * std::f64::consts::TAU.ln();
+                    }
+                    (mean + sigma * z) as f32
+                })
+                .collect();
+            assert!(error(&found, &expected) < 1e-5, "{sampler:?} step {i}: {:e}", error(&found, &expected));
+            let log_p = log_p / n as f64;
+            // A deterministic step has no density.
+            let off = if c.sigma > 0.0 { (f64::from(log_prob[0]) - log_p).abs() / log_p.abs().max(1.0) } else { 0.0 };
+            assert!(off < 1e-5, "{sampler:?} step {i}: log p {} is not {log_p}", log_prob[0]);
+        }
+    }
+}
+
+#[test]
+fn log_ratio_of_a_flow_is_the_difference_of_log_densities_and_guard_s_is_its_linear_part() {
+    let (n, key) = (4096, KEY);
+    let z = noise_of(1, n);
+    let (out, old): (Vec<f32>, Vec<f32>) =
+        (draw(1, n), draw(1, n).iter().zip(draw(2, n)).map(|(v, d)| v + 0.1 * d).collect());
+    for sampler in [Sampler::Dance, Sampler::FlowGrpo, Sampler::Cps] {
+        for step in flow_steps(sampler, Credit::Native).iter().filter(|s| s.trainable()) {
+            let c = Coefficients::from(step);
+            let found = f64::from(log_ratio::reference(&out, &old, None, 1, Guidance::Off, &c, key)[0][0]);
+            // x_prev - mean is sigma z under the old policy; the new one's mean is b (v_old - v) away.
+            let (mut exact, mut linear, mut scale) = (0.0, 0.0, 0.0);
+            for i in 0..n {
+                let moved = step.b * (f64::from(out[i]) - f64::from(old[i]));
+                let (s, zi) = (step.sigma, f64::from(z[i]));
+                exact += ((s * zi).powi(2) - (s * zi + moved).powi(2)) / (2.0 * s * s);
+                linear -= moved * zi;
+                scale += (moved / s * zi).abs() + 0.5 * (moved / s).powi(2);
+            }
+            let (exact, linear, scale) = (exact / n as f64, linear / n as f64, scale / n as f64);
+            assert!((found - exact).abs() < 1e-5 * scale, "{sampler:?} at {}: {found} is not {exact}", step.t);
+            let guard = flow_steps(sampler, Credit::Guard).into_iter().find(|g| g.t == step.t).unwrap();
+            let Family::Flow { dt, .. } = guard.family else { panic!("a flow step") };
+            assert!((guard.loss_weight - 1.0 / dt).abs() < 1e-12 / dt);
+            let c = Coefficients::from(&guard);
+            let found = f64::from(log_ratio::reference(&out, &old, None, 1, Guidance::Off, &c, key)[0][0]);
+            // verl-omni's form: (log rho + mean(moved^2) / (2 sigma^2)) sigma, with sigma the step's deviation.
+            assert!((found - linear).abs() < 1e-5 * scale * step.sigma, "{sampler:?} at {}: guard", step.t);
+        }
+    }
+}
+
+#[test]
+fn noise_weighting_is_in_proportion_to_the_step_s_noise_and_has_mean_one() {
+    for sampler in [Sampler::Dance, Sampler::FlowGrpo] {
+        let (native, weighted) = (flow_steps(sampler, Credit::Native), flow_steps(sampler, Credit::Noise));
+        let mean = weighted.iter().map(|s| s.loss_weight).sum::<f64>() / weighted.len() as f64;
+        assert!((mean - 1.0).abs() < 1e-12);
+        for (n, w) in native.iter().zip(&weighted) {
+            assert!((w.loss_weight / weighted[0].loss_weight - n.sigma / native[0].sigma).abs() < 1e-12);
+            assert_eq!(w.weight, n.w_native);
+        }
+    }
 }
 
 /// (network output, old prediction `delta` away from it, reference output).
@@ -226,13 +356,24 @@ fn surrogate(objective: Objective, gradient: GuidanceGradient, beta: f32) -> Sur
     Surrogate { objective, xi: 1e-3, beta, guidance_gradient: gradient, scale: 0.125 }
 }
 
+/// Every kind of coefficients that the objective sees: diffusion, a flow, and GRPO-Guard, whose ratio has no quadratic
+/// term and whose loss is weighted.
+fn objective_coefficients() -> [Coefficients; 3] {
+    let guard = flow_steps(Sampler::FlowGrpo, Credit::Guard)[4];
+    // Its weight 1 / dt is near 20: within the range of the others, so that one tolerance fits.
+    [
+        coefficients(Credit::Proportionate, false),
+        Coefficients::from(&flow_steps(Sampler::FlowGrpo, Credit::Proportionate)[4]),
+        Coefficients::from(&guard),
+    ]
+}
+
 const OBJECTIVES: [Objective; 3] = [Objective::PpoClip, Objective::LogRatio, Objective::LogHinge];
 
 #[test]
 fn policy_objective_matches_its_reference() {
     let gpu = gpu();
-    let c = coefficients(Credit::Proportionate, false);
-    for shape in SHAPES {
+    for (shape, c) in SHAPES.into_iter().flat_map(|s| objective_coefficients().map(|c| (s, c))) {
         let n = shape.iter().product::<usize>();
         let advantage: Vec<f32> = (0..shape[0]).map(|i| [1.5, -0.7, 0.0, 2.5, -5.0][i % 5]).collect();
         for objective in OBJECTIVES {
@@ -273,12 +414,11 @@ fn policy_objective_matches_its_reference() {
 
 #[test]
 fn policy_objective_gradient_is_that_of_central_differences() {
-    let c = coefficients(Credit::Proportionate, false);
     let (batch, n) = (6, 6 * 10);
     // Advantages of both signs against log rho of both signs: free and clipped entries.
     let advantage = [1.0, -1.0, 2.0, -2.0, 0.5, 0.0];
     let mut clipped = 0;
-    for objective in OBJECTIVES {
+    for (objective, c) in OBJECTIVES.into_iter().flat_map(|o| objective_coefficients().map(|c| (o, c))) {
         for guidance in [Guidance::Off, Guidance::Scale(3.0)] {
             let s = surrogate(objective, GuidanceGradient::Both, 0.05);
             let (out, old, frozen) = policy(n, guidance, 0.02);
@@ -329,7 +469,7 @@ fn loss_f64(
         for i in b * dim..(b + 1) * dim {
             let p = combine(&|j| out[j], i);
             let d = p - f64::from(old[i]);
-            lr -= (w * d * f64::from(z[i]) + 0.5 * w * w * d * d) / dim as f64;
+            lr -= (w * d * f64::from(z[i]) + 0.5 * f64::from(c.quadratic) * w * w * d * d) / dim as f64;
             kl += 0.5 * (wn * (p - combine(&|j| f64::from(frozen[j]), i))).powi(2) / dim as f64;
         }
         let a = f64::from(a);
@@ -338,7 +478,7 @@ fn loss_f64(
             Objective::LogRatio => (-a * (1.0 + lr)).max(-a * (1.0 + lr).clamp(1.0 - xi, 1.0 + xi)),
             Objective::LogHinge => (xi * a.abs() - a * lr).max(0.0),
         };
-        total += policy + f64::from(s.beta) * kl;
+        total += f64::from(c.loss_weight) * policy + f64::from(s.beta) * kl;
     }
     total * f64::from(s.scale)
 }

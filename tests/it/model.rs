@@ -6,18 +6,22 @@ use pcpo_wgpu::model::weights::Storage;
 
 use crate::support::{cpu, golden, gpu};
 
-const FOLDERS: [&str; 5] = ["sd15", "sd21", "odd", "nomid", "simple"];
+/// Folders, and how many comparisons each allows: a diffusion model's prediction, text, latents, image and encode; of a
+/// flow four embeddings (two for FLUX, which has no negative prompt); a lone transformer's prediction.
+const DIFFUSION: [(&str, usize); 5] = [("sd15", 5), ("sd21", 5), ("odd", 5), ("nomid", 5), ("simple", 5)];
+const SD3: [(&str, usize); 4] = [("sd3", 8), ("sd35m", 8), ("sd35l", 1), ("sd3odd", 1)];
+const FLUX: [(&str, usize); 4] = [("flux-dev", 6), ("flux-schnell", 6), ("flux-rope", 1), ("flux-wide", 1)];
 
-fn parity(compute: &Compute) {
-    for folder in FOLDERS {
+fn parity(compute: &Compute, folders: &[(&str, usize)]) {
+    for &(folder, comparisons) in folders {
         let dir = golden(folder);
         let lines = check(&dir, &dir.join("reference.safetensors"), compute, Storage::F32).unwrap();
-        assert_eq!(lines.len(), 5, "{folder}: prediction, text, latents, image and encode are all compared");
+        assert_eq!(lines.len(), comparisons, "{folder}: everything is compared");
         for line in lines {
             println!("{folder} {} {:.2e}", line.name, line.error);
             assert!(
                 line.error < 1e-4,
-                "{folder}: {} is off by {:.2e}; regenerate with tests/golden/make_golden.py?",
+                "{folder}: {} is off by {:.2e}; regenerate with tests/golden/make_golden.py or make_flow_golden.py?",
                 line.name,
                 line.error
             );
@@ -26,11 +30,37 @@ fn parity(compute: &Compute) {
 }
 
 #[test]
-fn five_configurations_match_diffusers_on_the_cpu() {
-    parity(&cpu());
+fn five_diffusion_configurations_match_diffusers_on_the_cpu() {
+    parity(&cpu(), &DIFFUSION);
 }
 
 #[test]
-fn five_configurations_match_diffusers_on_the_gpu() {
-    parity(&gpu());
+fn five_diffusion_configurations_match_diffusers_on_the_gpu() {
+    parity(&gpu(), &DIFFUSION);
+}
+
+#[test]
+fn four_configurations_of_stable_diffusion_3_and_of_flux_match_diffusers_on_the_cpu() {
+    parity(&cpu(), &SD3);
+    parity(&cpu(), &FLUX);
+}
+
+#[test]
+fn four_configurations_of_stable_diffusion_3_and_of_flux_match_diffusers_on_the_gpu() {
+    parity(&gpu(), &SD3);
+    parity(&gpu(), &FLUX);
+}
+
+/// Weights in 8 and 4 bits: off by what rounding costs, and no more.
+#[test]
+fn quantised_weights_stay_close_to_f32() {
+    for compute in [cpu(), gpu()] {
+        for (storage, least, most) in [(Storage::Q8, 1e-4, 0.05), (Storage::Q4, 1e-2, 0.8)] {
+            let dir = golden("sd3");
+            let lines = check(&dir, &dir.join("reference.safetensors"), &compute, storage).unwrap();
+            let error = lines.iter().find(|l| l.name == "prediction").unwrap().error;
+            println!("{storage:?} on {}: {error:.2e}", compute.name);
+            assert!((least..most).contains(&error), "{storage:?}: {error:e}");
+        }
+    }
 }

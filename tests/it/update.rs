@@ -4,20 +4,19 @@
 use burn::tensor::{Tensor, TensorData};
 use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::lora_io::load;
-use pcpo_wgpu::model::Conditioning;
 use pcpo_wgpu::model::pipeline::load_schedule;
 use pcpo_wgpu::model::unet::UNet;
 use pcpo_wgpu::model::weights::{Storage, Weights};
-use pcpo_wgpu::ops::Guidance;
+use pcpo_wgpu::model::{Conditioning, Denoiser, Family};
 use pcpo_wgpu::ops::policy_objective::{GuidanceGradient, Objective, Surrogate};
-use pcpo_wgpu::rollout::{Denoise, Visit};
-use pcpo_wgpu::schedule::Step;
+use pcpo_wgpu::rollout::{Denoise, Guided, Visit};
+use pcpo_wgpu::schedule::{Grid, Sampler, Sampling, Step};
 use pcpo_wgpu::update::{Batch, batch_gradient};
 
 use crate::support::{cpu, emoji, golden, gpu};
 
 /// Replays a dump and compares every matrix's gradient; returns the largest relative error.
-fn replay(compute: &Compute, name: &str, objective: Objective, beta: f32) -> f64 {
+fn replay(compute: &Compute, name: &str, objective: Objective, beta: f32, by_block: bool) -> f64 {
     let dump = Weights::open_file(&golden(&format!("update/{name}.safetensors"))).unwrap();
     let torch = Weights::open_file(&golden(&format!("update/{name}-torch.safetensors"))).unwrap();
     let unet = UNet::load(&emoji().join("unet"), &compute.burn, Storage::F32).unwrap();
@@ -37,19 +36,20 @@ fn replay(compute: &Compute, name: &str, objective: Objective, beta: f32) -> f64
     };
     let sequence = |name: &str| {
         let (values, shape) = dump.f32(name).unwrap();
-        Conditioning { sequence: Tensor::from_data(TensorData::new(values, shape), &compute.burn) }
+        Conditioning { sequence: Tensor::from_data(TensorData::new(values, shape), &compute.burn), pooled: None }
     };
     let (latents, old) = (tensor("latents"), tensor("eps_old"));
     let row = |t: &Tensor<5>, s: usize| t.clone().narrow(0, s, 1).squeeze_dim::<4>(0);
     let timesteps = dump.f32("timesteps").unwrap().0;
     let weights = dump.f32("weights").unwrap().0;
     let schedule = load_schedule(&emoji()).unwrap();
-    let all = schedule.steps(8, 1.0).unwrap();
+    let sampling = Sampling { sampler: Sampler::Ddim, steps: 8, eta: 1.0, grid: Grid::Shifted, shift: None, tokens: 0 };
+    let all = schedule.steps(&sampling).unwrap();
     let trained: Vec<(usize, Step)> = timesteps
         .iter()
         .zip(&weights)
         .map(|(&t, &w)| {
-            let i = all.iter().position(|s| s.t == t as usize).unwrap();
+            let i = all.iter().position(|s| s.t == f64::from(t)).unwrap();
             (i, Step { weight: f64::from(w), ..all[i] })
         })
         .collect();
@@ -70,13 +70,16 @@ fn replay(compute: &Compute, name: &str, objective: Objective, beta: f32) -> f64
         guidance_gradient: GuidanceGradient::Both,
         scale: 1.0 / (advantages.len() * trained.len()) as f32,
     };
-    let guidance = Guidance::Scale(3.0);
-    let policy = Denoise { compute, unet: &unet, lora: None, guidance, cond: &cond, uncond: &uncond };
-    let found = batch_gradient(&policy, &adapter, &batch, &trained, &surrogate, (&advantages, 0), || Ok(())).unwrap();
+    let guidance = Guided::new(&unet, 3.0);
+    let policy = Denoise { compute, net: &unet, lora: None, guidance, cond: &cond, uncond: &uncond };
+    let how = (&advantages[..], 0, by_block);
+    let found = batch_gradient(&policy, &adapter, &batch, &trained, &surrogate, how, || Ok(())).unwrap();
     let mut worst = 0f64;
     let mut gradient = adapter.clone();
     gradient.parameters().into_iter().zip(&found.gradients).for_each(|(p, g)| p.clone_from(g));
-    for (key, _, values) in pcpo_wgpu::lora_io::tensors(&gradient, pcpo_wgpu::lora_io::Format::Diffusers) {
+    for (key, _, values) in
+        pcpo_wgpu::lora_io::tensors(&gradient, pcpo_wgpu::lora_io::Format::Diffusers, Family::StableDiffusion)
+    {
         let expected = torch.f32(&key).unwrap().0;
         let scale = expected.iter().fold(0f64, |m, v| m.max(f64::from(v.abs())));
         assert!(scale > 0.0, "{key} has a gradient");
@@ -90,9 +93,11 @@ fn replay(compute: &Compute, name: &str, objective: Objective, beta: f32) -> f64
 fn gradients_of_an_update_are_those_of_pytorch() {
     for compute in [cpu(), gpu()] {
         for (name, objective, beta) in [("ppo", Objective::PpoClip, 0.0), ("hinge", Objective::LogHinge, 0.05)] {
-            let worst = replay(&compute, name, objective, beta);
-            println!("{name} on {}: {worst:.1e}", compute.name);
-            assert!(worst < 1e-3, "{name} on {}: off by {worst:e}", compute.name);
+            for by_block in [false, true] {
+                let worst = replay(&compute, name, objective, beta, by_block);
+                println!("{name} on {}, block by block {by_block}: {worst:.1e}", compute.name);
+                assert!(worst < 1e-3, "{name} on {}: off by {worst:e}", compute.name);
+            }
         }
     }
 }

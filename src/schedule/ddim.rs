@@ -1,5 +1,4 @@
-//! The DDIM schedule as numbers: host mathematics in f64, made once. The sampler reads `a`, `b` and `sigma` of a
-//! [`Step`] and the objective reads `weight`; neither knows which credit rule filled it in.
+//! The DDIM sampler of diffusion models.
 //!
 //! Follows diffusers' `DDIMScheduler.from_config`: any scheduler's config gives the betas, absent fields take DDIM's
 //! defaults. Formulas: Song et al. 2021, eq. 12 and 16; Lee & Ye 2026, proposition 1.
@@ -7,45 +6,7 @@
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
-/// What the network predicts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Prediction {
-    Epsilon,
-    V,
-}
-
-/// One sampler step t -> prev as a Gaussian policy over x_prev: mean = a x - b p, deviation sigma, where p is the
-/// network's prediction (after guidance), be it eps or v.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Step {
-    /// Timestep as the network sees it.
-    pub t: usize,
-    /// Cumulative alpha at t and at the step's end.
-    pub alpha_bar: f64,
-    pub alpha_bar_prev: f64,
-    /// Coefficients of the mean in x and (negated) in the prediction.
-    pub a: f64,
-    pub b: f64,
-    /// Standard deviation of the noise that the step adds; 0 has no density and is never trained.
-    pub sigma: f64,
-    /// w = (c1 - c2) / sigma of METHOD section 3, in eps units: a unit change of eps moves the mean by w sigma.
-    pub w_native: f64,
-    /// The credit weight that takes the place of `w_native` in the objective, in eps units.
-    pub weight: f64,
-    /// d eps / d prediction: 1, or sqrt(alpha_bar) for v. Turns eps units into prediction units.
-    pub unit: f64,
-    /// x0 = x0_x x - x0_p p, which `clip_sample` clips to +-`clip`; infinite without clipping.
-    pub x0_x: f64,
-    pub x0_p: f64,
-    pub clip: f64,
-}
-
-impl Step {
-    /// Whether the step can be trained: it has a density and its mean is linear in the prediction.
-    pub fn trainable(&self) -> bool {
-        self.sigma > 0.0 && self.clip.is_infinite()
-    }
-}
+use super::{Family, Prediction, Step, flag, number};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Spacing {
@@ -56,7 +17,7 @@ enum Spacing {
 
 /// A scheduler folder's numbers.
 #[derive(Clone, Debug)]
-pub struct Schedule {
+pub struct Ddim {
     /// Cumulative product of 1 - beta for each training timestep.
     pub alpha_bar: Vec<f64>,
     pub prediction: Prediction,
@@ -64,20 +25,6 @@ pub struct Schedule {
     steps_offset: usize,
     spacing: Spacing,
     clip: f64,
-}
-
-fn number(config: &Value, field: &str, default: f64) -> Result<f64> {
-    match &config[field] {
-        Value::Null => Ok(default),
-        v => v.as_f64().ok_or_else(|| anyhow::anyhow!("scheduler_config.json: {field} = {v} is not a number")),
-    }
-}
-
-fn flag(config: &Value, field: &str, default: bool) -> Result<bool> {
-    match &config[field] {
-        Value::Null => Ok(default),
-        v => v.as_bool().ok_or_else(|| anyhow::anyhow!("scheduler_config.json: {field} = {v} is not true or false")),
-    }
 }
 
 fn betas(config: &Value, n: usize) -> Result<Vec<f64>> {
@@ -102,7 +49,7 @@ fn betas(config: &Value, n: usize) -> Result<Vec<f64>> {
     })
 }
 
-impl Schedule {
+impl Ddim {
     /// Stable Diffusion 1.x: scaled-linear betas 0.00085..0.012 over 1000 steps, leading spacing, offset 1.
     pub fn stable_diffusion() -> Self {
         let config = serde_json::json!({
@@ -112,7 +59,7 @@ impl Schedule {
         Self::from_config(&config).expect("a constant config is valid")
     }
 
-    /// Reads a `scheduler_config.json` of any diffusers scheduler.
+    /// Reads a `scheduler_config.json` of any diffusers scheduler for diffusion.
     ///
     /// # Errors
     /// Names the field whose value is of the wrong type or not supported.
@@ -186,42 +133,57 @@ impl Schedule {
     pub fn steps(&self, n: usize, eta: f64) -> Result<Vec<Step>> {
         ensure!((0.0..=1.0).contains(&eta), "--eta {eta}: must lie between 0 (deterministic) and 1 (DDPM)");
         let stride = self.alpha_bar.len() / n.max(1);
-        Ok(self.timesteps(n)?.into_iter().map(|t| self.step(t, stride, eta)).collect())
+        let step = |t| Step { share: 1.0 / n as f64, ..self.step(t, stride, eta) };
+        Ok(self.timesteps(n)?.into_iter().map(step).collect())
     }
 
     fn step(&self, t: usize, stride: usize, eta: f64) -> Step {
         let bar = self.alpha_bar[t];
         let prev = if t >= stride { self.alpha_bar[t - stride] } else { self.final_alpha_bar };
         let variance = (1.0 - prev) / (1.0 - bar) * (1.0 - bar / prev);
-        self.with_sigma(t, bar, prev, eta * variance.max(0.0).sqrt())
+        self.with_sigma(t as f64, bar, prev, eta * variance.max(0.0).sqrt())
     }
 
     /// The step with another deviation; the mean's coefficients follow it.
-    pub fn with_sigma(&self, t: usize, bar: f64, prev: f64, sigma: f64) -> Step {
-        let c2 = (1.0 - prev - sigma * sigma).max(0.0).sqrt();
-        let c1 = (1.0 - bar).sqrt() * (prev / bar).sqrt();
+    pub fn with_sigma(&self, t: f64, bar: f64, prev: f64, sigma: f64) -> Step {
+        let (c1, c2) = (c1(bar, prev), c2(prev, sigma));
         // In v the mean stays finite where alpha_bar is 0 (zero terminal SNR); in eps it does not.
-        let (a, b, unit, x0_x, x0_p) = match self.prediction {
-            Prediction::Epsilon => ((prev / bar).sqrt(), c1 - c2, 1.0, 1.0 / bar.sqrt(), ((1.0 - bar) / bar).sqrt()),
+        let coefficients = |c2: f64| match self.prediction {
             Prediction::V => {
                 let (signal, noise) = (bar.sqrt(), (1.0 - bar).sqrt());
-                (prev.sqrt() * signal + c2 * noise, prev.sqrt() * noise - c2 * signal, signal, signal, noise)
+                [prev.sqrt() * signal + c2 * noise, prev.sqrt() * noise - c2 * signal]
             }
+            _ => [(prev / bar).sqrt(), c1 - c2],
         };
+        let (unit, x0_x, x0_p) = match self.prediction {
+            Prediction::V => (bar.sqrt(), bar.sqrt(), (1.0 - bar).sqrt()),
+            _ => (1.0, 1.0 / bar.sqrt(), ((1.0 - bar) / bar).sqrt()),
+        };
+        let [a, b] = coefficients(c2);
         let w = if sigma > 0.0 { (c1 - c2) / sigma } else { 0.0 };
         Step {
             t,
-            alpha_bar: bar,
-            alpha_bar_prev: prev,
             a,
             b,
             sigma,
+            quiet: coefficients(self::c2(prev, 0.0)),
+            share: 1.0,
             w_native: w,
+            w_total: w,
             weight: w,
+            quadratic: 1.0,
+            loss_weight: 1.0,
             unit,
-            x0_x,
-            x0_p,
-            clip: self.clip,
+            family: Family::Diffusion { alpha_bar: bar, alpha_bar_prev: prev, x0_x, x0_p, clip: self.clip },
         }
     }
+}
+
+/// sqrt(1 - abar) / sqrt(alpha), with the stride in alpha = abar / abar_prev.
+pub(crate) fn c1(bar: f64, prev: f64) -> f64 {
+    (1.0 - bar).sqrt() * (prev / bar).sqrt()
+}
+
+fn c2(prev: f64, sigma: f64) -> f64 {
+    (1.0 - prev - sigma * sigma).max(0.0).sqrt()
 }

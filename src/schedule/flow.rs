@@ -1,0 +1,212 @@
+//! Samplers of flow models (rectified flow): x = (1 - t) x0 + t z, and the network predicts v = z - x0.
+//!
+//! ```text
+//! SDE    mean = x (1 - s^2 dt / 2t) - v (1 + s^2 (1 - t) / 2t) dt,   deviation s sqrt(dt)
+//!        DanceGRPO s = eta;   Flow-GRPO s = eta sqrt(t / (1 - t)), and at t = 1 with the next time in place of t in 1 - t
+//! CPS    x' = (1 - t') (x - t v) + t' cos(eta pi/2) (x + (1 - t) v) + t' sin(eta pi/2) z,   t' = t - dt
+//! ODE    x' = x - v dt
+//! ```
+//! Sources: Xue et al. 2025 (DanceGRPO), Liu et al. 2025 (Flow-GRPO), Wang & Yu 2025 (Flow-CPS, arXiv 2509.05952). CPS
+//! is a Gaussian step with a mean that is linear in v, so its log rho has the exact form of the others with
+//! w = b / sigma. Its authors leave the division by sigma^2 out of their log-probability; here it is the density's own.
+
+use std::f64::consts::FRAC_PI_2;
+
+use anyhow::{Result, bail, ensure};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::{Family, Sampler, Sampling, Step, flag, number};
+
+/// How the times from 1 to 0 are spaced.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Grid {
+    /// The trainers': N equal intervals from 1 to 0, shifted once (METHOD 6b). Published zetas belong to it.
+    Shifted,
+    /// The pipelines': FlowMatchEulerDiscreteScheduler's, which for SD3 shifts twice and ends in a jump to 0.
+    Diffusers,
+}
+
+/// Which pipeline's way diffusers' grid is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spacing {
+    /// StableDiffusion3Pipeline: equal intervals between the scheduler's own largest and smallest time.
+    Scheduler,
+    /// FluxPipeline: it hands the scheduler N times from 1 to 1/N.
+    Pipeline,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Dynamic {
+    Exponential,
+    Linear,
+}
+
+/// A FlowMatchEulerDiscreteScheduler's numbers.
+#[derive(Clone, Debug)]
+pub struct Flow {
+    pub shift: f64,
+    train_timesteps: f64,
+    /// Shift by the image's size, where the config asks for it.
+    dynamic: Option<Dynamic>,
+    shifts: [f64; 2],
+    lengths: [f64; 2],
+    /// Time at which diffusers' grid ends before its jump to 0, where the config gives one.
+    terminal: Option<f64>,
+    /// Set by the model that the scheduler belongs to.
+    pub spacing: Spacing,
+}
+
+impl Flow {
+    /// A plain shift without a config file, as the trainers use it.
+    pub fn shifted(shift: f64) -> Self {
+        Self::from_config(&serde_json::json!({ "shift": shift })).expect("a constant config is valid")
+    }
+
+    /// Reads a FlowMatchEulerDiscreteScheduler's `scheduler_config.json`.
+    ///
+    /// # Errors
+    /// Names the field whose value is of the wrong type or not supported.
+    pub fn from_config(config: &Value) -> Result<Self> {
+        for field in
+            ["invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling"]
+        {
+            if flag(config, field, false)? {
+                bail!("scheduler_config.json: {field} = true is not supported; set it to false");
+            }
+        }
+        let kind = match config["time_shift_type"].as_str().unwrap_or("exponential") {
+            "exponential" => Dynamic::Exponential,
+            "linear" => Dynamic::Linear,
+            other => {
+                bail!("scheduler_config.json: time_shift_type = {other:?} is not supported; exponential and linear are")
+            }
+        };
+        let shift = number(config, "shift", 1.0)?;
+        let train_timesteps = number(config, "num_train_timesteps", 1000.0)?;
+        ensure!(shift > 0.0, "scheduler_config.json: shift = {shift} must be positive");
+        ensure!(
+            train_timesteps >= 1.0,
+            "scheduler_config.json: num_train_timesteps = {train_timesteps} must be positive"
+        );
+        Ok(Self {
+            shift,
+            train_timesteps,
+            dynamic: flag(config, "use_dynamic_shifting", false)?.then_some(kind),
+            shifts: [number(config, "base_shift", 0.5)?, number(config, "max_shift", 1.15)?],
+            lengths: [number(config, "base_image_seq_len", 256.0)?, number(config, "max_image_seq_len", 4096.0)?],
+            terminal: Some(number(config, "shift_terminal", 0.0)?).filter(|&t| t > 0.0),
+            spacing: Spacing::Scheduler,
+        })
+    }
+
+    /// mu of dynamic shifting: a straight line through the token counts of the smallest and the largest image.
+    pub fn mu(&self, tokens: usize) -> f64 {
+        let slope = (self.shifts[1] - self.shifts[0]) / (self.lengths[1] - self.lengths[0]);
+        self.shifts[0] + slope * (tokens as f64 - self.lengths[0])
+    }
+
+    /// The shift of a run, of a time in (0, 1].
+    fn warp(&self, s: &Sampling, time: f64) -> f64 {
+        let by = |shift: f64| shift * time / (1.0 + (shift - 1.0) * time);
+        match (s.shift, self.dynamic) {
+            (Some(shift), _) => by(shift),
+            (None, None) => by(self.shift),
+            // e^mu / (e^mu + 1/t - 1) is a plain shift by e^mu; the linear kind's is by mu itself.
+            (None, Some(Dynamic::Exponential)) => by(self.mu(s.tokens).exp()),
+            (None, Some(Dynamic::Linear)) => by(self.mu(s.tokens)),
+        }
+    }
+
+    /// The N+1 times of a run, from the first to 0.
+    ///
+    /// # Errors
+    /// When the number of steps is 0 or the shift is not positive.
+    pub fn times(&self, s: &Sampling) -> Result<Vec<f64>> {
+        let n = s.steps;
+        ensure!(
+            (1..=self.train_timesteps as usize).contains(&n),
+            "--steps {n}: must lie between 1 and {}",
+            self.train_timesteps
+        );
+        if let Some(shift) = s.shift {
+            ensure!(shift.is_finite() && shift > 0.0, "--shift {shift}: must be a positive number");
+        }
+        let ramp = |first: f64, last: f64| {
+            (0..n).map(move |i| if n == 1 { first } else { first + (last - first) * i as f64 / (n - 1) as f64 })
+        };
+        let mut times: Vec<f64> = match (s.grid, self.spacing) {
+            (Grid::Shifted, _) => (0..n).map(|i| 1.0 - i as f64 / n as f64).collect(),
+            (Grid::Diffusers, Spacing::Pipeline) => ramp(1.0, 1.0 / n as f64).collect(),
+            (Grid::Diffusers, Spacing::Scheduler) => {
+                // The scheduler's own smallest time is shifted already, unless shifting is dynamic.
+                let least = 1.0 / self.train_timesteps;
+                let shift = s.shift.unwrap_or(self.shift);
+                let least = if self.dynamic.is_some() { least } else { shift * least / (1.0 + (shift - 1.0) * least) };
+                ramp(1.0, least).collect()
+            }
+        };
+        times.iter_mut().for_each(|t| *t = self.warp(s, *t));
+        if let (Grid::Diffusers, Some(terminal)) = (s.grid, self.terminal) {
+            let factor = (1.0 - times[n - 1]) / (1.0 - terminal);
+            times.iter_mut().for_each(|t| *t = 1.0 - (1.0 - *t) / factor);
+        }
+        times.push(0.0);
+        Ok(times)
+    }
+
+    /// The steps of a run in sampling order, with native weights.
+    ///
+    /// # Errors
+    /// When a number is out of range.
+    pub fn steps(&self, s: &Sampling) -> Result<Vec<Step>> {
+        let eta = s.eta;
+        ensure!(eta.is_finite() && eta >= 0.0, "--eta {eta}: must be zero or positive");
+        ensure!(s.sampler != Sampler::Cps || eta <= 1.0, "--eta {eta}: must lie between 0 and 1 for --sampler cps");
+        let times = self.times(s)?;
+        let step = |i: usize| -> Step {
+            let (t, next) = (times[i], times[i + 1]);
+            let dt = t - next;
+            let quiet = [1.0, dt];
+            let sde = |noise: f64| {
+                let half = noise * noise / (2.0 * t);
+                ([1.0 - half * dt, (1.0 + half * (1.0 - t)) * dt], noise * dt.sqrt())
+            };
+            let ([a, b], sigma) = match s.sampler {
+                _ if eta == 0.0 => (quiet, 0.0),
+                Sampler::Dance => sde(eta),
+                // At t = 1 the noise would be infinite; the published sampler takes the next time inside 1 - t.
+                Sampler::FlowGrpo => sde(eta * (t / (1.0 - if t < 1.0 { t } else { next })).sqrt()),
+                Sampler::Cps => {
+                    let (sin, cos) = (eta * FRAC_PI_2).sin_cos();
+                    ([1.0 - next + next * cos, (1.0 - next) * t - next * cos * (1.0 - t)], next * sin)
+                }
+                Sampler::Ode | Sampler::Ddim => (quiet, 0.0),
+            };
+            let w = if sigma > 0.0 { b / sigma } else { 0.0 };
+            Step {
+                t: t * self.train_timesteps,
+                a,
+                b,
+                sigma,
+                quiet,
+                share: dt,
+                w_native: w,
+                w_total: w,
+                weight: w,
+                quadratic: 1.0,
+                loss_weight: 1.0,
+                unit: 1.0,
+                family: Family::Flow { t, dt },
+            }
+        };
+        let mut steps: Vec<Step> = (0..s.steps).map(step).collect();
+        // The published zeta counts the second step's weight for the first, whose noise is not the formula's.
+        if s.sampler == Sampler::FlowGrpo && steps.len() > 1 && times[0] >= 1.0 {
+            steps[0].w_total = steps[1].w_native;
+        }
+        Ok(steps)
+    }
+}
