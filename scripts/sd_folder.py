@@ -97,28 +97,29 @@ OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "p
 
 
 @torch.no_grad()
-def randomise(model, generator, gains=GAINS):
+def randomise(parameter, name, generator, gains=GAINS):
     """Random values under which every layer shows in the output: norms near 1, biases near 0, weights by fan-in.
 
     The convolutions on the residual stream itself grow it a little, so that the deepest blocks are not drowned by the
     skip connections; queries and keys make attention choose; the VAE's decoder takes latents of size 10 to 50. `gains`
     holds what departs from 1, by parts of names.
     """
-    for name, parameter in model.named_parameters():
-        parameter.normal_(generator=generator)
-        if name.endswith("bias"):
-            parameter.mul_(0.3)
-        elif parameter.ndim == 1:
-            parameter.mul_(0.2).add_(1.0)
-        else:
-            gain = next((gain for part, gain in gains.items() if part in name), 1.0)
-            parameter.mul_(gain / parameter[0].numel() ** 0.5)
+    parameter.normal_(generator=generator)
+    if name.endswith("bias"):
+        parameter.mul_(0.3)
+    elif parameter.ndim == 1:
+        parameter.mul_(0.2).add_(1.0)
+    else:
+        gain = next((gain for part, gain in gains.items() if part in name), 1.0)
+        parameter.mul_(gain / parameter[0].numel() ** 0.5)
 
 
 def random_weights(kind, config, seed, dtype, builders=BUILDERS, gains=GAINS):
     """The state dict of a random model of this kind ("unet", "vae" or "text_encoder"), rounded to `dtype`."""
     model = builders[kind](config)
-    randomise(model, torch.Generator().manual_seed(seed), gains)
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        randomise(parameter, name, generator, gains)
     return {key: value.to(dtype).contiguous() for key, value in model.state_dict().items()}
 
 

@@ -333,7 +333,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        failures = verify(args.dump, args.model, getattr(torch, args.dtype), args.tolerance, args.allow_vacuous, args.save)
+        dtype = getattr(torch, args.dtype)
+        failures = verify(args.dump, args.model, dtype, args.tolerance, args.allow_vacuous, args.save)
     except (OSError, ValueError, SafetensorError) as problem:
         sys.exit(f"error: {problem}")
     if failures:
