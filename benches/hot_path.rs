@@ -1,58 +1,118 @@
 //! `cargo bench`: every operation of the hot path as shader, CPU reference and Burn tensor operations on one device,
 //! over sizes and batches, values checked before anything is timed; then one epoch of the default job by phase.
 //!
-//! The shaders by name: ddim_step with ddim_log_prob, log_ratio with log_ratio_finish, policy_objective, credit_reduce,
-//! philox_noise, with the preludes common, philox, lanes1 and lanes4.
+//! The shaders by name: ddim_step and flow_step with step_log_prob, log_ratio with log_ratio_finish, policy_objective,
+//! credit_reduce, philox_noise, with the preludes common, philox, sampler_step, partials_sum, lanes1 and lanes4.
 //!
-//! Not criterion or divan: the figures that matter are ratios of three paths measured in turn in one run, which their
-//! reports do not make, and each would be one more tree of crates in every clean build. The timing is a median over at
-//! least 5 synchronised runs.
+//! divan times each path by itself; the table after it has the ratios, whose paths are measured in turn at one size.
 //!
 //! PCPO_BENCH_DEVICE names the device (default: auto, or lavapipe where that is the CPU); PCPO_BENCH_QUICK=1 takes
 //! three sizes; PCPO_BENCH_EPOCH=0 leaves the epoch out.
 
+use std::fmt;
 use std::process::Command;
+use std::sync::OnceLock;
 
+use divan::Bencher;
 use pcpo_wgpu::bench::{Case, OPERATIONS, reduction_row};
-use pcpo_wgpu::device::{adapters, auto, open};
+use pcpo_wgpu::device::{Compute, adapters, auto, open};
 
-fn main() -> anyhow::Result<()> {
-    let fallback = if auto(&adapters()).is_some() { "auto" } else { "lavapipe" };
-    let wanted = std::env::var("PCPO_BENCH_DEVICE").unwrap_or_else(|_| fallback.into());
-    let compute = open(&wanted)?;
+/// The device, opened once: Burn keeps one runtime a device.
+fn compute() -> &'static Compute {
+    static COMPUTE: OnceLock<Compute> = OnceLock::new();
+    COMPUTE.get_or_init(|| {
+        let fallback = if auto(&adapters()).is_some() { "auto" } else { "lavapipe" };
+        let wanted = std::env::var("PCPO_BENCH_DEVICE").unwrap_or_else(|_| fallback.into());
+        open(&wanted).unwrap_or_else(|e| panic!("PCPO_BENCH_DEVICE: {e:#}"))
+    })
+}
+
+/// A batch of latents.
+#[derive(Clone, Copy)]
+struct Size {
+    batch: usize,
+    shape: [usize; 3],
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let [c, h, w] = self.shape;
+        write!(f, "{} x {c}x{h}x{w}", self.batch)
+    }
+}
+
+fn sizes() -> Vec<Size> {
     let quick = std::env::var_os("PCPO_BENCH_QUICK").is_some();
     let shapes: &[[usize; 3]] =
         if quick { &[[4, 64, 64]] } else { &[[4, 16, 16], [4, 64, 64], [4, 128, 128], [16, 128, 128]] };
     let batches: &[usize] = if quick { &[1, 8] } else { &[1, 8, 64] };
+    let all = shapes.iter().flat_map(|&shape| batches.iter().map(move |&batch| Size { batch, shape }));
+    // The Burn path's intermediates of the largest case would not fit one binding of software Vulkan.
+    all.filter(|s| s.batch * s.shape.iter().product::<usize>() <= 8 << 20).collect()
+}
+
+/// One operation's three paths, each checked against the others before it is timed.
+fn time(bencher: Bencher, size: Size, operation: &str, path: impl Fn(&Case)) {
+    let case = Case::new(compute(), size.batch, size.shape);
+    case.verify(operation).unwrap_or_else(|e| panic!("{e:#}"));
+    bencher.bench_local(|| {
+        path(&case);
+        compute().sync().expect("the device works");
+        case.poll();
+    });
+}
+
+macro_rules! operations {
+    ($($name:ident),*) => {$(
+        #[divan::bench_group(sample_count = 10, sample_size = 1, max_time = 1)]
+        mod $name {
+            use super::*;
+
+            #[divan::bench(args = sizes())]
+            fn shader(bencher: Bencher, size: Size) {
+                time(bencher, size, stringify!($name), |case| drop(case.shader(stringify!($name))));
+            }
+
+            #[divan::bench(args = sizes())]
+            fn reference(bencher: Bencher, size: Size) {
+                time(bencher, size, stringify!($name), |case| drop(case.reference(stringify!($name))));
+            }
+
+            #[divan::bench(args = sizes())]
+            fn burn(bencher: Bencher, size: Size) {
+                time(bencher, size, stringify!($name), |case| case.run_tensor_operations(stringify!($name)));
+            }
+        }
+    )*};
+}
+
+operations!(ddim_step, flow_step, log_ratio, policy_objective);
+
+fn main() -> anyhow::Result<()> {
+    divan::main();
+    let compute = compute();
     println!("fusion {}", if cfg!(feature = "fusion") { "on" } else { "off" });
     println!(
         "{:<18} {:>16} {:>12} {:>14} {:>12} {:>12}",
         "operation", "batch x latent", "shader ms", "reference ms", "Burn ms", "Burn/shader"
     );
-    for &shape in shapes {
-        for &batch in batches {
-            let size = format!("{batch} x {}x{}x{}", shape[0], shape[1], shape[2]);
-            // The Burn path's intermediates of the largest case would not fit one binding of software Vulkan.
-            if batch * shape.iter().product::<usize>() > 8 << 20 {
-                println!("{:<18} {size:>16} left out: guided output past 64 MiB", "all");
-                continue;
-            }
-            let case = Case::new(&compute, batch, shape);
-            for operation in OPERATIONS {
-                case.verify(operation)?;
-                let [shader, reference, burn] = case.times(operation)?;
-                println!(
-                    "{operation:<18} {size:>16} {:>12.3} {:>14.3} {:>12.3} {:>11.1}x",
-                    1e3 * shader,
-                    1e3 * reference,
-                    1e3 * burn,
-                    burn / shader
-                );
-            }
+    for size in sizes() {
+        let case = Case::new(compute, size.batch, size.shape);
+        for operation in OPERATIONS {
+            case.verify(operation)?;
+            let [shader, reference, burn] = case.times(operation)?;
+            println!(
+                "{operation:<18} {:>16} {:>12.3} {:>14.3} {:>12.3} {:>11.1}x",
+                size.to_string(),
+                1e3 * shader,
+                1e3 * reference,
+                1e3 * burn,
+                burn / shader
+            );
         }
     }
     for (steps, samples) in [(20, 32), (50, 256)] {
-        println!("{}", reduction_row(&compute, steps, samples)?);
+        println!("{}", reduction_row(compute, steps, samples)?);
     }
     if std::env::var_os("PCPO_BENCH_EPOCH").is_none_or(|v| v != "0") {
         epoch()?;

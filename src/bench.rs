@@ -170,6 +170,11 @@ impl<'a> Case<'a> {
         }
     }
 
+    /// Runs [`Self::tensor_operations`] for its time.
+    pub fn run_tensor_operations(&self, operation: &str) {
+        self.force(&self.tensor_operations(operation, true));
+    }
+
     /// Makes a result: fusion computes nothing that nobody uses.
     fn force<const D: usize>(&self, result: &Tensor<D>) {
         if self.compute.gpu.is_some() {
@@ -225,10 +230,7 @@ impl<'a> Case<'a> {
         Ok([
             self.time(|| drop(self.shader(operation)))?,
             self.time(|| drop(self.reference(operation)))?,
-            self.time(|| {
-                let result = self.tensor_operations(operation, true);
-                self.force(&result);
-            })?,
+            self.time(|| self.run_tensor_operations(operation))?,
         ])
     }
 

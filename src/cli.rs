@@ -25,6 +25,9 @@ pub enum Command {
     /// Train a LoRA towards a reward; without arguments, the embedded model's job
     #[command(allow_negative_numbers = true)]
     Train(Box<TrainArgs>),
+    /// Estimate the memory that a run needs, from shapes alone; takes the flags of train
+    #[command(allow_negative_numbers = true)]
+    Plan(Box<PlanArgs>),
     /// Draw images from prompts
     Sample(SampleArgs),
     /// Compare a model folder with a reference file of diffusers
@@ -57,6 +60,15 @@ pub struct TrainArgs {
     /// Write update K (counted from 1) whole, for scripts/verify_update.py
     #[arg(long, value_name = "FILE[:K]")]
     pub dump_update: Option<dump::Request>,
+}
+
+#[derive(Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    pub options: Options,
+    /// TOML file with the keys of these flags; flags win
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
 }
 
 #[derive(Args)]
@@ -217,6 +229,7 @@ pub struct BenchArgs {
 pub fn run(cli: Cli) -> Result<i32> {
     match cli.command {
         Command::Train(args) => commands::train(*args),
+        Command::Plan(args) => commands::plan(*args),
         Command::Sample(args) => commands::sample(&args),
         Command::Check(args) => commands::check(&args),
         Command::Credit(args) => commands::credit(&args),

@@ -3,7 +3,7 @@
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
 
-use crate::cli::{BenchArgs, CheckArgs, ConvertArgs, CreditArgs, EmbedArgs, SampleArgs, TrainArgs};
+use crate::cli::{BenchArgs, CheckArgs, ConvertArgs, CreditArgs, EmbedArgs, PlanArgs, SampleArgs, TrainArgs};
 use crate::inputs::{model_folder, read_prompts};
 use crate::model::pipeline::{Family, TextFrom, load_schedule};
 use crate::model::text::{Text, write_embeddings};
@@ -13,7 +13,7 @@ use crate::philox::{self, Stream};
 use crate::rollout::{Denoise, Guided, decode, sample as run_sampler};
 use crate::schedule::{Flow, Grid, Sampler, Sampling, Schedule, ddim::Ddim};
 use crate::settings::Options;
-use crate::{artifacts, device, files, lora_io, progress, train as training};
+use crate::{artifacts, device, files, lora_io, plan, progress, train as training};
 
 /// `train`.
 pub fn train(args: TrainArgs) -> Result<i32> {
@@ -31,6 +31,7 @@ pub fn train(args: TrainArgs) -> Result<i32> {
                 model: args.options.model.clone(),
                 epochs: args.options.epochs,
                 device: args.options.device.clone(),
+                memory: args.options.memory,
                 keep_every: args.options.keep_every,
                 ..Default::default()
             };
@@ -59,6 +60,17 @@ pub fn train(args: TrainArgs) -> Result<i32> {
         done.out.display()
     );
     Ok(0)
+}
+
+/// `plan`.
+pub fn plan(args: PlanArgs) -> Result<i32> {
+    let file = args.config.as_deref().map(Options::from_file).transpose()?.unwrap_or_default();
+    let settings = args.options.over(&file)?.resolve()?;
+    let shapes = plan::shapes(&settings)?;
+    let target = plan::Target::of(&device::open(&settings.device)?).with_limit(settings.memory);
+    let found = plan::plan(&shapes, &settings, target);
+    print!("{}", plan::text(&found, &settings, plan::largest_batch(&shapes, &settings, target)));
+    Ok(if found.offered.is_some_and(|o| found.peak() > o as f64) { 1 } else { 0 })
 }
 
 /// `sample`.

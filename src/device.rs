@@ -14,13 +14,20 @@ pub struct Compute {
     pub gpu: Option<crate::ops::gpu::Gpu>,
     /// One line for people: name, backend and driver.
     pub name: String,
+    /// Bytes of memory that it offers: what is free for the CPU and software Vulkan, a GPU's own where it says so.
+    pub memory: Option<u64>,
 }
 
 impl Compute {
     /// The CPU backend, on all cores.
     pub fn cpu() -> Self {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
-        Self { burn: Device::flex(), gpu: None, name: format!("CPU ({cores} threads)") }
+        Self {
+            burn: Device::flex(),
+            gpu: None,
+            name: format!("CPU ({cores} threads)"),
+            memory: Some(crate::memory::available()),
+        }
     }
 
     /// Waits for everything that was submitted.
@@ -49,6 +56,28 @@ impl Adapter {
     pub fn label(&self) -> String {
         let i = &self.info;
         format!("{} ({:?}, {} {})", i.name, i.backend, i.driver, i.driver_info)
+    }
+
+    /// Bytes of memory that it offers, where it can be asked.
+    pub fn memory(&self) -> Option<u64> {
+        if !self.is_hardware() {
+            return Some(crate::memory::available());
+        }
+        // Only Vulkan tells; Metal shares the machine's memory.
+        #[cfg(not(target_vendor = "apple"))]
+        {
+            // SAFETY: the handles are read and live as long as the guard.
+            unsafe {
+                let adapter = self.adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
+                let instance = adapter.shared_instance().raw_instance();
+                let properties = instance.get_physical_device_memory_properties(adapter.raw_physical_device());
+                let heaps = &properties.memory_heaps[..properties.memory_heap_count as usize];
+                // The first flag of a heap: local to the device.
+                heaps.iter().filter(|h| h.flags.as_raw() & 1 == 1).map(|h| h.size).max()
+            }
+        }
+        #[cfg(target_vendor = "apple")]
+        Some(crate::memory::available())
     }
 
     fn matches(&self, wanted: &str) -> bool {
@@ -156,5 +185,5 @@ fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
         .map_err(|e| anyhow!("--device: {} cannot be used by Burn: {e}", chosen.label()))?;
     let gpu = crate::ops::gpu::Gpu::new(device, queue, burn.clone());
     let software = if chosen.is_hardware() { "" } else { " [software: for tests of the GPU path, slow]" };
-    Ok(Compute { burn, gpu: Some(gpu), name: format!("{}{software}", chosen.label()) })
+    Ok(Compute { burn, gpu: Some(gpu), name: format!("{}{software}", chosen.label()), memory: chosen.memory() })
 }

@@ -45,6 +45,8 @@ pub(crate) struct Epoch {
     seconds: f64,
     phases: [f64; 3],
     update_seconds: f64,
+    /// Largest memory of rollout, decode and update, in bytes.
+    peaks: [Option<u64>; 3],
 }
 
 impl Epoch {
@@ -63,6 +65,8 @@ impl Epoch {
             images,
             seconds,
             phases: rollout.seconds,
+            // The update's is asked for as it ends.
+            peaks: [rollout.peaks[0], rollout.peaks[1], crate::memory::peak()],
             update_seconds,
         }
     }
@@ -70,12 +74,14 @@ impl Epoch {
     /// The line of metrics.jsonl.
     pub fn line(&self, skipped_updates: usize) -> Value {
         let [rollout, decode, reward] = self.phases;
+        let [rollout_peak, decode_peak, update_peak] = self.peaks.map(|p| p.map(|bytes| bytes >> 20));
         json!({
             "kind": "epoch", "epoch": self.epoch, "reward_mean": self.reward_mean, "reward_std": self.reward_std,
             "clip_frac": self.clip_frac, "approx_kl": self.approx_kl,
             "images_per_second": self.images as f64 / self.seconds, "seconds": self.seconds,
             "rollout_seconds": rollout, "decode_seconds": decode, "reward_seconds": reward,
-            "update_seconds": self.update_seconds, "skipped_updates": skipped_updates,
+            "update_seconds": self.update_seconds, "rollout_peak_mib": rollout_peak,
+            "decode_peak_mib": decode_peak, "update_peak_mib": update_peak, "skipped_updates": skipped_updates,
         })
     }
 

@@ -9,8 +9,10 @@ use crate::credit;
 use crate::device;
 use crate::lora::Adapter;
 use crate::lora_io;
+use crate::memory;
 use crate::model::pipeline::{Pipeline, TextFrom, fingerprint};
 use crate::ops::group_advantage::Tracker;
+use crate::plan;
 use crate::reward;
 use crate::train::{Job, Run};
 
@@ -23,6 +25,8 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     let new_folder = if job.resume { None } else { Some(RunFolder::new(&job.out)?) };
     let reward = reward::parse(&s.reward)?;
     let compute = device::open(&s.device)?;
+    let shapes = plan::shapes(s)?;
+    let plan = plan::check(&shapes, s, plan::Target::of(&compute).with_limit(s.memory))?;
     let text = match &s.embeddings {
         Some(file) => TextFrom::File(file),
         None => TextFrom::Encoders(s.max_sequence_length),
@@ -80,6 +84,12 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         steps.len(),
         s.sampler.name(),
         s.reward
+    );
+    println!(
+        "memory: about {} at most, {} of it for weights; a rollout keeps {} for the update",
+        memory::text(plan.peak() as u64),
+        memory::text(plan.weights as u64),
+        memory::text(plan.kept as u64)
     );
     let uncond = pipeline.encode(&[""])?;
     let saved = state.epoch;

@@ -42,6 +42,9 @@ pub struct Options {
     /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices` [default: auto]
     #[arg(long)]
     pub device: Option<String>,
+    /// Memory of the device in GiB, for the estimate before the run [default: what the device says]
+    #[arg(long, value_name = "GIB")]
+    pub memory: Option<f64>,
     /// Type that frozen weights are stored in; computation and LoRA are f32 [default: f32]
     #[arg(long, value_enum)]
     pub storage: Option<Storage>,
@@ -188,6 +191,8 @@ pub struct Options {
 pub struct Settings {
     pub model: PathBuf,
     pub device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<f64>,
     pub storage: Storage,
     pub reward: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -294,6 +299,7 @@ impl Options {
         let settings = Settings {
             model,
             device: o.device.clone().unwrap_or_else(|| "auto".into()),
+            memory: o.memory,
             storage: o.storage.unwrap_or(Storage::F32),
             reward: o.reward.clone().ok_or_else(|| {
                 anyhow!("--reward is missing: jpeg-compressibility, jpeg-incompressibility, symmetry, color:NAME or command:PROGRAM")
@@ -417,6 +423,9 @@ impl Settings {
             self.groups(),
             self.prompt.len()
         );
+        if let Some(gib) = self.memory {
+            ensure!(gib.is_finite() && gib > 0.0, "--memory {gib}: must be a positive number of GiB");
+        }
         if let Some(zeta) = self.zeta {
             ensure!(zeta.is_finite() && zeta > 0.0, "--zeta {zeta}: must be a positive number");
             ensure!(

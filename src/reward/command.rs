@@ -2,19 +2,29 @@
 //! with one line that holds a number. It is started once and stays, so that it loads its model once.
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, ChildStdout, Stdio};
+use std::process::{Child, ChildStdin, Stdio};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use image::RgbImage;
 
 use super::Reward;
+use crate::progress::check_stop;
+
+/// How often a wait for an answer looks whether the user wants to stop.
+const LOOK: Duration = Duration::from_millis(100);
+/// How long a program may take to end after its end of input.
+const GRACE: Duration = Duration::from_secs(5);
 
 /// A running reward program.
 pub struct Command {
     program: String,
     child: Child,
     stdin: Option<ChildStdin>,
-    stdout: BufReader<ChildStdout>,
+    /// Its answers, read by a thread: a wait for one can be broken off.
+    answers: Mutex<Receiver<String>>,
     folder: tempfile::TempDir,
 }
 
@@ -31,8 +41,11 @@ impl Command {
             .with_context(|| format!("--reward command:{program}: cannot be started"))?;
         let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
+        let (send, answers) = channel();
+        // Ends with the program's output, or when nobody listens any more.
+        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
         let folder = tempfile::tempdir().context("a folder for the reward program's images")?;
-        Ok(Self { program: program.into(), child, stdin, stdout, folder })
+        Ok(Self { program: program.into(), child, stdin, answers: Mutex::new(answers), folder })
     }
 
     fn died(&mut self) -> anyhow::Error {
@@ -58,13 +71,22 @@ impl Reward for Command {
         let answers = std::thread::scope(|scope| {
             let writer = scope.spawn(|| stdin.write_all(lines.as_bytes()).and_then(|()| stdin.flush()));
             let mut answers = Vec::new();
-            let mut line = String::new();
-            while answers.len() < images.len() && self.stdout.read_line(&mut line).is_ok_and(|n| n > 0) {
-                answers.push(std::mem::take(&mut line));
+            while answers.len() < images.len() {
+                match self.answers.get_mut().expect("no thread panics with it").recv_timeout(LOOK) {
+                    Ok(line) => answers.push(line),
+                    Err(RecvTimeoutError::Disconnected) => break,
+                    Err(RecvTimeoutError::Timeout) => {
+                        if let Err(stopped) = check_stop() {
+                            // The writer may wait for a program that reads no more.
+                            let _ = self.child.kill();
+                            return Err(stopped);
+                        }
+                    }
+                }
             }
             let written = writer.join().expect("the writer does not panic");
-            (answers.len() == images.len() && written.is_ok()).then_some(answers)
-        });
+            Ok((answers.len() == images.len() && written.is_ok()).then_some(answers))
+        })?;
         let Some(answers) = answers else { return Err(self.died()) };
         let number = |answer: &String| {
             let value = answer.trim().parse::<f64>().ok().filter(|v| v.is_finite());
@@ -78,8 +100,13 @@ impl Reward for Command {
 
 impl Drop for Command {
     fn drop(&mut self) {
-        // Its end of input tells it to end.
+        // Its end of input tells it to end; one that does not is ended.
         self.stdin = None;
+        let start = Instant::now();
+        while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < GRACE {
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }

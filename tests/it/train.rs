@@ -4,7 +4,6 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::command_line::program;
-use crate::support::emoji;
 
 /// A small job on the embedded model.
 const SMALL: [&str; 12] = [
@@ -225,6 +224,16 @@ fn a_reward_program_is_asked_for_every_image() {
 
 #[test]
 fn the_gpu_path_trains_like_the_cpu() {
+    gpu_like_cpu(&[]);
+}
+
+#[test]
+fn the_gpu_path_trains_a_flow_like_the_cpu() {
+    gpu_like_cpu(&["--model", "emoji-flow"]);
+}
+
+/// One epoch on both devices. What both embedded models' jobs leave open is set here.
+fn gpu_like_cpu(model: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let device = std::env::var("PCPO_TEST_DEVICE").unwrap_or_else(|_| "lavapipe".into());
     let job = [
@@ -246,9 +255,9 @@ fn the_gpu_path_trains_like_the_cpu() {
         "2",
     ];
     let start = std::time::Instant::now();
-    let gpu = run(&dir.path().join("gpu"), &[&["--device", &device], &job[..]].concat());
+    let gpu = run(&dir.path().join("gpu"), &[&["--device", &device], model, &job[..]].concat());
     println!("one epoch on {device}: {:.0} s", start.elapsed().as_secs_f64());
-    let cpu = run(&dir.path().join("cpu"), &[&["--device", "cpu"], &job[..]].concat());
+    let cpu = run(&dir.path().join("cpu"), &[&["--device", "cpu"], model, &job[..]].concat());
     let pairs = of(&gpu, "update").zip(of(&cpu, "update"));
     for (i, (g, c)) in pairs.enumerate() {
         // The first update starts from the same adapter; the second has gone through AdamW, which amplifies rounding.
@@ -267,21 +276,157 @@ fn the_gpu_path_trains_like_the_cpu() {
 }
 
 #[test]
-fn the_embedded_job_raises_its_reward() {
+fn the_embedded_jobs_raise_their_reward() {
     let dir = tempfile::tempdir().unwrap();
-    let lines = run(
-        &dir.path().join("run"),
-        &[
-            "--device",
-            "cpu",
-            "--epochs",
-            "4",
-            "--model",
-            emoji().to_str().unwrap(),
-            "--config",
-            emoji().join("train.toml").to_str().unwrap(),
-        ],
-    );
-    let rewards: Vec<f64> = of(&lines, "evaluation").map(|l| l["reward_mean"].as_f64().unwrap()).collect();
-    assert!(rewards[4] > rewards[0] + 2e-3, "{rewards:?}");
+    for model in ["emoji", "emoji-flow"] {
+        let lines = run(&dir.path().join(model), &["--device", "cpu", "--epochs", "4", "--model", model]);
+        let rewards: Vec<f64> = of(&lines, "evaluation").map(|l| l["reward_mean"].as_f64().unwrap()).collect();
+        assert!(rewards[4] > rewards[0] + 2e-3, "{model}: {rewards:?}");
+    }
+}
+
+#[test]
+fn every_sampler_and_credit_of_a_flow_trains() {
+    let dir = tempfile::tempdir().unwrap();
+    let variants: [&[&str]; 6] = [
+        &["--preset", "grpo"],
+        &["--sampler", "dance", "--zeta", "13.343", "--grid", "diffusers", "--shift", "3"],
+        &["--sampler", "cps", "--credit-total", "trained", "--activation-checkpointing", "true"],
+        &["--credit", "guard", "--objective", "ppo-clip", "--kl-beta", "0.02"],
+        &["--credit", "noise", "--guidance-gradient", "conditional"],
+        &["--noise-only-trained", "true", "--train-window", "true", "--storage", "q8"],
+    ];
+    for (i, variant) in variants.iter().enumerate() {
+        let out = dir.path().join(format!("run{i}"));
+        let fixed = ["--device", "cpu", "--epochs", "1", "--model", "emoji-flow"];
+        let lines = run(&out, &[&fixed, &SMALL[..], variant].concat());
+        for update in of(&lines, "update") {
+            assert!(update["grad_norm"].as_f64().unwrap() > 0.0, "{variant:?}: a gradient arrives");
+            assert!(update["log_rho_std"].is_number(), "{variant:?}");
+        }
+        let adapter = pcpo_wgpu::model::weights::Weights::open_file(&out.join("adapter.safetensors")).unwrap();
+        assert!(adapter.names().all(|n| n.starts_with("transformer.transformer_blocks.")), "{variant:?}");
+    }
+}
+
+/// The same update, whatever holds the activations.
+#[test]
+fn activation_checkpointing_changes_nothing_but_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    for model in ["emoji", "emoji-flow"] {
+        let norms = ["true", "false"].map(|checkpointing| {
+            let out = dir.path().join(format!("{model}-{checkpointing}"));
+            let fixed = ["--device", "cpu", "--epochs", "1", "--model", model];
+            let lines = run(&out, &[&fixed, &SMALL[..], &["--activation-checkpointing", checkpointing]].concat());
+            of(&lines, "update").map(|u| u["grad_norm"].as_f64().unwrap()).collect::<Vec<f64>>()
+        });
+        for (by_block, whole) in norms[0].iter().zip(&norms[1]) {
+            assert!((by_block - whole).abs() < 1e-4 * whole, "{model}: {norms:?}");
+        }
+    }
+}
+
+/// Embeddings from a file are those of the encoders: the run is the same to the bit.
+#[test]
+fn embeddings_from_a_file_train_the_same_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
+    let prompts = ["red apple on a white background", "cat face on a white background"];
+    std::fs::write(path("prompts.txt"), prompts.join("\n")).unwrap();
+    for model in ["emoji", "emoji-flow"] {
+        let file = path(&format!("{model}.safetensors"));
+        let list = path("prompts.txt");
+        let embed = ["embed", "--device", "cpu", "--model", model, "--prompts", &list, "--out", &file];
+        let length = ["--max-sequence-length", "16"];
+        let output = program(&[&embed[..], &length].concat());
+        assert!(output.status.success(), "{output:?}");
+        let adapters = [vec![], vec!["--embeddings", &file]].map(|extra| {
+            let out = dir.path().join(format!("{model}-{}", extra.len()));
+            let fixed = ["--device", "cpu", "--epochs", "1", "--model", model, "--prompts", &list];
+            run(&out, &[&fixed, &SMALL[..], &length, &extra[..]].concat());
+            std::fs::read(out.join("adapter.safetensors")).unwrap()
+        });
+        assert!(adapters[0] == adapters[1], "{model}: the adapters differ");
+    }
+    let file = path("emoji.safetensors");
+    let unknown = ["--device", "cpu", "--prompt", "a whale", "--group-size", "4", "--images-per-epoch", "4"];
+    let out = path("unknown");
+    let output = program(&[&["train", "--out", &out, "--embeddings", &file][..], &unknown].concat());
+    assert_eq!(output.status.code(), Some(2));
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(error.contains("a whale") && error.contains("pcpo-wgpu embed"), "{error}");
+}
+
+/// What the estimate says before a run is what the run needs, within a fifth.
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_estimates_are_within_20_percent_of_the_measured_peak() {
+    let dir = tempfile::tempdir().unwrap();
+    let cases: [&[&str]; 4] = [
+        &["--model", "emoji", "--batch", "8", "--images-per-epoch", "16"],
+        &["--model", "emoji", "--batch", "8", "--images-per-epoch", "16", "--activation-checkpointing", "true"],
+        &["--model", "emoji-flow", "--batch", "16", "--images-per-epoch", "32"],
+        &["--model", "emoji-flow", "--batch", "16", "--images-per-epoch", "32", "--activation-checkpointing", "true"],
+    ];
+    for (i, case) in cases.iter().enumerate() {
+        let fixed = ["--device", "cpu", "--steps", "4", "--train-steps", "1"];
+        let plan = program(&[&["plan"], &fixed[..], case].concat());
+        assert!(plan.status.success(), "{plan:?}");
+        let text = String::from_utf8_lossy(&plan.stdout).into_owned();
+        let line = text.lines().find(|l| l.starts_with("peak ")).unwrap();
+        let estimate: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        let out = dir.path().join(format!("run{i}"));
+        let lines = run(&out, &[&["--epochs", "1"], &fixed[..], case].concat());
+        let epoch = of(&lines, "epoch").next().unwrap();
+        let peaks = ["rollout_peak_mib", "decode_peak_mib", "update_peak_mib"].map(|p| epoch[p].as_f64().unwrap());
+        let measured = peaks.into_iter().fold(0.0, f64::max);
+        println!("{case:?}: estimated {estimate:.0} MiB, measured {measured:.0} ({peaks:?})");
+        assert!((estimate / measured - 1.0).abs() < 0.2, "{case:?}: {estimate} MiB estimated, {peaks:?} measured");
+    }
+}
+
+#[test]
+fn a_run_that_cannot_fit_is_refused_with_the_setting_to_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let fixed = ["train", "--device", "cpu", "--epochs", "1", "--out", out.to_str().unwrap(), "--batch", "16"];
+    for (memory, words) in [("0.1", ["--batch 16", "use --batch "]), ("0.05", ["--batch 16", "--storage f16"])] {
+        let output = program(&[&fixed[..], &["--memory", memory, "--activation-checkpointing", "true"]].concat());
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(words.iter().all(|w| error.contains(w)) && error.contains("--memory GIB"), "{error}");
+        assert!(!out.exists());
+    }
+}
+
+/// A reward program that neither answers nor ends does not hold a run that is asked to stop.
+#[cfg(unix)]
+#[test]
+fn a_signal_stops_a_run_whose_reward_program_hangs() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let program = format!("command:touch {}; exec sleep 600", dir.path().join("asked").display());
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
+        .args(["train", "--device", "cpu", "--reward", &program, "--out", out.to_str().unwrap()])
+        .args(SMALL)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    while !dir.path().join("asked").exists() {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it asked");
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    let start = std::time::Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        assert!(start.elapsed().as_secs() < 60, "the run still waits for its reward program");
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("stopped by a signal"), "{error}");
 }

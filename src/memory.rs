@@ -1,0 +1,29 @@
+//! How much memory there is, and how much this process has needed. Device memory of the CPU and of software Vulkan is
+//! the process's own.
+
+/// Bytes of memory that the machine has free.
+pub fn available() -> u64 {
+    let mut system = sysinfo::System::new();
+    system.refresh_memory();
+    system.available_memory()
+}
+
+/// The largest resident size of this process since the start or the last [`reset_peak`], in bytes; Linux keeps it.
+pub fn peak() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|l| l.strip_prefix("VmHWM:"))?;
+    line.trim().trim_end_matches(" kB").parse::<u64>().ok().map(|kib| kib << 10)
+}
+
+/// Starts a new measurement of [`peak`].
+pub fn reset_peak() {
+    // Linux's way (proc_pid_clear_refs(5)); elsewhere there is no peak to reset.
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+}
+
+/// `1.5 GiB`, `320 MiB`.
+pub fn text(bytes: u64) -> String {
+    const GIB: f64 = (1u64 << 30) as f64;
+    let gib = bytes as f64 / GIB;
+    if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{:.0} MiB", gib * 1024.0) }
+}
