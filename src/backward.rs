@@ -1,6 +1,6 @@
 //! A forward pass that can be differentiated: at once, or block by block. Block by block only the blocks' inputs are
-//! kept; each block runs again when its turn comes, so that the activations of one block are all that is held
-//! (activation checkpointing, Chen et al. 2016).
+//! kept; each block runs again when its turn comes, on a few rows at a time, so that the activations of one block and these
+//! rows are all that is held (activation checkpointing, Chen et al. 2016).
 
 use anyhow::Result;
 use burn::tensor::Tensor;
@@ -57,28 +57,27 @@ pub enum Forward<'a> {
     /// The tracked output.
     Whole(Tensor<4>),
     /// The input of each block, then of the network's end; not tracked.
-    Blocks { net: &'a dyn Denoiser, lora: &'a Lora, states: Vec<State>, output: Tensor<4> },
+    Blocks { net: &'a dyn Denoiser, lora: &'a Lora, states: Vec<State>, output: Tensor<4>, rows: usize },
 }
 
 impl<'a> Forward<'a> {
-    /// Runs the network. `lora` tracks gradients; `frozen` holds the same values and does not.
+    /// Runs the network. `lora` tracks gradients; `frozen` holds the same values and does not. `by_block` is how many
+    /// rows a block is differentiated for at a time.
     pub fn run(
         net: &'a dyn Denoiser,
         x: Tensor<4>,
         inputs: Inputs,
         [lora, frozen]: [&'a Lora; 2],
-        by_block: bool,
+        by_block: Option<usize>,
     ) -> Self {
-        if !by_block {
-            return Self::Whole(net.forward(x, inputs, Some(lora)));
-        }
+        let Some(rows) = by_block else { return Self::Whole(net.forward(x, inputs, Some(lora))) };
         let mut states = vec![net.start(x, inputs)];
         for i in 0..net.blocks() {
             let next = net.block(i, states[i].clone(), Some(frozen));
             states.push(next);
         }
         let output = net.finish(states[net.blocks()].clone());
-        Self::Blocks { net, lora, states, output }
+        Self::Blocks { net, lora, states, output, rows }
     }
 
     /// The output, not tracked.
@@ -94,24 +93,34 @@ impl<'a> Forward<'a> {
     pub fn backward(self, gradient: Tensor<4>, sums: &mut Sums) {
         match self {
             Self::Whole(output) => sums.take(&mut (output * gradient.autodiff()).sum().backward()),
-            Self::Blocks { net, lora, mut states, .. } => {
+            Self::Blocks { net, lora, mut states, rows, .. } => {
                 let last = states.pop().expect("the network's end has an input");
                 let (inputs, state) = leaves(&last);
-                let output = net.finish(state);
-                let mut grads = (output * gradient.autodiff()).sum().backward();
+                let mut grads = (net.finish(state) * gradient.autodiff()).sum().backward();
                 let mut incoming: Vec<Option<Tensor<4>>> = inputs.iter().map(|l| l.grad_remove(&mut grads)).collect();
                 for (i, before) in states.into_iter().enumerate().rev() {
-                    let (inputs, state) = leaves(&before);
-                    let output = net.block(i, state, Some(lora));
-                    let terms = output
-                        .flow
-                        .into_iter()
-                        .zip(&incoming)
-                        .filter_map(|(out, g)| Some((out * g.clone()?.autodiff()).sum()));
-                    let Some(loss) = terms.reduce(|a, b| a + b) else { return };
-                    let mut grads = loss.backward();
-                    incoming = inputs.iter().map(|l| l.grad_remove(&mut grads)).collect();
-                    sums.take(&mut grads);
+                    let total = before.len();
+                    let mut parts = Vec::new();
+                    for start in (0..total).step_by(rows) {
+                        let n = rows.min(total - start);
+                        let (inputs, state) = leaves(&before.rows(start, n));
+                        let output = net.block(i, state, Some(lora));
+                        let terms = output
+                            .flow
+                            .into_iter()
+                            .zip(&incoming)
+                            .filter_map(|(out, g)| Some((out * g.clone()?.narrow(0, start, n).autodiff()).sum()));
+                        let Some(loss) = terms.reduce(|a, b| a + b) else { return };
+                        let mut grads = loss.backward();
+                        parts.push(inputs.iter().map(|l| l.grad_remove(&mut grads)).collect::<Vec<_>>());
+                        sums.take(&mut grads);
+                    }
+                    incoming = (0..before.flow.len())
+                        .map(|k| {
+                            let column: Option<Vec<Tensor<4>>> = parts.iter().map(|p| p[k].clone()).collect();
+                            column.map(|c| Tensor::cat(c, 0))
+                        })
+                        .collect();
                 }
             }
         }

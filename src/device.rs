@@ -14,6 +14,8 @@ pub struct Compute {
     pub gpu: Option<crate::ops::gpu::Gpu>,
     /// One line for people: name, backend and driver.
     pub name: String,
+    /// Whether a GPU is software that runs on the CPU.
+    pub software: bool,
     /// Bytes of memory that it offers: what is free for the CPU and software Vulkan, a GPU's own where it says so.
     pub memory: Option<u64>,
 }
@@ -26,6 +28,7 @@ impl Compute {
             burn: Device::flex(),
             gpu: None,
             name: format!("CPU ({cores} threads)"),
+            software: false,
             memory: Some(crate::memory::available()),
         }
     }
@@ -185,5 +188,11 @@ fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
         .map_err(|e| anyhow!("--device: {} cannot be used by Burn: {e}", chosen.label()))?;
     let gpu = crate::ops::gpu::Gpu::new(device, queue, burn.clone());
     let software = if chosen.is_hardware() { "" } else { " [software: for tests of the GPU path, slow]" };
-    Ok(Compute { burn, gpu: Some(gpu), name: format!("{}{software}", chosen.label()), memory: chosen.memory() })
+    Ok(Compute {
+        burn,
+        gpu: Some(gpu),
+        name: format!("{}{software}", chosen.label()),
+        software: !chosen.is_hardware(),
+        memory: chosen.memory(),
+    })
 }

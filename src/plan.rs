@@ -45,9 +45,11 @@ const BACKWARD: Factors = Factors { stream: 3.0, wide: 1.0, scores: 2.5 };
 const DECODER: Factors = Factors { stream: 6.0, wide: 0.0, scores: 3.0 };
 /// Values under a convolution's kernel: the CPU and software Vulkan lay them out for a matrix product.
 const KERNEL: f64 = 9.0;
-/// The program itself, its threads and, on a GPU, its compiled kernels.
+/// The program itself and its threads; on a GPU the driver's part, and on software Vulkan the kernels that it compiles
+/// into the program's memory, those of the backward pass among them.
 const PROGRAM: f64 = 50e6;
 const PROGRAM_GPU: f64 = 250e6;
+const PROGRAM_SOFTWARE: f64 = 370e6;
 /// Scores that an attention pass without gradients holds at most on a GPU: it splits beyond.
 const MAX_SCORES: f64 = (1 << 24) as f64;
 
@@ -300,6 +302,8 @@ fn decoder_blocks(c: &Config, side: usize) -> Result<Vec<Block>> {
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Target {
     pub gpu: bool,
+    /// A GPU path that computes on the CPU.
+    pub software: bool,
     /// Batches that run at once: one a core on the CPU.
     pub threads: usize,
     /// Bytes that it offers, where it says so.
@@ -310,13 +314,22 @@ impl Target {
     pub fn of(compute: &crate::device::Compute) -> Self {
         let threads =
             if compute.gpu.is_some() { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get()) };
-        Self { gpu: compute.gpu.is_some(), threads, offered: compute.memory }
+        Self { gpu: compute.gpu.is_some(), software: compute.software, threads, offered: compute.memory }
     }
 
     /// With a limit in GiB in place of what the device says.
     pub fn with_limit(self, gib: Option<f64>) -> Self {
         Self { offered: gib.map(|g| (g * f64::from(1 << 30)) as u64).or(self.offered), ..self }
     }
+}
+
+/// Attention scores of all rows that a block is differentiated for at a time: 256 MiB a copy.
+const SCORES_AT_ONCE: f64 = (1 << 26) as f64;
+
+/// Rows that a block is differentiated for at a time. A function of the shapes alone, so that a run resumes to the bit.
+pub fn rows_at_once(shapes: &Shapes) -> usize {
+    let most = shapes.blocks.iter().map(|b| b.scores).fold(1.0, f64::max);
+    ((SCORES_AT_ONCE / most) as usize).max(1)
 }
 
 /// Estimates a run.
@@ -336,8 +349,9 @@ pub fn plan(shapes: &Shapes, s: &Settings, target: Target) -> Plan {
     let inference = |b: &Block| {
         INFERENCE.bytes(b, rows, inference_scores(b)) + 4.0 * rows * (b.input - b.stream).max(0.0) + convolution(b)
     };
-    let saved = |b: &Block| if unet { SAVED_UNET } else { SAVED_TRANSFORMER }.bytes(b, rows, rows * b.scores);
-    let backward = |b: &Block| BACKWARD.bytes(b, rows, rows * b.scores) + convolution(b);
+    let tracked = if s.activation_checkpointing { rows.min(rows_at_once(shapes) as f64) } else { rows };
+    let saved = |b: &Block| if unet { SAVED_UNET } else { SAVED_TRANSFORMER }.bytes(b, tracked, tracked * b.scores);
+    let backward = |b: &Block| BACKWARD.bytes(b, tracked, tracked * b.scores) + convolution(b);
     let largest = |f: &dyn Fn(&Block) -> f64| shapes.blocks.iter().map(f).fold(0.0, f64::max);
     let rollout = largest(&inference);
     // Blocks share the tensors that only pass through them, so a block's input costs its stream.
@@ -349,7 +363,11 @@ pub fn plan(shapes: &Shapes, s: &Settings, target: Target) -> Plan {
     let decode = shapes.decoder.iter().map(|b| DECODER.bytes(b, 1.0, decode_scores(b))).fold(0.0, f64::max);
     let parameters: f64 = shapes.targets.iter().map(|(i, o)| ((i + o) * s.rank) as f64).sum();
     let steps = s.train_steps.unwrap_or(s.steps) as f64;
-    let program = if target.gpu { PROGRAM_GPU } else { PROGRAM };
+    let program = match (target.gpu, target.software) {
+        (false, _) => PROGRAM,
+        (true, false) => PROGRAM_GPU,
+        (true, true) => PROGRAM_SOFTWARE,
+    };
     let cast = if s.storage == Storage::F32 { 0.0 } else { 4.0 * shapes.largest * sampling };
     Plan {
         weights: shapes.weights,

@@ -98,6 +98,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         compute,
         reward,
         steps,
+        rows_at_once: plan::rows_at_once(&shapes),
         trainable,
         uncond,
         state,

@@ -67,6 +67,8 @@ pub(crate) struct Run<'a> {
     pub(crate) reward: Box<dyn Reward>,
     /// All steps of the sampler, with their credit weights.
     pub(crate) steps: Vec<Step>,
+    /// Rows that a block is differentiated for at a time, with activation checkpointing.
+    pub(crate) rows_at_once: usize,
     /// Indices of the steps that may be trained.
     pub(crate) trainable: Vec<usize>,
     pub(crate) uncond: Conditioning,
@@ -290,7 +292,7 @@ impl Run<'_> {
             let from = batch.first - start;
             let policy = self.policy(None, &batch.cond, &batch.uncond);
             let own = &advantages[from..from + batch.len()];
-            let how = (own, s.seed, s.activation_checkpointing);
+            let how = (own, s.seed, s.activation_checkpointing.then_some(self.rows_at_once));
             batch_gradient(&policy, &self.adapter, batch, trained, &surrogate, how, || {
                 progress.inc(1);
                 check_stop()

@@ -43,7 +43,7 @@ pub struct Contribution {
 }
 
 /// The gradient of one batch over the trained steps, given as (index in the schedule, step). `by_block` holds the
-/// activations of one block at a time (see [`crate::backward`]).
+/// activations of one block and so many rows at a time (see [`crate::backward`]).
 ///
 /// # Errors
 /// When the device fails, or `tick` (called after each step) asks to stop.
@@ -53,7 +53,7 @@ pub fn batch_gradient(
     batch: &Batch,
     trained: &[(usize, Step)],
     surrogate: &Surrogate,
-    (advantage, seed, by_block): (&[f32], u64, bool),
+    (advantage, seed, by_block): (&[f32], u64, Option<usize>),
     tick: impl Fn() -> Result<()>,
 ) -> Result<Contribution> {
     let (compute, net, guidance) = (policy.compute, policy.net, policy.guidance.combine);

@@ -94,6 +94,29 @@ impl State {
     pub fn with(&self, flow: Vec<Tensor<4>>) -> Self {
         Self { flow, fixed: self.fixed.clone() }
     }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.flow[0].dims()[0]
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// `n` rows from `start` on. Rows do not see each other, in any block.
+    pub fn rows(&self, start: usize, n: usize) -> Self {
+        if (start, n) == (0, self.len()) {
+            return self.clone();
+        }
+        let fixed = Fixed {
+            time: self.fixed.time.clone().narrow(0, start, n),
+            context: self.fixed.context.clone().map(|c| c.narrow(0, start, n)),
+            rotary: self.fixed.rotary.clone(),
+            size: self.fixed.size,
+        };
+        Self { flow: self.flow.iter().map(|t| t.clone().narrow(0, start, n)).collect(), fixed: Arc::new(fixed) }
+    }
 }
 
 /// A network that predicts noise or velocity.

@@ -64,7 +64,7 @@ fn cases() -> [Case; 4] {
 }
 
 /// Replays a dump and compares every matrix's gradient; returns the largest relative error.
-fn replay(compute: &Compute, case: &Case, by_block: bool) -> f64 {
+fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
     let name = case.name;
     let dump = Weights::open_file(&golden(&format!("update/{name}.safetensors"))).unwrap();
     let torch = Weights::open_file(&golden(&format!("update/{name}-torch.safetensors"))).unwrap();
@@ -153,9 +153,10 @@ fn replay(compute: &Compute, case: &Case, by_block: bool) -> f64 {
 fn gradients_of_an_update_are_those_of_pytorch() {
     for compute in [cpu(), gpu()] {
         for case in cases() {
-            for by_block in [false, true] {
+            // At once; block by block with all rows; with three at a time, of eight or four.
+            for by_block in [None, Some(64), Some(3)] {
                 let worst = replay(&compute, &case, by_block);
-                println!("{} on {}, block by block {by_block}: {worst:.1e}", case.name, compute.name);
+                println!("{} on {}, block by block {by_block:?}: {worst:.1e}", case.name, compute.name);
                 assert!(worst < 1e-3, "{} on {}: off by {worst:e}", case.name, compute.name);
             }
         }
