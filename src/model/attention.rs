@@ -13,22 +13,31 @@ const MAX_SCORES: usize = 1 << 24;
 
 /// softmax(q k^T / sqrt(d)) v over `[B, heads, T, d]`; `bias` `[1, 1, Tq, Tk]` is added to the scores.
 ///
-/// Splits over batch and heads where the scores would not fit one binding.
+/// Splits over batch, heads and queries where the scores would not fit one binding.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<Tensor<4>>) -> Tensor<4> {
     let [b, heads, tq, d] = q.dims();
     let tk = k.dims()[2];
-    if b * heads * tq * tk > MAX_SCORES && b * heads > 1 {
-        let (dim, n) = if b > 1 { (0, b) } else { (1, heads) };
-        let half = n / 2;
-        let cut = |t: &Tensor<4>, from: usize, len: usize| t.clone().narrow(dim, from, len);
-        let parts = [(0, half), (half, n - half)]
-            .map(|(from, len)| attention(cut(&q, from, len), cut(&k, from, len), cut(&v, from, len), bias.clone()));
-        return Tensor::cat(parts.into(), dim);
-    }
     if !q.is_autodiff() && !k.is_autodiff() && on_cpu(&q) {
         // The CPU backend has a fused kernel that never holds the scores; it records no gradient.
         let bias = bias.map(|x| x.expand([b, heads, tq, tk]));
         return burn::tensor::module::attention(q, k, v, None, bias, AttentionModuleOptions::default());
+    }
+    if b * heads * tq * tk > MAX_SCORES && b * heads * tq > 1 {
+        let (dim, n) = if b > 1 {
+            (0, b)
+        } else if heads > 1 {
+            (1, heads)
+        } else {
+            (2, tq)
+        };
+        let half = n / 2;
+        let cut = |t: &Tensor<4>, from: usize, len: usize| t.clone().narrow(dim, from, len);
+        let parts = [(0, half), (half, n - half)].map(|(from, len)| match dim {
+            // Queries alone: every one sees all keys. A bias has a row for each.
+            2 => attention(cut(&q, from, len), k.clone(), v.clone(), bias.as_ref().map(|x| cut(x, from, len))),
+            _ => attention(cut(&q, from, len), cut(&k, from, len), cut(&v, from, len), bias.clone()),
+        });
+        return Tensor::cat(parts.into(), dim);
     }
     let scores = q.matmul(k.swap_dims(2, 3)) * (1.0 / (d as f64).sqrt());
     let scores = match bias {

@@ -42,6 +42,34 @@ fn settings() {
 }
 
 #[test]
+fn settings_of_a_flow() {
+    let flow = ["--model", "emoji-flow"];
+    let refused = |args: &[&str], words: &[&str]| refused(&[&flow, args].concat(), words);
+    refused(&["--sampler", "ddim"], &["--sampler ddim", "flow-grpo"]);
+    refused(&["--sampler", "ode"], &["--sampler ode", "--noise-only-trained"]);
+    refused(&["--credit", "released"], &["--credit released", "--zeta"]);
+    refused(&["--sampler", "cps", "--eta", "1.5"], &["--eta 1.5", "cps"]);
+    refused(&["--shift", "0"], &["--shift 0"]);
+    refused(&["--zeta", "-1"], &["--zeta -1"]);
+    refused(&["--zeta", "4", "--credit", "native"], &["--zeta", "proportionate"]);
+    refused(&["--zeta", "4", "--credit-total", "trained"], &["--zeta 4", "--credit-total"]);
+    refused(&["--resolution", "30"], &["--resolution 30", "multiple of 4"]);
+    refused(&["--resolution", "256"], &["--resolution", "64x64", "32"]);
+    refused(&["--max-sequence-length", "1000"], &["--max-sequence-length 1000", "512"]);
+    refused(&["--embeddings", "none.safetensors"], &["none.safetensors"]);
+    refused(&["--memory", "0"], &["--memory 0"]);
+    refused(&["--target-modules", "to_x"], &["--target-modules to_x"]);
+}
+
+#[test]
+fn settings_of_the_other_family() {
+    refused(&["--sampler", "flow-grpo"], &["--sampler flow-grpo", "ddim"]);
+    refused(&["--shift", "3"], &["--shift", "flow"]);
+    refused(&["--credit", "guard"], &["--credit guard", "flow"]);
+    refused(&["--model", "emoji-flaw"], &["--model emoji-flaw", "no such folder"]);
+}
+
+#[test]
 fn files() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();

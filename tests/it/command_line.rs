@@ -37,6 +37,34 @@ fn credit_prints_the_promised_json() {
 }
 
 #[test]
+fn credit_of_a_flow_prints_the_promised_json() {
+    let golden: serde_json::Value = serde_json::from_str(include_str!("../golden/credit_weights.json")).unwrap();
+    for (sampler, kind) in [("dance", "flow-dance"), ("flow-grpo", "flow-flow-grpo")] {
+        let table = golden.as_array().unwrap().iter().find(|g| g["kind"] == kind).unwrap();
+        let text_of = |name: &str| table[name].to_string();
+        let (steps, eta, shift) = (text_of("steps"), text_of("eta"), text_of("shift"));
+        let args = ["credit", "--sampler", sampler, "--steps", &steps, "--eta", &eta, "--shift", &shift, "--json"];
+        let json: serde_json::Value = serde_json::from_str(&text(&program(&args))).unwrap();
+        assert_eq!(json["sampler"], sampler);
+        let close = |a: &serde_json::Value, b: &serde_json::Value| {
+            let (a, b) = (a.as_f64().unwrap(), b.as_f64().unwrap());
+            (a - b).abs() < 1e-10 * b.abs().max(1e-3)
+        };
+        assert!(close(&json["zeta"], &table["zeta"]) && close(&json["shift"], &table["shift"]));
+        let rows = json["rows"].as_array().unwrap();
+        assert_eq!(rows.len() as u64, json["steps"].as_u64().unwrap());
+        for (row, g) in rows.iter().zip(table["rows"].as_array().unwrap()) {
+            for field in ["t", "dt", "sigma", "w_native", "w_proportionate"] {
+                assert!(close(&row[field], &g[field]), "{sampler}: {field} {} is not {}", row[field], g[field]);
+            }
+        }
+    }
+    let published = program(&["credit", "--sampler", "dance", "--zeta", "13.343", "--json"]);
+    let json: serde_json::Value = serde_json::from_str(&text(&published)).unwrap();
+    assert_eq!((json["zeta"].as_f64(), json["steps"].as_u64()), (Some(13.343), Some(16)));
+}
+
+#[test]
 fn credit_draws_a_plot() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("plot.png");
@@ -147,6 +175,24 @@ fn sample_repeats_from_saved_latents() {
     }
     assert_eq!(finals[0], finals[1]);
     assert_ne!(finals[0], finals[2], "eta matters");
+}
+
+#[test]
+fn a_flow_samples_with_the_ode_by_default() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = |name: &str, extra: &[&str]| {
+        let (out, saved) = (dir.path().join(name), dir.path().join(format!("{name}.safetensors")));
+        let fixed = ["sample", "--device", "cpu", "--model", "emoji-flow", "--prompt", "red apple", "--steps", "4"];
+        let files = ["--max-sequence-length", "16", "--out", out.to_str().unwrap(), "--save-latents"];
+        let output = program(&[&fixed[..], &files, &[saved.to_str().unwrap()], extra].concat());
+        assert!(output.status.success(), "{output:?}");
+        assert!(out.join("00000.png").is_file());
+        std::fs::read(saved).unwrap()
+    };
+    let ode = run("ode", &[]);
+    assert!(ode == run("again", &["--sampler", "flow-grpo"]), "eta is 0: every sampler is the ODE");
+    assert!(ode != run("sde", &["--sampler", "flow-grpo", "--eta", "0.7"]));
+    assert!(ode != run("shifted", &["--grid", "shifted", "--shift", "3"]));
 }
 
 #[test]
