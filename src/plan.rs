@@ -265,11 +265,11 @@ fn unet_blocks(c: &Config, side: usize) -> Result<Vec<Block>> {
     if !c.json["mid_block_type"].is_null() || c.json.get("mid_block_type").is_none() {
         push(&mut blocks, &skips, n - 1, channels[n - 1], channels[n - 1], true);
     }
-    for i in 0..n {
+    for (i, &attention) in up.iter().enumerate().take(n) {
         let level = n - 1 - i;
         for _ in 0..layers[level] + 1 {
             let skip = skips.pop().unwrap_or_default();
-            push(&mut blocks, &skips, level, channels[level], (skip / pixels(level)) as usize, up[i]);
+            push(&mut blocks, &skips, level, channels[level], (skip / pixels(level)) as usize, attention);
         }
         if level > 0 {
             push(&mut blocks, &skips, level - 1, channels[level], 0, false);

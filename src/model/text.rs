@@ -56,6 +56,7 @@ impl T5 {
 }
 
 /// The text encoders of a family.
+#[allow(clippy::large_enum_variant)] // There is one of it.
 enum Encoders {
     /// Stable Diffusion 1 and 2: one CLIP's last hidden state.
     One(Clip),
@@ -73,6 +74,7 @@ struct File {
     rows: HashMap<String, usize>,
 }
 
+#[allow(clippy::large_enum_variant)] // There is one of it.
 enum Source {
     Encoders(Encoders),
     File(File),
