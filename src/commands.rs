@@ -13,7 +13,7 @@ use crate::philox::{self, Stream};
 use crate::rollout::{Denoise, Guided, decode, sample as run_sampler};
 use crate::schedule::{Flow, Grid, Sampler, Sampling, Schedule, ddim::Ddim};
 use crate::settings::Options;
-use crate::{artifacts, device, files, lora_io, plan, progress, train as training};
+use crate::{artifacts, device, files, lora_io, plan, progress, shapes, train as training};
 
 /// `train`.
 pub fn train(args: TrainArgs) -> Result<i32> {
@@ -66,7 +66,7 @@ pub fn train(args: TrainArgs) -> Result<i32> {
 pub fn plan(args: PlanArgs) -> Result<i32> {
     let file = args.config.as_deref().map(Options::from_file).transpose()?.unwrap_or_default();
     let settings = args.options.over(&file)?.resolve()?;
-    let shapes = plan::shapes(&settings)?;
+    let shapes = shapes::shapes(&settings)?;
     let target = plan::Target::of(&device::open(&settings.device)?).with_limit(settings.memory);
     let found = plan::plan(&shapes, &settings, target);
     print!("{}", plan::text(&found, &settings, plan::largest_batch(&shapes, &settings, target)));

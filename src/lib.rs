@@ -32,5 +32,6 @@ pub mod reward;
 pub mod rollout;
 pub mod schedule;
 pub mod settings;
+pub mod shapes;
 pub mod train;
 pub mod update;

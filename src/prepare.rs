@@ -14,6 +14,7 @@ use crate::model::pipeline::{Pipeline, TextFrom, fingerprint};
 use crate::ops::group_advantage::Tracker;
 use crate::plan;
 use crate::reward;
+use crate::shapes;
 use crate::train::{Job, Run};
 
 /// Checks everything that can be checked and opens what the run needs.
@@ -25,7 +26,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     let new_folder = if job.resume { None } else { Some(RunFolder::new(&job.out)?) };
     let reward = reward::parse(&s.reward)?;
     let compute = device::open(&s.device)?;
-    let shapes = plan::shapes(s)?;
+    let shapes = shapes::shapes(s)?;
     let plan = plan::check(&shapes, s, plan::Target::of(&compute).with_limit(s.memory))?;
     let text = match &s.embeddings {
         Some(file) => TextFrom::File(file),

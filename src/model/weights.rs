@@ -218,13 +218,21 @@ impl Weights {
 
     fn values(&self, name: &str, e: &Entry, range: std::ops::Range<usize>) -> Result<Vec<f32>> {
         let path = self.files[e.file].0.display();
-        let bytes = &self.files[e.file].1[range];
-        Ok(match e.dtype {
+        let bytes = &self.files[e.file].1[range.clone()];
+        let values = match e.dtype {
             Dtype::F32 => bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect(),
             Dtype::F16 => bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             Dtype::BF16 => bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32()).collect(),
             other => bail!("{path}: tensor {name} has type {other:?}; F32, F16 and BF16 are supported"),
-        })
+        };
+        // A mapped file counts as this process's memory once it is read: a large model would count twice.
+        #[cfg(target_os = "linux")]
+        if range.len() > 1 << 20 {
+            // SAFETY: the map is read-only and backed by its file; pages that are dropped are read again when needed.
+            let advice = memmap2::UncheckedAdvice::DontNeed;
+            let _ = unsafe { self.files[e.file].1.unchecked_advise_range(advice, range.start, range.len()) };
+        }
+        Ok(values)
     }
 
     /// One tensor of a known shape, on the device, in f32.
