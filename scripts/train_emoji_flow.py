@@ -123,6 +123,11 @@ def save(out, modules, vae, tokenizer, t5_tokenizer):
         tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=t5_tokenizer, vae=copy.deepcopy(vae).half(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
     ).save_pretrained(out)
+    # A resumed part remembers the folder it came from.
+    for file in out.glob("*/config.json"):
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def preview(out, file, t5_tokens=16):

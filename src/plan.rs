@@ -213,7 +213,8 @@ fn way_out(shapes: &Shapes, s: &Settings, target: Target) -> String {
 /// The table of `pcpo-wgpu plan`.
 pub fn text(plan: &Plan, s: &Settings, largest: Option<usize>) -> String {
     let mib = |b: f64| format!("{:>10.0} MiB", b / f64::from(1 << 20));
-    let mut out = format!("weights ({:?})        {}\n", s.storage, mib(plan.weights)).to_lowercase();
+    let storage = format!("weights ({:?})", s.storage).to_lowercase();
+    let mut out = format!("{storage:<20} {}\n", mib(plan.weights));
     for (name, bytes) in [
         ("program and casts", plan.program),
         ("adapter", plan.adapter),
