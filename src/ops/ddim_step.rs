@@ -26,7 +26,7 @@ pub fn ddim_step(
     c: &Coefficients,
     key: NoiseKey,
 ) -> Stepped {
-    run(STEP, compute, x, model_out, guidance, c, key)
+    run((STEP, reference), compute, x, model_out, guidance, c, key)
 }
 
 /// CPU reference: (x_prev `[B, D]`, prediction `[B, D]`, log p `[B]`).

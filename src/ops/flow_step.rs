@@ -28,7 +28,7 @@ pub fn flow_step(
     c: &Coefficients,
     key: NoiseKey,
 ) -> Stepped {
-    run(STEP, compute, x, model_out, guidance, c, key)
+    run((STEP, reference), compute, x, model_out, guidance, c, key)
 }
 
 /// CPU reference: (x_prev `[B, D]`, prediction `[B, D]`, log p `[B]`).

@@ -11,8 +11,8 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::ddim_step::{self, ddim_step};
-use super::flow_step::{self, flow_step};
+use super::ddim_step::ddim_step;
+use super::flow_step::flow_step;
 use super::gpu::{Kernel, Launch, a_thread_each, buffer, kernel, output, partials, width};
 use super::{Coefficients, Guidance, NoiseKey, Params};
 use crate::device::Compute;
@@ -42,12 +42,16 @@ pub fn sampler_step(
     step(compute, x, model_out, guidance, c, key)
 }
 
-/// One step for a batch, by a family's kernel; `model_out` holds the unconditional rows first where guidance is on.
+/// A family's CPU reference: (x, network output, batch, guidance, coefficients, key) to (x_prev, prediction, log p).
+pub(super) type Reference =
+    fn(&[f32], &[f32], usize, Guidance, &Coefficients, NoiseKey) -> (Vec<f32>, Vec<f32>, Vec<f32>);
+
+/// One step for a batch, by a family's kernel or on the CPU its reference; `model_out` holds the unconditional rows first where guidance is on.
 ///
 /// # Panics
 /// When the shapes disagree: `[B, C, H, W]` against `[B or 2B, C, H, W]`.
 pub(super) fn run(
-    kernel: Kernel,
+    (kernel, reference): (Kernel, Reference),
     compute: &Compute,
     x: &Tensor<4>,
     model_out: &Tensor<4>,
@@ -64,7 +68,6 @@ pub(super) fn run(
     );
     let Some(gpu) = &compute.gpu else {
         let (x, out) = (super::host(x), super::host(model_out));
-        let reference = if c.flow { flow_step::reference } else { ddim_step::reference };
         let (x_prev, prediction, log_prob) = reference(&x, &out, batch, guidance, c, key);
         let tensor = |v: Vec<f32>| Tensor::from_data(TensorData::new(v, shape), &compute.burn);
         let log_prob = Tensor::from_data(TensorData::new(log_prob, [batch]), &compute.burn);
