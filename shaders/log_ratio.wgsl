@@ -10,14 +10,15 @@
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    params = uniforms;
     let sample = group.y;
-    let units = params.dim / WIDTH;
-    let end = min((group.x + 1u) * (BLOCK / WIDTH), units);
+    let first = first_unit(group, thread);
+    let end = end_unit(first);
     var sum = vec2<f32>();
-    for (var unit = group.x * (BLOCK / WIDTH) + thread; unit < end; unit += THREADS) {
+    for (var unit = first; unit < end; unit += RUN) {
         let z = draw(sample, unit);
-        let i = sample * units + unit;
-        let j = i + params.batch * units;
+        let i = sample * units() + unit;
+        let j = i + params.batch * units();
         var p = model_out[i];
         if params.guided == 1u { p = p + params.guidance * (model_out[j] - p); }
         let wd = params.w * (p - old[i]);

@@ -1,15 +1,18 @@
-// The second half of a sum over a sample: what the threads of its blocks left, in order. Four sums side by side, since a
-// single chain of additions would wait for each.
+// The second half of a sum over a sample: what the threads of its blocks left, added up by one workgroup in a fixed order.
+// The first thread holds the sum.
 
-fn partials_sum(sample: u32) -> vec2<f32> {
-    let count = params.blocks * THREADS;
-    let start = sample * count;
-    var sums = array<vec2<f32>, 4>();
-    for (var i = start; i < start + count; i += 4u) {
-        sums[0] += partials[i];
-        sums[1] += partials[i + 1u];
-        sums[2] += partials[i + 2u];
-        sums[3] += partials[i + 3u];
+var<workgroup> sums: array<vec2<f32>, THREADS>;
+
+fn partials_sum(sample: u32, thread: u32) -> vec2<f32> {
+    var sum = vec2<f32>();
+    for (var block = 0u; block < params.blocks; block += 1u) {
+        sum += partials[(sample * params.blocks + block) * THREADS + thread];
     }
-    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    sums[thread] = sum;
+    workgroupBarrier();
+    var total = vec2<f32>();
+    if thread == 0u {
+        for (var i = 0u; i < THREADS; i += 1u) { total += sums[i]; }
+    }
+    return total;
 }

@@ -4,10 +4,11 @@
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    params = uniforms;
     let sample = group.y;
-    let units = params.dim / WIDTH;
-    let end = min((group.x + 1u) * (BLOCK / WIDTH), units);
-    for (var unit = group.x * (BLOCK / WIDTH) + thread; unit < end; unit += THREADS) {
-        noise[sample * units + unit] = draw(sample, unit);
+    let first = first_unit(group, thread);
+    let end = end_unit(first);
+    for (var unit = first; unit < end; unit += RUN) {
+        noise[sample * units() + unit] = draw(sample, unit);
     }
 }

@@ -30,16 +30,17 @@ fn objective(lr: f32, adv: f32) -> vec3<f32> {
 
 @compute @workgroup_size(64)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    params = uniforms;
     let sample = group.y;
     let lr = log_rho[sample];
     let o = objective(lr.x, advantage[sample]);
     let policy = -o.y * params.loss_weight * params.scale / f32(params.dim);
     let penalty = params.beta * params.scale * params.w_native * params.w_native / f32(params.dim);
-    let units = params.dim / WIDTH;
-    let end = min((group.x + 1u) * (BLOCK / WIDTH), units);
-    for (var unit = group.x * (BLOCK / WIDTH) + thread; unit < end; unit += THREADS) {
-        let i = sample * units + unit;
-        let j = i + params.batch * units;
+    let first = first_unit(group, thread);
+    let end = end_unit(first);
+    for (var unit = first; unit < end; unit += RUN) {
+        let i = sample * units() + unit;
+        let j = i + params.batch * units();
         var g = policy * gradient[i];
         if params.with_reference == 1u {
             var d = model_out[i] - reference[i];

@@ -105,8 +105,7 @@ impl<'a> Case<'a> {
                 flat(flow_step(self.compute, &self.x, &self.out, self.guidance, &self.flow, self.key).x_prev)
             }
             "log_ratio" => {
-                let rows = log_ratio(self.compute, &self.out, &self.old, None, self.guidance, &self.c, self.key);
-                rows.narrow(1, 0, 1).reshape([-1])
+                log_ratio(self.compute, &self.out, &self.old, None, self.guidance, &self.c, self.key).reshape([-1])
             }
             _ => {
                 let s = &self.surrogate;
@@ -194,7 +193,11 @@ impl<'a> Case<'a> {
             _ => expected.iter().fold(0f32, |m, v| m.max(v.abs())),
         };
         for (path, found) in [("shader", self.shader(operation)), ("Burn", self.tensor_operations(operation, false))] {
-            let found = read(&found)?;
+            let mut found = read(&found)?;
+            // The shader's rows are (log rho, KL).
+            if found.len() == 2 * expected.len() {
+                found = found.into_iter().step_by(2).collect();
+            }
             let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
             ensure!(
                 found.len() == expected.len() && worst <= 1e-4 * scale,
@@ -205,14 +208,11 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Median seconds of `f` with the device synchronised.
-    fn time(&self, mut f: impl FnMut()) -> Result<f64> {
-        median(|| {
-            f();
-            self.compute.sync()?;
-            self.poll();
-            Ok(())
-        })
+    /// Waits for everything that was submitted to the device.
+    fn sync(&self) -> Result<()> {
+        self.compute.sync()?;
+        self.poll();
+        Ok(())
     }
 
     /// Waits for our own submissions, which Burn does not know of.
@@ -227,16 +227,29 @@ impl<'a> Case<'a> {
     /// # Errors
     /// When the device fails.
     pub fn times(&self, operation: &str) -> Result<[f64; 3]> {
-        Ok([
-            self.time(|| drop(self.shader(operation)))?,
-            self.time(|| drop(self.reference(operation)))?,
-            self.time(|| self.run_tensor_operations(operation))?,
+        medians([
+            &mut || {
+                drop(self.shader(operation));
+                self.sync()
+            },
+            &mut || {
+                drop(std::hint::black_box(self.reference(operation)));
+                Ok(())
+            },
+            &mut || {
+                self.run_tensor_operations(operation);
+                self.sync()
+            },
         ])
     }
 
     /// Seconds of a copy of one latent batch, through Burn.
     fn copy(&self) -> Result<f64> {
-        self.time(|| drop(self.x.clone() + 1.0))
+        let [seconds] = medians([&mut || {
+            self.force(&(self.x.clone() + 1.0));
+            self.sync()
+        }])?;
+        Ok(seconds)
     }
 }
 
@@ -252,11 +265,10 @@ pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<
         (credit_reduce(compute, &tensor, &weights)?, credit_reduce::reference(&stats, steps, &weights));
     let off = found.iter().zip(&expected).any(|(a, b)| (a.log_rho_std - b.log_rho_std).abs() > 1e-4);
     ensure!(!off, "credit_reduce: shader and reference disagree at {steps} x {samples}");
-    let shader = median(|| credit_reduce(compute, &tensor, &weights).map(drop))?;
-    let reference = median(|| {
+    let [shader, reference] = medians([&mut || credit_reduce(compute, &tensor, &weights).map(drop), &mut || {
         std::hint::black_box(credit_reduce::reference(&stats, steps, &weights));
         Ok(())
-    })?;
+    }])?;
     let size = format!("{steps} x {samples}");
     Ok(format!(
         "{:<18} {size:>16} {:>12.3} {:>14.3}   (read back included)",
@@ -266,17 +278,27 @@ pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<
     ))
 }
 
-/// Median seconds of `f` over at least 5 runs and 0.2 s, after one run to warm up.
-fn median(mut f: impl FnMut() -> Result<()>) -> Result<f64> {
-    f()?;
-    let (mut times, start) = (Vec::new(), Instant::now());
-    while times.len() < 5 || (start.elapsed().as_secs_f64() < 0.2 && times.len() < 200) {
-        let one = Instant::now();
-        f()?;
-        times.push(one.elapsed().as_secs_f64());
+/// Median seconds of each path over at least 5 rounds and 0.2 s a path, after one round to warm up. The paths take turns, so
+/// that a machine that slows down slows all of them.
+fn medians<const N: usize>(mut paths: [&mut dyn FnMut() -> Result<()>; N]) -> Result<[f64; N]> {
+    for path in &mut paths {
+        path()?;
     }
-    times.sort_by(f64::total_cmp);
-    Ok(times[times.len() / 2])
+    let (mut times, start) = (vec![[0f64; N]; 0], Instant::now());
+    while times.len() < 5 || (start.elapsed().as_secs_f64() < 0.2 * N as f64 && times.len() < 200) {
+        let mut round = [0.0; N];
+        for (path, seconds) in paths.iter_mut().zip(&mut round) {
+            let one = Instant::now();
+            path()?;
+            *seconds = one.elapsed().as_secs_f64();
+        }
+        times.push(round);
+    }
+    Ok(std::array::from_fn(|path| {
+        let mut column: Vec<f64> = times.iter().map(|round| round[path]).collect();
+        column.sort_by(f64::total_cmp);
+        column[column.len() / 2]
+    }))
 }
 
 /// The table of `pcpo-wgpu bench`.

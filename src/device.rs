@@ -186,7 +186,7 @@ fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
         .setup(setup)
         .init()
         .map_err(|e| anyhow!("--device: {} cannot be used by Burn: {e}", chosen.label()))?;
-    let gpu = crate::ops::gpu::Gpu::new(device, queue, burn.clone());
+    let gpu = crate::ops::gpu::Gpu::new(device, queue);
     let software = if chosen.is_hardware() { "" } else { " [software: for tests of the GPU path, slow]" };
     Ok(Compute {
         burn,

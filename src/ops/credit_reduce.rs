@@ -40,13 +40,16 @@ pub fn credit_reduce(compute: &Compute, stats: &Tensor<3>, weights: &[f32]) -> R
     };
     let table = output([steps, COLUMNS], &compute.burn);
     let weights = Tensor::<1>::from_data(TensorData::new(weights.to_vec(), [steps]), &compute.burn);
-    gpu.run(&[Launch {
-        kernel: REDUCE,
-        width: 1,
-        uniforms: bytemuck::bytes_of(&[steps as u32, samples as u32, 0, 0]),
-        bindings: vec![&buffer(stats), &buffer(&weights), &buffer(&table)],
-        grid: [steps as u32, 1],
-    }]);
+    let sizes = [steps as u32, samples as u32, 0, 0];
+    gpu.run(
+        bytemuck::bytes_of(&sizes),
+        1,
+        &[Launch {
+            kernel: REDUCE,
+            bindings: vec![&buffer(stats), &buffer(&weights), &buffer(&table)],
+            grid: [steps as u32, 1],
+        }],
+    );
     let rows = super::read(&table)?;
     Ok(rows.chunks_exact(COLUMNS).map(row).collect())
 }

@@ -4,10 +4,15 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use burn::backend::wgpu::{AutoCompiler, CubeTensor, WgpuResource};
+use burn::backend::wgpu::{AutoCompiler, WgpuResource};
 use burn::backend::{BackendTensor, DispatchTensorKind};
+use burn::cubecl::client::Client;
+use burn::cubecl::server::Handle;
+use burn::cubecl::wgpu::WgpuServer;
 use burn::tensor::{Device, Tensor};
 use wgpu::util::DeviceExt;
+
+use super::{Params, THREADS};
 
 /// A kernel: its name is the shader's file name, its source carries the shared preludes.
 #[derive(Clone, Copy)]
@@ -40,16 +45,6 @@ macro_rules! kernel {
 }
 pub(crate) use kernel;
 
-/// Partial sums of a batch, for a kernel to fill: `[batch, blocks, THREADS]` pairs.
-pub(super) fn partials(batch: usize, dim: usize, device: &Device) -> Buffer {
-    buffer(&output([batch, dim.div_ceil(super::BLOCK), super::THREADS, 2], device))
-}
-
-/// Workgroups for one thread a sample.
-pub(super) fn a_thread_each(batch: usize) -> [u32; 2] {
-    [batch.div_ceil(super::THREADS) as u32, 1]
-}
-
 /// All kernels, for validation.
 pub const KERNELS: [Kernel; 8] = [
     super::philox::NOISE,
@@ -67,27 +62,44 @@ pub const KERNELS: [Kernel; 8] = [
 pub struct Gpu {
     pub device: wgpu::Device,
     queue: wgpu::Queue,
-    burn: Device,
     pipelines: Arc<Mutex<HashMap<(&'static str, u32), wgpu::ComputePipeline>>>,
 }
 
-/// A Burn tensor's memory; holds the allocation as long as it lives.
+/// Memory of a Burn tensor, contiguous, or of Burn's pool; holds the allocation as long as it lives.
 pub struct Buffer {
-    resource: WgpuResource,
-    _tensor: CubeTensor,
+    client: Client,
+    handle: Handle,
 }
 
-/// One kernel launch: uniforms, tensors in the order of the bindings from 1 on, and the grid.
+impl Buffer {
+    /// Memory for `elements` numbers, from the pool that this buffer is from.
+    fn scratch(&self, elements: usize) -> Self {
+        let handle = match POISON.load(Ordering::Relaxed) {
+            true => self.client.create_from_slice(bytemuck::cast_slice(&vec![f32::NAN; elements])),
+            false => self.client.empty(size_of::<f32>() * elements),
+        };
+        Self { client: self.client.clone(), handle }
+    }
+
+    /// Partial sums of a batch, for a kernel to fill: `[batch, blocks, THREADS]` pairs.
+    pub(super) fn partials(&self, params: &Params) -> Self {
+        self.scratch((params.batch * params.blocks) as usize * THREADS * 2)
+    }
+
+    /// A pair of numbers for each sample, for a kernel to fill.
+    pub(super) fn pairs(&self, params: &Params) -> Self {
+        self.scratch(params.batch as usize * 2)
+    }
+}
+
+/// One kernel launch: tensors in the order of the bindings from 1 on, and the grid.
 pub struct Launch<'a> {
     pub kernel: Kernel,
-    /// Elements at a time, from [`width`]; part of the pipeline's key.
-    pub width: u32,
-    pub uniforms: &'a [u8],
     pub bindings: Vec<&'a Buffer>,
     pub grid: [u32; 2],
 }
 
-/// Resolves a tensor to its buffer, contiguous, with everything that Burn still owed to it submitted.
+/// Resolves a tensor to its memory, with everything that Burn still owed to it queued.
 pub fn buffer<const D: usize>(tensor: &Tensor<D>) -> Buffer {
     let kind = tensor.clone().into_dispatch().kind;
     let DispatchTensorKind::Cube(BackendTensor::Float(t)) = kind else {
@@ -100,18 +112,12 @@ pub fn buffer<const D: usize>(tensor: &Tensor<D>) -> Buffer {
         client.resolve_tensor_float::<burn_wgpu::CubeBackend>(t)
     };
     let t = burn_wgpu::into_contiguous(t);
-    let resource = t
-        .client
-        .get_resource::<burn::cubecl::wgpu::WgpuServer<AutoCompiler>>(t.handle.clone())
-        .expect("a resolved tensor has a buffer")
-        .resource()
-        .clone();
-    Buffer { resource, _tensor: t }
+    Buffer { client: t.client, handle: t.handle }
 }
 
 impl Gpu {
-    pub fn new(device: wgpu::Device, queue: wgpu::Queue, burn: Device) -> Self {
-        Self { device, queue, burn, pipelines: Arc::default() }
+    pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        Self { device, queue, pipelines: Arc::default() }
     }
 
     fn pipeline(&self, kernel: Kernel, width: u32) -> wgpu::ComputePipeline {
@@ -135,33 +141,48 @@ impl Gpu {
             .clone()
     }
 
-    /// Submits the launches in order, after everything that Burn has queued.
-    pub fn run(&self, launches: &[Launch]) {
+    /// Submits the launches in order, after everything that Burn has queued. They share the uniforms (binding 0) and the
+    /// width, from [`width`], that their sources are made for.
+    pub fn run(&self, uniforms: &[u8], width: u32, launches: &[Launch]) {
+        let client = &launches[0].bindings[0].client;
+        // Burn's server has a thread of its own. The whole submission is one visit to it: each question asked from here
+        // costs as much as a small kernel.
+        client.exclusive(|| self.submit(client, uniforms, width, launches)).expect("Burn's server runs");
+    }
+
+    fn submit(&self, client: &Client, uniforms: &[u8], width: u32, launches: &[Launch]) {
+        let resource = |buffer: &&Buffer| {
+            let found = client.get_resource::<WgpuServer<AutoCompiler>>(buffer.handle.clone());
+            found.expect("a resolved tensor has a buffer").resource().clone()
+        };
+        let resources: Vec<Vec<WgpuResource>> =
+            launches.iter().map(|launch| launch.bindings.iter().map(resource).collect()).collect();
         // Burn batches its commands; ours must not overtake them.
-        self.burn.flush().expect("Burn's queue accepts a flush");
+        client.flush().expect("Burn's queue accepts a flush");
+        let uniforms = self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
+            label: None,
+            contents: uniforms,
+            usage: wgpu::BufferUsages::UNIFORM,
+        });
         let mut encoder = self.device.create_command_encoder(&Default::default());
-        for launch in launches {
-            let pipeline = self.pipeline(launch.kernel, launch.width);
-            let uniforms = self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
-                label: Some(launch.kernel.name),
-                contents: launch.uniforms,
-                usage: wgpu::BufferUsages::UNIFORM,
-            });
+        let mut pass = encoder.begin_compute_pass(&Default::default());
+        for (launch, resources) in launches.iter().zip(&resources) {
+            let pipeline = self.pipeline(launch.kernel, width);
             let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: uniforms.as_entire_binding() }];
-            entries.extend(launch.bindings.iter().zip(1..).map(|(buffer, binding)| wgpu::BindGroupEntry {
+            entries.extend(resources.iter().zip(1..).map(|(resource, binding)| wgpu::BindGroupEntry {
                 binding,
-                resource: buffer.resource.as_wgpu_bind_resource(),
+                resource: resource.as_wgpu_bind_resource(),
             }));
             let group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
                 label: Some(launch.kernel.name),
                 layout: &pipeline.get_bind_group_layout(0),
                 entries: &entries,
             });
-            let mut pass = encoder.begin_compute_pass(&Default::default());
             pass.set_pipeline(&pipeline);
             pass.set_bind_group(0, &group, &[]);
             pass.dispatch_workgroups(launch.grid[0], launch.grid[1], 1);
         }
+        drop(pass);
         self.queue.submit([encoder.finish()]);
     }
 }

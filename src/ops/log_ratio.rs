@@ -10,7 +10,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 
-use super::gpu::{Buffer, Kernel, Launch, a_thread_each, buffer, kernel, output, partials, width};
+use super::gpu::{Buffer, Kernel, Launch, buffer, kernel, output, width};
 use super::{Coefficients, Guidance, NoiseKey, Params};
 use crate::device::Compute;
 
@@ -38,32 +38,20 @@ pub fn log_ratio(
     };
     let params = Params { with_reference: reference_out.is_some().into(), ..Params::new(batch, dim, guidance, c, key) };
     let log_rho = output([batch, 2], &compute.burn);
-    let partials = partials(batch, dim, &compute.burn);
     let (policy, old, rows) = (buffer(model_out), buffer(old), buffer(&log_rho));
+    let partials = policy.partials(&params);
     let frozen = reference_out.map(buffer);
-    gpu.run(&launches(&params, [&policy, &old, frozen.as_ref().unwrap_or(&policy), &partials, &old], &rows));
+    let launches = launches(&params, [&policy, &old, frozen.as_ref().unwrap_or(&policy), &partials, &old], &rows);
+    gpu.run(bytemuck::bytes_of(&params), width(dim), &launches);
     log_rho
 }
 
 /// The two launches of the operation: `inputs` are the network's output, the old prediction, the reference's output,
 /// the partial sums and the direction (any buffer where `with_direction` is 0).
-pub(super) fn launches<'a>(params: &'a Params, inputs: [&'a Buffer; 5], log_rho: &'a Buffer) -> [Launch<'a>; 2] {
-    let uniforms = bytemuck::bytes_of(params);
+pub(super) fn launches<'a>(params: &Params, inputs: [&'a Buffer; 5], log_rho: &'a Buffer) -> [Launch<'a>; 2] {
     [
-        Launch {
-            kernel: PARTIALS,
-            width: width(params.dim as usize),
-            uniforms,
-            bindings: inputs.to_vec(),
-            grid: [params.blocks, params.batch],
-        },
-        Launch {
-            kernel: FINISH,
-            width: width(params.dim as usize),
-            uniforms,
-            bindings: vec![inputs[3], log_rho],
-            grid: a_thread_each(params.batch as usize),
-        },
+        Launch { kernel: PARTIALS, bindings: inputs.to_vec(), grid: [params.blocks, params.batch] },
+        Launch { kernel: FINISH, bindings: vec![inputs[3], log_rho], grid: [params.batch, 1] },
     ]
 }
 

@@ -19,7 +19,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::schedule::{Family, Step};
 
-/// Elements that one workgroup takes of one sample: 64 threads, 16 quads each. `BLOCK` in the shaders.
+/// Elements that one workgroup takes of one sample at most: 64 threads, 16 quads each.
 pub const BLOCK: usize = 4096;
 /// Threads of a workgroup: each leaves a partial sum. `THREADS` in the shaders.
 pub const THREADS: usize = 64;
@@ -159,17 +159,19 @@ pub(crate) struct Params {
     pub with_direction: u32,
     pub quadratic: f32,
     pub loss_weight: f32,
-    pub _pad: u32,
+    pub rounds: u32,
 }
 
 const _: () = assert!(size_of::<Params>() == 32 * 4, "kept in sync with shaders/common.wgsl");
 
 impl Params {
     pub fn new(batch: usize, dim: usize, guidance: Guidance, c: &Coefficients, key: NoiseKey) -> Self {
+        let blocks = dim.div_ceil(BLOCK);
         Self {
             batch: batch as u32,
             dim: dim as u32,
-            blocks: dim.div_ceil(BLOCK) as u32,
+            blocks: blocks as u32,
+            rounds: (dim / gpu::width(dim) as usize).div_ceil(blocks * THREADS) as u32,
             guided: (guidance.rows() - 1) as u32,
             key: crate::philox::key(key.seed),
             first_image: key.first_image,

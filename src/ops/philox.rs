@@ -19,13 +19,11 @@ pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Tens
     };
     let noise = output(shape, &compute.burn);
     let params = Params::new(batch, dim, Guidance::Off, &Coefficients::default(), key);
-    gpu.run(&[Launch {
-        kernel: NOISE,
-        width: width(dim),
-        uniforms: bytemuck::bytes_of(&params),
-        bindings: vec![&buffer(&noise)],
-        grid: [params.blocks, params.batch],
-    }]);
+    gpu.run(
+        bytemuck::bytes_of(&params),
+        width(dim),
+        &[Launch { kernel: NOISE, bindings: vec![&buffer(&noise)], grid: [params.blocks, params.batch] }],
+    );
     noise
 }
 

@@ -13,7 +13,7 @@ use burn::tensor::{Tensor, TensorData};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::gpu::{Kernel, Launch, buffer, kernel, output, partials, width};
+use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
 use super::{Coefficients, Guidance, NoiseKey, Params, log_ratio};
 use crate::device::Compute;
 
@@ -128,21 +128,18 @@ pub fn policy_objective(
     let gradient = output(shape, &compute.burn);
     let stats = output([batch, STATS], &compute.burn);
     let advantage = Tensor::<1>::from_data(TensorData::new(advantage.to_vec(), [batch]), &compute.burn);
-    let partials = partials(batch, dim, &compute.burn);
-    let log_rho = buffer(&output([batch, 2], &compute.burn));
     let (policy, old, advantage) = (buffer(model_out), buffer(old), buffer(&advantage));
+    let (partials, log_rho) = (policy.partials(&params), policy.pairs(&params));
     let frozen = reference_out.map(buffer);
     let frozen = frozen.as_ref().unwrap_or(&policy);
     let (slope, rows) = (buffer(&gradient), buffer(&stats));
     let [partial, finish] = log_ratio::launches(&params, [&policy, &old, frozen, &partials, &slope], &log_rho);
     let objective = Launch {
         kernel: OBJECTIVE,
-        width: width(dim),
-        uniforms: bytemuck::bytes_of(&params),
         bindings: vec![&policy, frozen, &log_rho, &advantage, &slope, &rows],
         grid: [params.blocks, params.batch],
     };
-    gpu.run(&[partial, finish, objective]);
+    gpu.run(bytemuck::bytes_of(&params), width(dim), &[partial, finish, objective]);
     (gradient, stats)
 }
 

@@ -13,7 +13,7 @@ use burn::tensor::{Tensor, TensorData};
 
 use super::ddim_step::ddim_step;
 use super::flow_step::flow_step;
-use super::gpu::{Kernel, Launch, a_thread_each, buffer, kernel, output, partials, width};
+use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
 use super::{Coefficients, Guidance, NoiseKey, Params};
 use crate::device::Compute;
 
@@ -76,24 +76,20 @@ pub(super) fn run(
     let params = Params::new(batch, dim, guidance, c, key);
     let (x_prev, prediction) = (output(shape, &compute.burn), output(shape, &compute.burn));
     let log_prob = output([batch], &compute.burn);
-    let partials = partials(batch, dim, &compute.burn);
-    let uniforms = bytemuck::bytes_of(&params);
-    gpu.run(&[
-        Launch {
-            kernel,
-            width: width(dim),
-            uniforms,
-            bindings: vec![&buffer(x), &buffer(model_out), &buffer(&x_prev), &buffer(&prediction), &partials],
-            grid: [params.blocks, params.batch],
-        },
-        Launch {
-            kernel: LOG_PROB,
-            width: width(dim),
-            uniforms,
-            bindings: vec![&partials, &buffer(&log_prob)],
-            grid: a_thread_each(batch),
-        },
-    ]);
+    let x = buffer(x);
+    let partials = x.partials(&params);
+    gpu.run(
+        bytemuck::bytes_of(&params),
+        width(dim),
+        &[
+            Launch {
+                kernel,
+                bindings: vec![&x, &buffer(model_out), &buffer(&x_prev), &buffer(&prediction), &partials],
+                grid: [params.blocks, params.batch],
+            },
+            Launch { kernel: LOG_PROB, bindings: vec![&partials, &buffer(&log_prob)], grid: [params.batch, 1] },
+        ],
+    );
     Stepped { x_prev, prediction, log_prob }
 }
 
