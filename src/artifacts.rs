@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use image::{RgbImage, imageops};
-use serde_json::Value;
 
 use crate::files;
 
@@ -13,8 +12,10 @@ use crate::files;
 pub struct RunFolder {
     pub dir: PathBuf,
     metrics: String,
-    /// No epoch has been written yet.
+    /// Nothing has been written yet.
     fresh: bool,
+    /// The folders that were made for the run, innermost first.
+    made: Vec<PathBuf>,
     pending: Vec<(PathBuf, Vec<u8>)>,
 }
 
@@ -30,9 +31,11 @@ impl RunFolder {
             "--out {}: is not an empty folder; choose another, or continue it with --resume",
             dir.display()
         );
+        let missing = dir.ancestors().take_while(|d| !d.as_os_str().is_empty() && !d.exists());
+        let made = missing.map(Path::to_path_buf).collect();
         // Claimed at once, so that a second run started meanwhile takes another; dropped again where nothing follows.
         std::fs::create_dir_all(dir).with_context(|| format!("--out {}: cannot be made", dir.display()))?;
-        Ok(Self { dir: dir.to_path_buf(), metrics: String::new(), fresh: true, pending: Vec::new() })
+        Ok(Self { dir: dir.to_path_buf(), metrics: String::new(), fresh: true, made, pending: Vec::new() })
     }
 
     /// A run's folder to continue, with its metrics as they were at the checkpoint.
@@ -42,11 +45,11 @@ impl RunFolder {
     pub fn resume(dir: &Path, metrics_lines: usize) -> Result<Self> {
         let text = files::read_text(&dir.join("metrics.jsonl"))?;
         let metrics = text.lines().take(metrics_lines).map(|l| format!("{l}\n")).collect();
-        Ok(Self { dir: dir.to_path_buf(), metrics, fresh: false, pending: Vec::new() })
+        Ok(Self { dir: dir.to_path_buf(), metrics, fresh: false, made: Vec::new(), pending: Vec::new() })
     }
 
     /// Adds a line to metrics.jsonl.
-    pub fn metric(&mut self, line: &Value) {
+    pub fn metric(&mut self, line: impl std::fmt::Display) {
         self.metrics += &format!("{line}\n");
     }
 
@@ -70,34 +73,45 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Writes everything that is pending, then `last`, which makes the epoch count. A folder that fails at its first
-    /// epoch is taken away again.
+    /// Writes everything that is pending, then `last`, which makes it count. A folder that fails at its first writing is
+    /// emptied again; what is pending stays so until it is written.
     ///
     /// # Errors
     /// Names the file that cannot be written.
     pub fn flush(&mut self, last: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        let new = std::mem::take(&mut self.fresh);
-        let pending = std::mem::take(&mut self.pending);
         let write = || {
-            for (path, bytes) in &pending {
+            for (path, bytes) in &self.pending {
                 files::write(path, bytes)?;
             }
             files::write(&self.dir.join("metrics.jsonl"), self.metrics.as_bytes())?;
             last(&self.dir)
         };
-        write().inspect_err(|_| {
-            if new {
-                let _ = std::fs::remove_dir_all(&self.dir);
+        match write() {
+            Ok(()) => {
+                self.fresh = false;
+                self.pending.clear();
+                Ok(())
             }
-        })
+            Err(e) => {
+                if self.fresh {
+                    let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+                    entries.for_each(|e| {
+                        let _ = std::fs::remove_dir_all(e.path()).or_else(|_| std::fs::remove_file(e.path()));
+                    });
+                }
+                Err(e)
+            }
+        }
     }
 }
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
         if self.fresh {
-            // Removes the folder only while it is empty.
-            let _ = std::fs::remove_dir(&self.dir);
+            // Removes the folders that were made, while they are empty.
+            for dir in &self.made {
+                let _ = std::fs::remove_dir(dir);
+            }
         }
     }
 }

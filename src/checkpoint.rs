@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::adamw;
@@ -15,13 +15,15 @@ use crate::model::nn::Linear;
 use crate::model::weights::Weights;
 use crate::ops::group_advantage::Tracker;
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
+/// The checkpoint of an epoch that was stopped between two of its updates.
+const UNFINISHED: &str = "unfinished";
 
 /// The part of a checkpoint that is not tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct State {
     pub version: u32,
-    /// SHA-256 of the network's weights.
+    /// SHA-256 of the model's files.
     pub model: String,
     /// Epochs completed.
     pub epoch: usize,
@@ -32,11 +34,38 @@ pub struct State {
     pub tracker: Tracker,
     /// Lines of metrics.jsonl that belong to the completed epochs.
     pub metrics_lines: usize,
+    /// The epoch that was stopped, where one was.
+    pub unfinished: Option<Unfinished>,
+}
+
+/// An epoch that was stopped between two updates. Its prompts, noise and steps are functions of the seed; its visits and
+/// advantages are in visits.safetensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Unfinished {
+    #[serde(with = "files::exact")]
+    pub rewards: Vec<f64>,
+    /// The metrics of the updates that are done, as written.
+    pub lines: Vec<String>,
+    /// Seconds of sampling, decoding, scoring, updating, and of all.
+    #[serde(with = "files::exact")]
+    pub seconds: Vec<f64>,
+    #[serde(skip)]
+    pub tensors: Vec<Named>,
 }
 
 impl State {
     pub fn new(model: String, tracker: Tracker) -> Self {
-        Self { version: VERSION, model, epoch: 0, updates: 0, skipped: 0, optimizer_step: 0, tracker, metrics_lines: 0 }
+        Self {
+            version: VERSION,
+            model,
+            epoch: 0,
+            updates: 0,
+            skipped: 0,
+            optimizer_step: 0,
+            tracker,
+            metrics_lines: 0,
+            unfinished: None,
+        }
     }
 }
 
@@ -52,7 +81,8 @@ fn epochs(run: &Path) -> Vec<usize> {
     all
 }
 
-/// Writes the checkpoint of `state.epoch` whole or not at all, then drops older ones that are not a multiple of `keep`.
+/// Writes the checkpoint of a state whole or not at all, then drops older ones that are not a multiple of `keep`, and what
+/// an epoch that is complete by now had left.
 ///
 /// # Errors
 /// Names the file that cannot be written.
@@ -63,8 +93,9 @@ pub fn save(
     optimizer: &adamw::State,
     keep: usize,
 ) -> Result<()> {
-    let target = folder(run, state.epoch);
     let parent = run.join("checkpoints");
+    let unfinished = parent.join(UNFINISHED);
+    let target = if state.unfinished.is_some() { unfinished.clone() } else { folder(run, state.epoch) };
     std::fs::create_dir_all(&parent).with_context(|| format!("{}: cannot be made", parent.display()))?;
     let temporary = tempfile::Builder::new()
         .prefix(".partial-")
@@ -76,11 +107,17 @@ pub fn save(
     };
     let tensors = [moments("m", &optimizer.m), moments("v", &optimizer.v)].concat();
     files::write_tensors(&temporary.path().join("optimizer.safetensors"), &tensors, &[])?;
+    if let Some(work) = &state.unfinished {
+        files::write_tensors(&temporary.path().join("visits.safetensors"), &work.tensors, &[])?;
+    }
     files::write(&temporary.path().join("state.json"), serde_json::to_string_pretty(state)?.as_bytes())?;
     if target.exists() {
         std::fs::remove_dir_all(&target).with_context(|| format!("{}: cannot be replaced", target.display()))?;
     }
     std::fs::rename(temporary.keep(), &target).with_context(|| format!("{}: cannot be written", target.display()))?;
+    if state.unfinished.is_none() {
+        let _ = std::fs::remove_dir_all(unfinished);
+    }
     for old in epochs(run).into_iter().filter(|&e| e < state.epoch && e % keep != 0) {
         let _ = std::fs::remove_dir_all(folder(run, old));
     }
@@ -92,20 +129,30 @@ pub fn save(
 /// # Errors
 /// When there is none, it is of another version or another model, or a file is damaged.
 pub fn load(run: &Path, model: &str, linears: &[&Linear]) -> Result<(State, Adapter, adamw::State)> {
-    let newest = epochs(run).pop().ok_or_else(|| {
-        anyhow!(
-            "--resume {}: there is no checkpoint in it; give the folder of a run with a completed epoch",
-            run.display()
-        )
-    })?;
-    let dir = folder(run, newest);
-    let state: State = files::read_json(&dir.join("state.json"))?;
-    ensure!(
-        state.version == VERSION,
-        "{}: version {} was written by another version of this program, which reads {VERSION}",
-        dir.join("state.json").display(),
-        state.version
-    );
+    let newest = epochs(run).pop();
+    let stopped = run.join("checkpoints").join(UNFINISHED);
+    let version = |dir: &Path| -> Result<serde_json::Value> {
+        let path = dir.join("state.json");
+        let state: serde_json::Value = files::read_json(&path)?;
+        ensure!(
+            state["version"] == VERSION,
+            "{}: version {} was written by another version of this program, which reads {VERSION}",
+            path.display(),
+            state["version"]
+        );
+        Ok(state)
+    };
+    // One that an epoch's own checkpoint has overtaken was about to be removed.
+    let goes_on = stopped.is_dir() && version(&stopped)?["epoch"].as_u64() >= newest.map(|n| n as u64);
+    let dir = match newest {
+        _ if goes_on => stopped,
+        Some(epoch) => folder(run, epoch),
+        None => {
+            bail!("--resume {}: there is no checkpoint in it; give the folder of a run that was saved", run.display())
+        }
+    };
+    version(&dir)?;
+    let mut state: State = files::read_json(&dir.join("state.json"))?;
     ensure!(
         state.model == model,
         "--resume {}: the run belongs to a model with hash {:.12}, this one has {model:.12}; give --model the original folder",
@@ -124,6 +171,13 @@ pub fn load(run: &Path, model: &str, linears: &[&Linear]) -> Result<(State, Adap
         };
         sizes.iter().enumerate().map(read).collect()
     };
+    if let Some(work) = &mut state.unfinished {
+        let weights = Weights::open_file(&dir.join("visits.safetensors"))?;
+        for name in weights.names() {
+            let (values, shape) = weights.f32(name)?;
+            work.tensors.push((name.to_string(), shape, values));
+        }
+    }
     let optimizer = adamw::State { step: state.optimizer_step, m: moments("m")?, v: moments("v")? };
     Ok((state, adapter, optimizer))
 }

@@ -66,7 +66,7 @@ pub fn train(args: TrainArgs) -> Result<i32> {
 pub fn plan(args: PlanArgs) -> Result<i32> {
     let file = args.config.as_deref().map(Options::from_file).transpose()?.unwrap_or_default();
     let settings = args.options.over(&file)?.resolve()?;
-    let shapes = shapes::shapes(&settings)?;
+    let shapes = shapes::shapes(&settings, settings.lora.as_deref())?;
     let target = plan::Target::of(&device::open(&settings.device)?).with_limit(settings.memory);
     let found = plan::plan(&shapes, &settings, target);
     print!("{}", plan::text(&found, &settings, plan::largest_batch(&shapes, &settings, target)));

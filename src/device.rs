@@ -33,6 +33,11 @@ impl Compute {
         }
     }
 
+    /// Batches that run side by side: one a core on the CPU.
+    pub fn threads(&self) -> usize {
+        if self.gpu.is_some() { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get()) }
+    }
+
     /// Waits for everything that was submitted.
     ///
     /// # Errors

@@ -67,15 +67,14 @@ pub fn write(u: &Update, request: &Request) -> Result<()> {
     for (s, (index, step)) in u.trained.iter().enumerate() {
         for (batch, contribution) in u.batches.iter().zip(u.contributions) {
             let visit = &batch.visits[s];
-            let x = read(&visit.x)?;
-            let mut p = read(&visit.old)?;
+            let (x, mut p) = (&visit.x, visit.old.clone());
             if u.pipeline.schedule.prediction() == Prediction::V {
                 let bar = alpha_bar(step);
                 let (signal, spread) = (bar.sqrt() as f32, (1.0 - bar).sqrt() as f32);
-                p.iter_mut().zip(&x).for_each(|(p, x)| *p = signal * *p + spread * x);
+                p.iter_mut().zip(x).for_each(|(p, x)| *p = signal * *p + spread * x);
             }
             let key = NoiseKey { seed: u.settings.seed, first_image: batch.first_image, step: *index as u32 };
-            noise.extend(read(&philox_noise(u.compute, visit.x.dims(), key))?);
+            noise.extend(read(&philox_noise(u.compute, batch.shape, key))?);
             latents.extend(x);
             old.extend(p);
             let rows = read(&contribution.stats.clone().narrow(0, s, 1))?;
@@ -128,7 +127,7 @@ pub fn write(u: &Update, request: &Request) -> Result<()> {
         ("prediction_type", prediction.to_string()),
         ("lora_rank", u.adapter.rank.to_string()),
         ("lora_alpha", u.adapter.alpha.to_string()),
-        ("lora_targets", u.settings.target_modules.join(",")),
+        ("lora_targets", u.adapter.layers.iter().map(|l| l.name.as_str()).collect::<Vec<_>>().join(",")),
         // What the noise is keyed by, so that the update can be replayed here as well.
         ("seed", u.settings.seed.to_string()),
         ("first_image", u.batches[0].first_image.to_string()),

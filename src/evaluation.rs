@@ -9,7 +9,7 @@ use image::RgbImage;
 use crate::artifacts::before_after;
 use crate::philox::{self, Stream};
 use crate::progress::check_stop;
-use crate::rollout::{decode, for_batches, sample};
+use crate::rollout::{decode, for_batches, rows_at_a_time, sample};
 use crate::train::{Run, Summary};
 
 impl Run<'_> {
@@ -29,14 +29,16 @@ impl Run<'_> {
         let lora = self.adapter.to_device(&self.compute.burn, false);
         let quiet = self.pipeline.family.is_flow();
         let steps: Vec<_> = self.steps.iter().map(|s| if quiet { s.without_noise() } else { *s }).collect();
-        let starts: Vec<usize> = (0..total).step_by(columns).collect();
+        let most = rows_at_a_time(&self.compute, total, columns);
+        let starts: Vec<usize> = (0..total).step_by(most).collect();
         let rows = for_batches(&self.compute, &starts, |&first| {
-            let cond = self.pipeline.encode(&prompts[first..first + columns])?;
-            let uncond = self.uncond.repeat(columns);
-            let noise: Vec<f32> = (first..first + columns)
+            let n = most.min(total - first);
+            let cond = self.pipeline.encode(&prompts[first..first + n])?;
+            let uncond = self.uncond.repeat(n);
+            let noise: Vec<f32> = (first..first + n)
                 .flat_map(|i| philox::noise(s.seed, Stream::Evaluation, i as u32, 0, c * h * w))
                 .collect();
-            let latents = Tensor::from_data(TensorData::new(noise, [columns, c, h, w]), &self.compute.burn);
+            let latents = Tensor::from_data(TensorData::new(noise, [n, c, h, w]), &self.compute.burn);
             let policy = self.policy(Some(&lora), &cond, &uncond);
             // Images numbered from the top, which no rollout reaches.
             let first_image = u32::MAX - (4 * columns - first) as u32;

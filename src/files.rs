@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 /// Writes a whole file or nothing: to a temporary name beside it, then renamed.
 ///
@@ -27,6 +27,20 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// Checks that a file can be written where it shall be, without leaving anything: what takes hours is not lost at its end.
+///
+/// # Errors
+/// Names the file.
+pub fn probe(path: &Path) -> Result<()> {
+    let existing = path.ancestors().skip(1).find(|d| d.is_dir() || d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = if existing.as_os_str().is_empty() { Path::new(".") } else { existing };
+    let blocked = path.is_dir() || path.ancestors().skip(1).any(|d| d.exists() && !d.is_dir());
+    let failed = || format!("{}: cannot be written; choose another place", path.display());
+    ensure!(!blocked, failed());
+    tempfile::tempfile_in(dir).with_context(failed)?;
+    Ok(())
+}
+
 /// Reads a text file.
 ///
 /// # Errors
@@ -41,6 +55,24 @@ pub fn read_text(path: &Path) -> Result<String> {
 /// Names the file, and the line where it is not JSON.
 pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
     serde_json::from_str(&read_text(path)?).with_context(|| format!("{}: not valid JSON", path.display()))
+}
+
+/// Numbers in JSON that come back to the bit: as strings, since the reader of numbers may be off in the last place.
+pub mod exact {
+    use serde::de::{Deserialize, Deserializer, Error};
+    use serde::ser::Serializer;
+
+    /// # Errors
+    /// The serializer's own.
+    pub fn serialize<S: Serializer>(values: &[f64], to: S) -> Result<S::Ok, S::Error> {
+        to.collect_seq(values.iter().map(f64::to_string))
+    }
+
+    /// # Errors
+    /// When an entry is not a number.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Vec<f64>, D::Error> {
+        Vec::<String>::deserialize(from)?.iter().map(|text| text.parse().map_err(D::Error::custom)).collect()
+    }
 }
 
 /// A named f32 tensor on the host: (name, shape, values).

@@ -35,3 +35,4 @@ pub mod settings;
 pub mod shapes;
 pub mod train;
 pub mod update;
+mod work;

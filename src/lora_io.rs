@@ -113,6 +113,19 @@ fn alpha_from_metadata(path: &Path) -> Result<Option<f64>> {
 /// # Errors
 /// When a key is not known, a pair is incomplete, ranks differ, or a layer is not in the network.
 pub fn load(path: &Path, linears: &[&Linear]) -> Result<Adapter> {
+    let mut adapter = read(path, linears)?;
+    // The network's order, so that a loaded adapter has the parameters of a fresh one.
+    let order: BTreeMap<&str, usize> = linears.iter().enumerate().map(|(i, l)| (l.name.as_str(), i)).collect();
+    adapter.layers.sort_by_key(|l| order.get(l.name.as_str()).copied().unwrap_or(usize::MAX));
+    adapter.fits(linears).with_context(|| path.display().to_string())?;
+    Ok(adapter)
+}
+
+/// Reads an adapter without its network: rank, alpha and sizes are right, names of kohya's layout are left flat.
+///
+/// # Errors
+/// As [`load`], but for layers that are not in the network.
+pub fn read(path: &Path, linears: &[&Linear]) -> Result<Adapter> {
     let weights = Weights::open_file(path)?;
     let kohya: BTreeMap<String, &str> = linears.iter().map(|l| (l.name.replace('.', "_"), l.name.as_str())).collect();
     let mut found: BTreeMap<String, [Option<String>; 2]> = BTreeMap::new();
@@ -144,8 +157,11 @@ pub fn load(path: &Path, linears: &[&Linear]) -> Result<Adapter> {
             bail!("{}: layer {module} has only one of its two matrices", path.display())
         };
         let ((a, sa), (b, sb)) = (weights.f32(down)?, weights.f32(up)?);
-        let matrices =
-            sa.len() >= 2 && sb.len() >= 2 && sa[0] == sb[1] && sa[2..].iter().chain(&sb[2..]).all(|&n| n == 1);
+        let matrices = sa.len() >= 2
+            && sb.len() >= 2
+            && sa[0] == sb[1]
+            && sa[0] > 0
+            && sa[2..].iter().chain(&sb[2..]).all(|&n| n == 1);
         ensure!(
             matrices,
             "{}: layer {module} has shapes {sa:?} and {sb:?}, not [rank, in] and [out, rank]",
@@ -165,13 +181,7 @@ pub fn load(path: &Path, linears: &[&Linear]) -> Result<Adapter> {
         "{}: its layers differ in alpha; one alpha is supported",
         path.display()
     );
-    // The network's order, so that a loaded adapter has the parameters of a fresh one.
-    let order: BTreeMap<&str, usize> = linears.iter().enumerate().map(|(i, l)| (l.name.as_str(), i)).collect();
-    let mut layers: Vec<Layer> = layers.into_values().collect();
-    layers.sort_by_key(|l| order.get(l.name.as_str()).copied().unwrap_or(usize::MAX));
-    let adapter = Adapter { rank, alpha, layers };
-    adapter.fits(linears).with_context(|| path.display().to_string())?;
-    Ok(adapter)
+    Ok(Adapter { rank, alpha, layers: layers.into_values().collect() })
 }
 
 enum Side {

@@ -12,7 +12,7 @@ fn main() {
         Ok(code) => code,
         Err(error) => {
             eprintln!("error: {error:#}");
-            2
+            if pcpo_wgpu::progress::stopped() { pcpo_wgpu::progress::STOPPED } else { 2 }
         }
     };
     std::process::exit(code);

@@ -21,9 +21,11 @@ pub fn reset_peak() {
     let _ = std::fs::write("/proc/self/clear_refs", "5");
 }
 
-/// `1.5 GiB`, `320 MiB`.
+/// `1.5 GiB`, `320 MiB`, `768 KiB`.
 pub fn text(bytes: u64) -> String {
-    const GIB: f64 = (1u64 << 30) as f64;
-    let gib = bytes as f64 / GIB;
-    if gib >= 1.0 { format!("{gib:.1} GiB") } else { format!("{:.0} MiB", gib * 1024.0) }
+    match bytes as f64 / f64::from(1 << 20) {
+        mib if mib >= 1024.0 => format!("{:.1} GiB", mib / 1024.0),
+        mib if mib >= 10.0 => format!("{mib:.0} MiB"),
+        mib => format!("{:.0} KiB", mib * 1024.0),
+    }
 }

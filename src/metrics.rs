@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::ops::credit_reduce::StepStats;
 use crate::schedule::Step;
-use crate::train::Rollout;
+use crate::work::{Seconds, Work};
 
 /// An update's line, with the statistics of each trained step. A norm that is not finite marks a skipped update.
 pub(crate) fn update(
@@ -20,6 +20,8 @@ pub(crate) fn update(
         .map(|((_, step), stats)| {
             let mut line = serde_json::to_value(stats).expect("statistics are numbers");
             // A timestep of diffusion is a whole number.
+            line["weight"] = json!(step.weight);
+            line["w_native"] = json!(step.w_native);
             line["t"] = if step.t.fract() == 0.0 { json!(step.t as u64) } else { json!(step.t) };
             line
         })
@@ -42,20 +44,19 @@ pub(crate) struct Epoch {
     clip_frac: f64,
     approx_kl: f64,
     images: usize,
-    seconds: f64,
-    phases: [f64; 3],
-    update_seconds: f64,
+    seconds: Seconds,
     /// Largest memory of rollout, decode and update, in bytes.
     peaks: [Option<u64>; 3],
 }
 
 impl Epoch {
-    pub fn new(epoch: usize, rollout: &Rollout, updates: &[Value], seconds: f64, update_seconds: f64) -> Self {
+    pub fn new(epoch: usize, work: &Work) -> Self {
+        let updates: Vec<Value> = work.lines.iter().filter_map(|l| serde_json::from_str(l).ok()).collect();
         let over_updates =
             |field: &str| updates.iter().filter_map(|l| l[field].as_f64()).sum::<f64>() / updates.len() as f64;
-        let images = rollout.rewards.len();
-        let reward_mean = rollout.rewards.iter().sum::<f64>() / images as f64;
-        let variance = rollout.rewards.iter().map(|r| (r - reward_mean).powi(2)).sum::<f64>() / images as f64;
+        let images = work.rewards.len();
+        let reward_mean = work.rewards.iter().sum::<f64>() / images as f64;
+        let variance = work.rewards.iter().map(|r| (r - reward_mean).powi(2)).sum::<f64>() / images as f64;
         Self {
             epoch,
             reward_mean,
@@ -63,24 +64,20 @@ impl Epoch {
             clip_frac: over_updates("clip_frac"),
             approx_kl: over_updates("approx_kl"),
             images,
-            seconds,
-            phases: rollout.seconds,
-            // The update's is asked for as it ends.
-            peaks: [rollout.peaks[0], rollout.peaks[1], crate::memory::peak()],
-            update_seconds,
+            seconds: work.seconds,
+            peaks: work.peaks,
         }
     }
 
     /// The line of metrics.jsonl.
     pub fn line(&self, skipped_updates: usize) -> Value {
-        let [rollout, decode, reward] = self.phases;
+        let t = self.seconds;
         let [rollout_peak, decode_peak, update_peak] = self.peaks.map(|p| p.map(|bytes| bytes >> 20));
         json!({
             "kind": "epoch", "epoch": self.epoch, "reward_mean": self.reward_mean, "reward_std": self.reward_std,
             "clip_frac": self.clip_frac, "approx_kl": self.approx_kl,
-            "images_per_second": self.images as f64 / self.seconds, "seconds": self.seconds,
-            "rollout_seconds": rollout, "decode_seconds": decode, "reward_seconds": reward,
-            "update_seconds": self.update_seconds, "rollout_peak_mib": rollout_peak,
+            "images_per_second": self.images as f64 / t.all, "seconds": t.all, "rollout_seconds": t.rollout,
+            "decode_seconds": t.decode, "reward_seconds": t.reward, "update_seconds": t.update, "rollout_peak_mib": rollout_peak,
             "decode_peak_mib": decode_peak, "update_peak_mib": update_peak, "skipped_updates": skipped_updates,
         })
     }
@@ -94,7 +91,7 @@ impl Epoch {
             self.reward_std,
             100.0 * self.clip_frac,
             self.approx_kl,
-            self.seconds
+            self.seconds.all
         )
     }
 }

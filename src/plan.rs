@@ -57,6 +57,8 @@ pub struct Plan {
     pub adapter: f64,
     /// Latents and predictions that a rollout keeps for the update.
     pub kept: f64,
+    /// Whether these are in another memory than the device's.
+    pub on_host: bool,
     /// Activations of each phase.
     pub rollout: f64,
     pub update: f64,
@@ -68,7 +70,7 @@ pub struct Plan {
 impl Plan {
     /// What stays through all phases.
     pub fn resident(&self) -> f64 {
-        self.weights + self.program + self.adapter + self.kept
+        self.weights + self.program + self.adapter + if self.on_host { 0.0 } else { self.kept }
     }
 
     pub fn peak(&self) -> f64 {
@@ -90,9 +92,8 @@ pub struct Target {
 
 impl Target {
     pub fn of(compute: &crate::device::Compute) -> Self {
-        let threads =
-            if compute.gpu.is_some() { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get()) };
-        Self { gpu: compute.gpu.is_some(), software: compute.software, threads, offered: compute.memory }
+        let gpu = compute.gpu.is_some();
+        Self { gpu, software: compute.software, threads: compute.threads(), offered: compute.memory }
     }
 
     /// With a limit in GiB in place of what the device says.
@@ -113,7 +114,7 @@ pub fn rows_at_once(shapes: &Shapes) -> usize {
 /// Estimates a run.
 pub fn plan(shapes: &Shapes, s: &Settings, target: Target) -> Plan {
     let guided = !shapes.distilled && Guidance::new(s.guidance_scale) != Guidance::Off;
-    let batch = s.batch.min(s.images_per_update());
+    let batch = s.batch.min(s.images_per_update().div_ceil(target.threads));
     // An update runs its own share of the batches, a rollout all of them.
     let per_update = s.images_per_update().div_ceil(batch);
     let at_once = |batches: usize| target.threads.min(batches).max(1) as f64;
@@ -140,7 +141,10 @@ pub fn plan(shapes: &Shapes, s: &Settings, target: Target) -> Plan {
     let decode_scores = |b: &Block| if target.gpu { b.scores.min(MAX_SCORES) } else { 0.0 };
     let decode = shapes.decoder.iter().map(|b| DECODER.bytes(b, 1.0, decode_scores(b))).fold(0.0, f64::max);
     let parameters: f64 = shapes.targets.iter().map(|(i, o)| ((i + o) * s.rank) as f64).sum();
-    let steps = s.train_steps.unwrap_or(s.steps) as f64;
+    let steps = s.train_steps.unwrap_or(s.steps - usize::from(!s.train_last_step)) as f64;
+    let visits = 2.0 * 4.0 * shapes.latent * steps;
+    // The host keeps all visits; it is the device's own memory unless the device is a card.
+    let card = target.gpu && !target.software;
     let program = match (target.gpu, target.software) {
         (false, _) => PROGRAM,
         (true, false) => PROGRAM_GPU,
@@ -152,8 +156,9 @@ pub fn plan(shapes: &Shapes, s: &Settings, target: Target) -> Plan {
         program: program + cast,
         // On the host the values, two moments and a sum of gradients; on the device tracked and frozen, and gradients.
         adapter: 4.0 * parameters * (4.0 + 4.0 * updating),
-        kept: 2.0 * 4.0 * s.images_per_epoch as f64 * shapes.latent * steps,
-        rollout: rollout * sampling,
+        kept: visits * s.images_per_epoch as f64,
+        on_host: card,
+        rollout: rollout * sampling + if target.gpu { visits * batch as f64 } else { 0.0 },
         update: update * updating,
         decode: decode * sampling,
         offered: target.offered,

@@ -7,6 +7,7 @@ use crate::artifacts::RunFolder;
 use crate::checkpoint::{self, State};
 use crate::credit;
 use crate::device;
+use crate::files;
 use crate::lora::Adapter;
 use crate::lora_io;
 use crate::memory;
@@ -26,7 +27,9 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     let new_folder = if job.resume { None } else { Some(RunFolder::new(&job.out)?) };
     let reward = reward::parse(&s.reward)?;
     let compute = device::open(&s.device)?;
-    let shapes = shapes::shapes(s)?;
+    // A resumed run has its adapter in its folder; the file that it began with may be gone.
+    let own = job.resume.then(|| job.out.join("adapter.safetensors"));
+    let shapes = shapes::shapes(s, s.lora.as_deref().map(|file| own.as_deref().unwrap_or(file)))?;
     let plan = plan::check(&shapes, s, plan::Target::of(&compute).with_limit(s.memory))?;
     let text = match &s.embeddings {
         Some(file) => TextFrom::File(file),
@@ -36,7 +39,8 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     let native = pipeline.schedule.steps(&s.sampling(pipeline.tokens()))?;
     ensure!(
         !native[0].clips(),
-        "{}: scheduler_config.json: clip_sample = true cannot be trained (a clipped mean is not linear); set it to false",
+        "{}: scheduler_config.json: clip_sample = true (DDIM's default where the field is absent) cannot be trained, a \
+         clipped mean is not linear; write \"clip_sample\": false there",
         s.model.display()
     );
     let steps = credit::apply(s.credit, &pipeline.schedule, native, s.zeta)?;
@@ -48,7 +52,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         ensure!(k <= trainable.len(), "--train-steps {k}: only {} steps can be trained; lower it", trainable.len());
     }
     let linears = pipeline.net.linears();
-    let model = fingerprint(&s.model)?;
+    let model = fingerprint(&s.model, s.embeddings.as_deref())?;
     let tracker = Tracker { size: s.tracker_size, min_count: s.tracker_min_count, ..Default::default() };
     let (state, adapter, optimizer, folder) = if job.resume {
         let (state, adapter, optimizer) = checkpoint::load(&job.out, &model, &linears)?;
@@ -66,6 +70,14 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
             Some(file) => lora_io::load(file, &linears).context("--lora")?,
             None => Adapter::new(&linears, &s.target_modules, s.rank, s.alpha, s.seed)?,
         };
+        ensure!(
+            (adapter.rank, adapter.alpha) == (s.rank, s.alpha),
+            "--lora: rank {} and alpha {}, not --rank {} and --alpha {}",
+            adapter.rank,
+            adapter.alpha,
+            s.rank,
+            s.alpha
+        );
         let optimizer = adamw::State::new(adapter.layers.iter().flat_map(|l| [l.a.len(), l.b.len()]));
         (State::new(model, tracker), adapter, optimizer, new_folder.expect("a new run has a new folder"))
     };
@@ -93,7 +105,17 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         memory::text(plan.kept as u64)
     );
     let uncond = pipeline.encode(&[""])?;
-    let saved = state.epoch;
+    if let Some(dump) = &job.dump {
+        let (done, last) = (state.updates, s.epochs * s.updates_per_epoch * s.inner_epochs);
+        ensure!(
+            dump.update > done && dump.update <= last,
+            "--dump-update {}: the run does updates {} to {last}",
+            dump.update,
+            done + 1
+        );
+        files::probe(&dump.file).context("--dump-update")?;
+    }
+    let kept = job.resume.then(|| format!("{} complete epochs and what followed", state.epoch));
     Ok(Run {
         s,
         compute,
@@ -109,6 +131,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         pipeline,
         dump: job.dump.clone(),
         skipped_in_a_row: 0,
-        saved,
+        last_good: None,
+        kept,
     })
 }

@@ -12,7 +12,7 @@ use crate::lora::Lora;
 use crate::model::vae::Vae;
 use crate::model::{Conditioning, Denoiser, Inputs};
 use crate::ops::sampler_step::sampler_step;
-use crate::ops::{Coefficients, Guidance, NoiseKey};
+use crate::ops::{Coefficients, Guidance, NoiseKey, read};
 use crate::schedule::Step;
 
 /// The policy for one batch: a network, its adapter, its conditioning and its guidance.
@@ -74,13 +74,13 @@ impl Denoise<'_> {
     }
 }
 
-/// What the update reads of one step of one batch.
-#[derive(Clone)]
+/// What the update reads of one step of one batch. On the host: a GPU holds one batch of them at a time.
+#[derive(Clone, Debug, PartialEq)]
 pub struct Visit {
     /// Latents before the step, `[B, C, H, W]`.
-    pub x: Tensor<4>,
+    pub x: Vec<f32>,
     /// The sampling policy's prediction after guidance.
-    pub old: Tensor<4>,
+    pub old: Vec<f32>,
 }
 
 /// A sampled batch.
@@ -104,20 +104,21 @@ pub fn sample(
     tick: impl Fn() -> Result<()>,
 ) -> Result<Sampled> {
     let mut x = latents;
-    let mut visits = Vec::with_capacity(keep.len());
+    let mut kept = Vec::with_capacity(keep.len());
     for (i, step) in steps.iter().enumerate() {
         let out = policy.output(&x, step.t);
         let key = NoiseKey { seed, first_image, step: i as u32 };
         let c = Coefficients::from(step);
         let next = sampler_step(policy.compute, &x, &out, policy.guidance.combine, &c, key);
         if keep.contains(&i) {
-            visits.push(Visit { x, old: next.prediction });
+            kept.push((x, next.prediction));
         }
         x = next.x_prev;
         tick()?;
     }
     policy.compute.sync()?;
-    Ok(Sampled { latents: x, visits })
+    let visit = |(x, old): &(Tensor<4>, Tensor<4>)| Ok(Visit { x: read(x)?, old: read(old)? });
+    Ok(Sampled { latents: x, visits: kept.iter().map(visit).collect::<Result<_>>()? })
 }
 
 /// Decodes latents to 8-bit pictures, one at a time: a VAE's activations are its largest.
@@ -128,7 +129,7 @@ pub fn decode(vae: &Vae, latents: &Tensor<4>) -> Result<Vec<RgbImage>> {
     let picture = |i: usize| {
         let image = vae.decode(latents.clone().narrow(0, i, 1));
         let [_, _, height, width] = image.dims();
-        let values = crate::ops::read(&image)?;
+        let values = read(&image)?;
         ensure!(
             values.iter().all(|v| v.is_finite()),
             "a decoded image holds values that are not finite: the run has diverged, or the VAE overflows"
@@ -143,6 +144,11 @@ pub fn decode(vae: &Vae, latents: &Tensor<4>) -> Result<Vec<RgbImage>> {
     (0..latents.dims()[0]).map(picture).collect()
 }
 
+/// How many rows go at a time where `total` are to be worked on: `most` on a GPU; on the CPU a share for each core at most.
+pub fn rows_at_a_time(compute: &Compute, total: usize, most: usize) -> usize {
+    most.min(total.div_ceil(compute.threads())).max(1)
+}
+
 /// Runs `f` over all items, in order of the result: one after the other on a GPU, on a thread for each core on the
 /// CPU, whose operations are too small for all cores. Threads of our own, since one of rayon's could be handed a
 /// second batch in the middle of a first, inside autodiff's locks.
@@ -154,10 +160,7 @@ pub fn for_batches<T: Sync, R: Send>(
     items: &[T],
     f: impl Fn(&T) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
-    let threads = match compute.gpu {
-        Some(_) => 1,
-        None => std::thread::available_parallelism().map_or(1, |n| n.get()).min(items.len()),
-    };
+    let threads = compute.threads().min(items.len());
     if threads <= 1 {
         return items.iter().map(f).collect();
     }
@@ -166,9 +169,10 @@ pub fn for_batches<T: Sync, R: Send>(
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                // A pool of one that is this thread: Burn's operations stay on it instead of queueing for the pool
-                // that all threads share.
-                let _own = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+                // A pool of this thread and its share of the cores that are left over: Burn's operations stay in it
+                // instead of queueing for the pool that all threads share.
+                let share = compute.threads() / threads;
+                let _own = rayon::ThreadPoolBuilder::new().num_threads(share).use_current_thread().build();
                 while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < items.len()) {
                     let result = f(&items[i]);
                     results.lock().expect("no holder panics")[i] = Some(result);

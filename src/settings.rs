@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::credit::{Credit, Total};
 use crate::inputs::{embedded, prompts};
+use crate::lora_io;
 use crate::model::Family;
 use crate::model::weights::Storage;
 use crate::ops::group_advantage::Advantage;
@@ -165,10 +166,10 @@ pub struct Options {
     /// Largest norm of the gradient [default: 1]
     #[arg(long)]
     pub max_grad_norm: Option<f64>,
-    /// Rank of the LoRA [default: 16]
+    /// Rank of the LoRA [default: 16, or the rank of --lora]
     #[arg(long)]
     pub rank: Option<usize>,
-    /// Alpha of the LoRA [default: the rank]
+    /// Alpha of the LoRA [default: the rank, or the alpha of --lora]
     #[arg(long)]
     pub alpha: Option<f64>,
     /// Layers with a LoRA, by the end of their names [default: all attention projections]
@@ -239,6 +240,8 @@ pub struct Settings {
     pub max_grad_norm: f64,
     pub rank: usize,
     pub alpha: f64,
+    /// None where the layers are those of `lora`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
     pub target_modules: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub lora: Option<PathBuf>,
@@ -293,7 +296,7 @@ impl Options {
         let preset = o.preset.unwrap_or(Preset::Pcpo);
         let ddpo = preset == Preset::Ddpo;
         let pcpo = preset == Preset::Pcpo;
-        let rank = o.rank.unwrap_or(16);
+        let (rank, alpha) = self.adapter_size(o)?;
         let (prompt, group_size) = (prompts(o)?, o.group_size.unwrap_or(8));
         let images = group_size * prompt.len().min(4);
         let settings = Settings {
@@ -342,14 +345,47 @@ impl Options {
             weight_decay: o.weight_decay.unwrap_or(1e-4),
             max_grad_norm: o.max_grad_norm.unwrap_or(1.0),
             rank,
-            alpha: o.alpha.unwrap_or(rank as f64),
-            target_modules: o.target_modules.clone().unwrap_or_else(|| family.default_targets()),
+            alpha,
+            target_modules: match (&o.lora, &o.target_modules) {
+                (Some(_), _) => Vec::new(),
+                (None, Some(targets)) => targets.clone(),
+                (None, None) => family.default_targets(),
+            },
             lora: o.lora.clone(),
             seed: o.seed.unwrap_or(0),
             keep_every: o.keep_every.unwrap_or(10),
         };
         settings.check()?;
         Ok(settings)
+    }
+
+    /// Rank and alpha: those of `--lora`, or of the options with the job's, `o`.
+    fn adapter_size(&self, o: &Self) -> Result<(usize, f64)> {
+        let Some(file) = &o.lora else {
+            let rank = o.rank.unwrap_or(16);
+            return Ok((rank, o.alpha.unwrap_or(rank as f64)));
+        };
+        ensure!(
+            self.target_modules.is_none(),
+            "--target-modules: the adapter of --lora {} has its own layers; leave --target-modules out",
+            file.display()
+        );
+        // A saved run has both, and may have lost the file.
+        if let (Some(rank), Some(alpha)) = (self.rank, self.alpha) {
+            return Ok((rank, alpha));
+        }
+        let adapter = lora_io::read(file, &[]).context("--lora")?;
+        let given =
+            [("--rank", self.rank.map(|r| r as f64), adapter.rank as f64), ("--alpha", self.alpha, adapter.alpha)];
+        for (flag, given, own) in given {
+            ensure!(
+                given.is_none_or(|g| g == own),
+                "{flag} {}: the adapter of --lora {} has {own}; leave {flag} out",
+                given.unwrap_or_default(),
+                file.display()
+            );
+        }
+        Ok((adapter.rank, adapter.alpha))
     }
 }
 
@@ -382,6 +418,7 @@ impl Settings {
             ("--rank", self.rank),
             ("--keep-every", self.keep_every),
             ("--tracker-size", self.tracker_size),
+            ("--tracker-min-count", self.tracker_min_count),
         ];
         for (flag, value) in counts {
             ensure!(value > 0, "{flag} {value}: must be at least 1");
@@ -403,6 +440,12 @@ impl Settings {
         ] {
             ensure!(value.is_finite() && value >= 0.0, "{flag} {value}: must be zero or positive");
         }
+        ensure!(
+            self.advantage != Advantage::PerPrompt || self.tracker_min_count <= self.tracker_size,
+            "--tracker-min-count {}: more than the tracker keeps (--tracker-size {})",
+            self.tracker_min_count,
+            self.tracker_size
+        );
         ensure!(self.clip_range < 1.0, "--clip-range {}: must be less than 1", self.clip_range);
         let (images, group, updates) = (self.images_per_epoch, self.group_size, self.updates_per_epoch);
         ensure!(

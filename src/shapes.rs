@@ -1,6 +1,8 @@
 //! What a model folder looks like from outside: the sizes of its weights and of what its blocks work on, read from its
 //! configurations and from the headers of its weight files. [`crate::plan`] estimates memory from them.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 
 use crate::model::config::Config;
@@ -37,11 +39,11 @@ pub struct Shapes {
     pub(crate) distilled: bool,
 }
 
-/// Reads the shapes of a model folder for a run's settings.
+/// Reads the shapes of a model folder for a run's settings; `lora` is the adapter's file where it is not a fresh one.
 ///
 /// # Errors
 /// Names the file that is missing or the field that is not supported.
-pub fn shapes(s: &Settings) -> Result<Shapes> {
+pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
     let family = Family::of(&s.model)?;
     let net = s.model.join(family.network());
     let c = Config::open(&net)?;
@@ -49,14 +51,16 @@ pub fn shapes(s: &Settings) -> Result<Shapes> {
     let channels = vae.size("latent_channels", 4)?;
     let levels = vae.names("down_block_types", &["DownEncoderBlock2D"])?.len();
     let factor = 1 << (levels - 1);
-    let default =
-        if family == Family::Flux { 128 } else { c.size("sample_size", if family.is_flow() { 128 } else { 64 })? };
-    let side = s.resolution.map_or(default, |pixels| pixels / factor);
+    let size = match (s.resolution, family) {
+        (Some(pixels), _) => [pixels / factor; 2],
+        (None, Family::Flux) => [128; 2],
+        (None, _) => c.sizes("sample_size", 2, if family.is_flow() { 128 } else { 64 })?.try_into().expect("two sizes"),
+    };
     let text = text_tokens(s, family)?;
     let blocks = match family {
-        Family::StableDiffusion => unet_blocks(&c, side)?,
-        Family::StableDiffusion3 => sd3_blocks(&c, side, text)?,
-        Family::Flux => flux_blocks(&c, side, text)?,
+        Family::StableDiffusion => unet_blocks(&c, size)?,
+        Family::StableDiffusion3 => sd3_blocks(&c, size, text)?,
+        Family::Flux => flux_blocks(&c, size, text)?,
     };
     let mut weights = 0.0;
     let mut largest = 0f64;
@@ -79,19 +83,24 @@ pub fn shapes(s: &Settings) -> Result<Shapes> {
                 largest = largest.max(elements);
             }
             let module = name.strip_suffix(".weight").unwrap_or_default();
-            let targeted = s.target_modules.iter().any(|t| module == t || module.ends_with(&format!(".{t}")));
+            let targeted =
+                lora.is_none() && s.target_modules.iter().any(|t| module == t || module.ends_with(&format!(".{t}")));
             if part == family.network() && shape.len() == 2 && targeted && module.contains("block") {
                 targets.push((shape[1], shape[0]));
             }
         }
     }
+    if let Some(file) = lora {
+        let adapter = crate::lora_io::read(file, &[]).context("--lora")?;
+        targets.extend(adapter.layers.iter().map(|l| (l.inputs, l.outputs)));
+    }
     Ok(Shapes {
         family,
         blocks,
-        decoder: decoder_blocks(&vae, side)?,
+        decoder: decoder_blocks(&vae, size)?,
         weights,
         largest,
-        latent: (channels * side * side) as f64,
+        latent: (channels * size[0] * size[1]) as f64,
         targets,
         distilled: family == Family::Flux,
     })
@@ -127,10 +136,10 @@ fn text_tokens(s: &Settings, family: Family) -> Result<usize> {
     })
 }
 
-fn sd3_blocks(c: &Config, side: usize, text: usize) -> Result<Vec<Block>> {
+fn sd3_blocks(c: &Config, [h, w]: [usize; 2], text: usize) -> Result<Vec<Block>> {
     let (heads, head) = (c.size("num_attention_heads", 18)?, c.size("attention_head_dim", 64)?);
     let patch = c.size("patch_size", 2)?.max(1);
-    let image = (side / patch).pow(2);
+    let image = (h / patch) * (w / patch);
     let (n, width) = ((image + text) as f64, (heads * head) as f64);
     let dual = c.list("dual_attention_layers")?;
     let block = |i: usize| Block {
@@ -142,9 +151,9 @@ fn sd3_blocks(c: &Config, side: usize, text: usize) -> Result<Vec<Block>> {
     Ok((0..c.size("num_layers", 18)?).map(block).collect())
 }
 
-fn flux_blocks(c: &Config, side: usize, text: usize) -> Result<Vec<Block>> {
+fn flux_blocks(c: &Config, [h, w]: [usize; 2], text: usize) -> Result<Vec<Block>> {
     let (heads, head) = (c.size("num_attention_heads", 24)?, c.size("attention_head_dim", 128)?);
-    let (n, width) = (((side / 2).pow(2) + text) as f64, (heads * head) as f64);
+    let (n, width) = (((h / 2) * (w / 2) + text) as f64, (heads * head) as f64);
     let block = Block { input: n * width, stream: n * width, wide: 4.0 * n * width, scores: heads as f64 * n * n };
     let single = Block { wide: 5.0 * n * width, ..block };
     let mut blocks = vec![block; c.size("num_layers", 19)?];
@@ -153,7 +162,7 @@ fn flux_blocks(c: &Config, side: usize, text: usize) -> Result<Vec<Block>> {
 }
 
 /// The units of a UNet, in the order in which it runs them.
-fn unet_blocks(c: &Config, side: usize) -> Result<Vec<Block>> {
+fn unet_blocks(c: &Config, [h, w]: [usize; 2]) -> Result<Vec<Block>> {
     let cross = |names: &[String]| names.iter().map(|n| n.starts_with("CrossAttn")).collect::<Vec<bool>>();
     let down = cross(&c.names(
         "down_block_types",
@@ -171,7 +180,7 @@ fn unet_blocks(c: &Config, side: usize) -> Result<Vec<Block>> {
     let heads = c.sizes("attention_head_dim", n, 8)?;
     let mut blocks = Vec::new();
     let mut skips = Vec::new();
-    let pixels = |level: usize| side.div_ceil(1 << level).pow(2) as f64;
+    let pixels = |level: usize| (h.div_ceil(1 << level) * w.div_ceil(1 << level)) as f64;
     let push = |blocks: &mut Vec<Block>, skips: &[f64], level: usize, width: usize, extra: usize, attention: bool| {
         let area = pixels(level);
         let stream = area * width as f64;
@@ -211,13 +220,13 @@ fn unet_blocks(c: &Config, side: usize) -> Result<Vec<Block>> {
 }
 
 /// Levels of a VAE's decoder, for one image.
-fn decoder_blocks(c: &Config, side: usize) -> Result<Vec<Block>> {
+fn decoder_blocks(c: &Config, [h, w]: [usize; 2]) -> Result<Vec<Block>> {
     let n = c.names("down_block_types", &["DownEncoderBlock2D"])?.len();
     let channels = match c.json["block_out_channels"].is_null() {
         true => vec![64],
         false => c.sizes("block_out_channels", n, 0)?,
     };
-    let area = (side * side) as f64;
+    let area = (h * w) as f64;
     let deep = area * channels[n - 1] as f64;
     let attention = c.flag("mid_block_add_attention", true)?;
     let mut blocks =

@@ -27,20 +27,17 @@ use crate::model::{Conditioning, Pipeline};
 use crate::ops::Coefficients;
 use crate::ops::credit_reduce::credit_reduce;
 use crate::ops::group_advantage::{group_advantage, varies};
-use crate::ops::policy_objective::Surrogate;
+use crate::ops::policy_objective::{STATS, Surrogate};
 use crate::philox::{self, Stream};
 use crate::prepare::prepare;
-use crate::progress::{bar, check_stop};
+use crate::progress::{Bar, bar, check_stop};
 use crate::reward::Reward;
 use crate::rollout::{Denoise, Guided, decode, for_batches, sample};
 use crate::schedule::Step;
 use crate::settings::{InitialNoise, Settings};
 use crate::update::{Batch, Contribution, batch_gradient};
+use crate::work::{Seconds, Work};
 
-/// Largest |log rho| before the first update, as a share of the clip range: the policy has not changed, so only rounding
-/// is left, and it must be small beside what decides whether an entry is clipped. With activation checkpointing the
-/// passes are the same to the bit; without, attention is computed another way where gradients are tracked.
-const SELF_TEST: f64 = 0.05;
 /// Updates in a row that may be skipped for values that are not finite.
 const MAX_SKIPPED: usize = 3;
 
@@ -78,20 +75,10 @@ pub(crate) struct Run<'a> {
     pub(crate) folder: RunFolder,
     pub(crate) dump: Option<dump::Request>,
     pub(crate) skipped_in_a_row: usize,
-    /// Epochs that are on disk.
-    pub(crate) saved: usize,
-}
-
-/// An epoch's rollout.
-pub(crate) struct Rollout {
-    batches: Vec<Batch>,
-    trained: Vec<(usize, Step)>,
-    prompts: Vec<String>,
-    pub(crate) rewards: Vec<f64>,
-    /// Seconds of sampling, decoding and scoring.
-    pub(crate) seconds: [f64; 3],
-    /// Largest memory of sampling and decoding, in bytes, where the system keeps it.
-    pub(crate) peaks: [Option<u64>; 2],
+    /// The adapter and the optimizer before the last step that was taken: their loss was finite.
+    pub(crate) last_good: Option<(Adapter, adamw::State)>,
+    /// What is on disk to continue from, in words.
+    pub(crate) kept: Option<String>,
 }
 
 /// Runs a job to its end.
@@ -102,24 +89,24 @@ pub(crate) struct Rollout {
 pub fn train(job: Job) -> Result<Summary> {
     let mut run = prepare(&job)?;
     let result = run.epochs();
-    let done = run.saved;
-    match result {
-        Err(e) if done > 0 => Err(e.context(format!(
-            "the run ended after {done} complete epochs, which are kept; continue with `pcpo-wgpu train --resume {}`",
+    result.map_err(|e| match &run.kept {
+        None => e,
+        Some(kept) => e.context(format!(
+            "the run ended; {kept} are kept; continue with `pcpo-wgpu train --resume {}`",
             run.folder.dir.display()
-        ))),
-        other => other,
-    }
+        )),
+    })
 }
 
 impl Run<'_> {
     fn epochs(&mut self) -> Result<Summary> {
         // Also of a resumed run, which may have been given more epochs.
         self.folder.file("settings.toml", toml::to_string(self.s).context("settings")?.into_bytes());
-        if self.state.epoch == 0 {
+        if self.state.epoch == 0 && self.state.unfinished.is_none() {
             let (images, score) = self.evaluate(true)?;
             self.folder.picture("grids/epoch-00000.png", &grid(&images, self.grid_columns()))?;
-            self.folder.metric(&json!({ "kind": "evaluation", "epoch": 0, "reward_mean": score }));
+            self.folder.metric(json!({ "kind": "evaluation", "epoch": 0, "reward_mean": score }));
+            self.state.metrics_lines = self.folder.metrics_lines();
         }
         while self.state.epoch < self.s.epochs {
             self.epoch()?;
@@ -128,110 +115,117 @@ impl Run<'_> {
     }
 
     fn epoch(&mut self) -> Result<()> {
-        let start = Instant::now();
-        let epoch = self.state.epoch;
-
-        // ------------------------------------------------------------------------------------------ ROLLOUT, REWARD
-        let rollout = self.rollout(epoch)?;
-        let names: Vec<&str> = rollout.prompts.iter().map(String::as_str).collect();
-        let spread = varies(&rollout.rewards, &names);
-        if !spread {
-            eprintln!(
-                "warning: the reward {} does not vary within any group of this epoch: nothing can be learnt from it",
-                self.s.reward
-            );
+        let mut work = match self.state.unfinished.take() {
+            Some(unfinished) => self.take_up(unfinished)?,
+            None => self.rollout(self.state.epoch)?,
+        };
+        let result = self.updates(&mut work).and_then(|()| self.record(&work));
+        match result {
+            // What was learnt is kept, whatever stopped the epoch.
+            Err(e) if !work.lines.is_empty() => match self.put_away(&work) {
+                Ok(()) => Err(e),
+                Err(disk) => Err(e.context(format!("the updates of this epoch could not be saved ({disk:#})"))),
+            },
+            other => other,
         }
-
-        // ------------------------------------------------------------------------------------------------ ADVANTAGE
-        let s = self.s;
-        let advantages =
-            group_advantage(s.advantage, &rollout.rewards, &names, &mut self.state.tracker, s.advantage_clamp);
-
-        // --------------------------------------------------------------------------------------------------- UPDATE
-        let updating = Instant::now();
-        memory::reset_peak();
-        let progress = bar("update", rollout.batches.len() * rollout.trained.len() * s.inner_epochs);
-        let mut lines = Vec::new();
-        for inner in 0..s.inner_epochs {
-            for share in 0..s.updates_per_epoch {
-                let range = share * s.images_per_update()..(share + 1) * s.images_per_update();
-                let batches: Vec<&Batch> = rollout.batches.iter().filter(|b| range.contains(&b.first)).collect();
-                let first = inner == 0 && share == 0 && self.state.updates == 0;
-                lines.push(self.update(&batches, &rollout.trained, &advantages[range], first, &progress)?);
-            }
-        }
-        progress.finish_and_clear();
-
-        // ----------------------------------------------------------------------------------------- METRICS, CHECKPOINT
-        let seconds = start.elapsed().as_secs_f64();
-        let update_seconds = updating.elapsed().as_secs_f64();
-        self.record(&rollout, lines, seconds, update_seconds)?;
-        Ok(())
     }
 
-    /// Samples, decodes and scores an epoch's images. Image i belongs to prompt i mod P, so that every update sees
-    /// every prompt.
-    fn rollout(&mut self, epoch: usize) -> Result<Rollout> {
+    /// Samples, decodes and scores an epoch's images.
+    fn rollout(&mut self, epoch: usize) -> Result<Work> {
+        let start = Instant::now();
         let s = self.s;
-        let (groups, total) = (s.groups(), s.images_per_epoch);
-        let chosen = philox::choose(s.seed, Stream::Prompts, epoch as u32, s.prompt.len(), groups);
-        let chosen: Vec<&str> = chosen.into_iter().map(|i| s.prompt[i].as_str()).collect();
-        let embeddings = self.pipeline.encode(&chosen)?;
-        let trained = self.trained_steps(epoch);
-        let keep: Vec<usize> = trained.iter().map(|(i, _)| *i).collect();
+        let draw = self.draw(epoch)?;
+
+        // -------------------------------------------------------------------------------------------------- ROLLOUT
+        let keep: Vec<usize> = draw.trained.iter().map(|(i, _)| *i).collect();
         let mut steps = self.steps.clone();
         if s.noise_only_trained {
             for (_, step) in steps.iter_mut().enumerate().filter(|(i, _)| !keep.contains(i)) {
                 *step = step.without_noise();
             }
         }
-        let per_update = s.images_per_update();
-        let starts: Vec<(usize, usize)> = (0..s.updates_per_epoch)
-            .flat_map(|u| {
-                (0..per_update).step_by(s.batch).map(move |b| (u * per_update + b, (per_update - b).min(s.batch)))
-            })
-            .collect();
-        let base = (epoch * total) as u32;
         let lora = self.adapter.to_device(&self.compute.burn, false);
         let [c, h, w] = self.pipeline.latent_shape();
-        let sampling = Instant::now();
         memory::reset_peak();
-        let progress = bar("rollout", starts.len() * steps.len());
-        let sampled = for_batches(&self.compute, &starts, |&(first, n)| {
-            let rows = (first..first + n).map(|i| embeddings.rows(i % groups, 1)).collect();
-            let (cond, uncond) = (Conditioning::cat(rows), self.uncond.repeat(n));
+        let progress = bar("rollout", draw.starts.len() * steps.len());
+        let sampled = for_batches(&self.compute, &draw.starts, |&(first, n)| {
+            let (cond, uncond) = draw.conditioning(self, (first, n));
             let noise = (first..first + n).flat_map(|i| {
                 let image = match s.initial_noise {
-                    InitialNoise::Shared => i % groups,
+                    InitialNoise::Shared => i % s.groups(),
                     InitialNoise::Own => i,
                 };
-                philox::noise(s.seed, Stream::InitialNoise, base + image as u32, 0, c * h * w)
+                philox::noise(s.seed, Stream::InitialNoise, draw.base + image as u32, 0, c * h * w)
             });
-            let latents =
-                Tensor::from_data(TensorData::new(noise.collect::<Vec<f32>>(), [n, c, h, w]), &self.compute.burn);
-            let first_image = base + first as u32;
+            let shape = [n, c, h, w];
+            let latents = Tensor::from_data(TensorData::new(noise.collect::<Vec<f32>>(), shape), &self.compute.burn);
+            let first_image = draw.base + first as u32;
             let policy = self.policy(Some(&lora), &cond, &uncond);
             let sampled = sample(&policy, latents, &steps, &keep, (s.seed, first_image), || {
                 progress.inc(1);
                 check_stop()
             })?;
-            Ok((Batch { first, first_image, cond, uncond, visits: sampled.visits }, sampled.latents))
+            Ok((Batch { first, first_image, shape, cond, uncond, visits: sampled.visits }, sampled.latents))
         })?;
-        progress.finish_and_clear();
-        let sampling = sampling.elapsed().as_secs_f64();
-        let decoding = Instant::now();
-        let sampling_peak = memory::peak();
-        memory::reset_peak();
+        progress.finish();
         let (batches, latents): (Vec<Batch>, Vec<Tensor<4>>) = sampled.into_iter().unzip();
+        let (sampling, sampling_peak) = (start.elapsed().as_secs_f64(), memory::peak());
+
+        // ------------------------------------------------------------------------------------------- DECODE, REWARD
+        memory::reset_peak();
         let images = for_batches(&self.compute, &latents, |l| decode(&self.pipeline.vae, l))?.concat();
-        let decoding = decoding.elapsed().as_secs_f64();
-        let decoding_peak = memory::peak();
-        let prompts: Vec<String> = (0..total).map(|i| chosen[i % groups].to_string()).collect();
-        let scoring = Instant::now();
-        let rewards = self.score(&images, &prompts)?;
-        let seconds = [sampling, decoding, scoring.elapsed().as_secs_f64()];
-        let peaks = [sampling_peak, decoding_peak];
-        Ok(Rollout { batches, trained, prompts, rewards, seconds, peaks })
+        let (decoded, decoding_peak) = (start.elapsed().as_secs_f64(), memory::peak());
+        let rewards = self.score(&images, &draw.prompts)?;
+        let scored = start.elapsed().as_secs_f64();
+
+        // ------------------------------------------------------------------------------------------------ ADVANTAGE
+        let names: Vec<&str> = draw.prompts.iter().map(String::as_str).collect();
+        if !varies(&rewards, &names) {
+            eprintln!(
+                "warning: the reward {} does not vary within any group of this epoch: nothing can be learnt from it",
+                s.reward
+            );
+        }
+        let advantages = group_advantage(s.advantage, &rewards, &names, &mut self.state.tracker, s.advantage_clamp);
+        let seconds = Seconds {
+            rollout: sampling,
+            decode: decoded - sampling,
+            reward: scored - decoded,
+            update: 0.0,
+            all: start.elapsed().as_secs_f64(),
+        };
+        let peaks = [sampling_peak, decoding_peak, None];
+        Ok(Work { batches, draw, rewards, advantages, lines: Vec::new(), seconds, peaks })
+    }
+
+    /// The updates of an epoch that are not done yet. A signal is heard between two of them.
+    fn updates(&mut self, work: &mut Work) -> Result<()> {
+        let s = self.s;
+        memory::reset_peak();
+        let trained = work.draw.trained.len();
+        let (per_pass, total) = (work.batches.len() * trained, s.updates_per_epoch * s.inner_epochs);
+        let progress = bar("update", per_pass * s.inner_epochs);
+        progress.set_position((per_pass * work.lines.len() / s.updates_per_epoch) as u64);
+        while work.lines.len() < total {
+            let start = Instant::now();
+            let share = work.lines.len() % s.updates_per_epoch;
+            let range = share * s.images_per_update()..(share + 1) * s.images_per_update();
+            let batches: Vec<&Batch> = work.batches.iter().filter(|b| range.contains(&b.first)).collect();
+            let line = self.update(&batches, &work.draw.trained, &work.advantages[range], &progress)?;
+            work.lines.push(line.to_string());
+            let seconds = start.elapsed().as_secs_f64();
+            work.seconds.update += seconds;
+            work.seconds.all += seconds;
+            if self.skipped_in_a_row == MAX_SKIPPED {
+                return self.give_up();
+            }
+            if work.lines.len() < total {
+                check_stop()?;
+            }
+        }
+        progress.finish();
+        work.peaks[2] = memory::peak();
+        Ok(())
     }
 
     pub(crate) fn policy<'a>(
@@ -250,7 +244,7 @@ impl Run<'_> {
     }
 
     /// The steps that an epoch trains: all, some at random, or a window at a random place; with their credit.
-    fn trained_steps(&self, epoch: usize) -> Vec<(usize, Step)> {
+    pub(crate) fn trained_steps(&self, epoch: usize) -> Vec<(usize, Step)> {
         let (s, all) = (self.s, &self.trainable);
         let k = s.train_steps.unwrap_or(all.len());
         let draw = |n, k| philox::choose(s.seed, Stream::TrainSteps, epoch as u32, n, k);
@@ -276,8 +270,7 @@ impl Run<'_> {
         batches: &[&Batch],
         trained: &[(usize, Step)],
         advantages: &[f32],
-        first: bool,
-        progress: &indicatif::ProgressBar,
+        progress: &Bar,
     ) -> Result<serde_json::Value> {
         let s = self.s;
         let surrogate = Surrogate {
@@ -295,7 +288,7 @@ impl Run<'_> {
             let how = (own, s.seed, s.activation_checkpointing.then_some(self.rows_at_once));
             batch_gradient(&policy, &self.adapter, batch, trained, &surrogate, how, || {
                 progress.inc(1);
-                check_stop()
+                Ok(())
             })
         })?;
         let mut gradients = contributions[0].gradients.clone();
@@ -307,12 +300,12 @@ impl Run<'_> {
         }
         let stats = Tensor::cat(contributions.iter().map(|c| c.stats.clone()).collect(), 1);
         let weights: Vec<f32> = trained.iter().map(|(_, step)| Coefficients::from(step).w).collect();
-        if first {
-            self.self_test(&stats)?;
+        if self.state.updates == 0 {
+            self.self_test(&stats, &gradients)?;
         }
         let table = credit_reduce(&self.compute, &stats, &weights)?;
-        self.state.updates += 1;
-        if let Some(request) = self.dump.take_if(|d| d.update == self.state.updates) {
+        let number = self.state.updates + 1;
+        if let Some(request) = self.dump.take_if(|d| d.update == number) {
             let (pipeline, compute, adapter) = (&self.pipeline, &self.compute, &self.adapter);
             let update = dump::Update {
                 compute,
@@ -332,76 +325,115 @@ impl Run<'_> {
 
         let loss = metrics::mean(&table, |t| t.loss);
         let grad_norm = clip_norm(&mut gradients, s.max_grad_norm);
-        let finite = loss.is_finite() && grad_norm.is_finite();
-        if finite {
+        self.state.updates = number;
+        if loss.is_finite() && grad_norm.is_finite() {
             self.skipped_in_a_row = 0;
+            self.last_good = Some((self.adapter.clone(), self.optimizer.clone()));
             let hyper =
                 Hyper { lr: s.learning_rate, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: s.weight_decay };
             self.optimizer.update(&hyper, self.adapter.parameters(), &gradients);
         } else {
-            self.skip()?;
+            self.state.skipped += 1;
+            self.skipped_in_a_row += 1;
+            eprintln!("warning: update {number} has a loss or gradient that is not finite and is skipped");
         }
-        Ok(metrics::update(self.state.epoch + 1, self.state.updates, trained, &table, grad_norm))
+        Ok(metrics::update(self.state.epoch + 1, number, trained, &table, grad_norm))
     }
 
-    /// Before the first update rho is 1: anything else means that training and sampling disagree.
-    fn self_test(&self, stats: &Tensor<3>) -> Result<()> {
-        let rows = crate::ops::read(stats)?;
-        let worst = rows.iter().step_by(crate::ops::policy_objective::STATS).fold(0f32, |m, v| m.max(v.abs()));
-        let most = SELF_TEST * self.s.clip_range;
-        ensure!(
-            f64::from(worst) <= most,
-            "self-test: |log rho| is {worst:e} before the first update, more than {SELF_TEST} of the clip range: sampling \
-             and training compute different predictions on this device; use --activation-checkpointing true or a larger \
-             --clip-range, or report it with the output of `pcpo-wgpu devices`"
-        );
-        println!("self-test: rho = 1 before the first update, to {worst:.1e}");
+    /// Before the first update rho is 1 and everything is finite: anything else means that training and sampling disagree.
+    fn self_test(&self, stats: &Tensor<3>, gradients: &[Vec<f32>]) -> Result<()> {
+        let most = self_test_bound(self.s);
+        let worst = first_update(&crate::ops::read(stats)?, gradients, most).context("self-test")?;
+        println!("self-test: rho = 1 before the first update, to {worst:.1e} (at most {most:.0e})");
         Ok(())
     }
 
-    fn skip(&mut self) -> Result<()> {
-        self.state.skipped += 1;
-        self.skipped_in_a_row += 1;
-        eprintln!("warning: update {} has a loss or gradient that is not finite and is skipped", self.state.updates);
-        if self.skipped_in_a_row == MAX_SKIPPED {
-            let kept = if self.saved > 0 {
-                let path = self.folder.dir.join("adapter-last-good.safetensors");
-                lora_io::save(&self.adapter, &path, Format::Diffusers, self.pipeline.family)?;
-                format!("the adapter after the last finite update is in {}", path.display())
-            } else {
-                "no epoch was completed, so nothing is kept".to_string()
-            };
-            bail!("{MAX_SKIPPED} updates in a row were not finite; lower --learning-rate or --max-grad-norm; {kept}");
+    /// Goes back to where the loss was still finite; the caller keeps that state.
+    fn give_up(&mut self) -> Result<()> {
+        if let Some((adapter, optimizer)) = self.last_good.take() {
+            (self.adapter, self.optimizer) = (adapter, optimizer);
         }
-        Ok(())
+        bail!(
+            "{MAX_SKIPPED} updates in a row were not finite; lower --learning-rate or --max-grad-norm in a new run; \
+             --lora {} starts it from the last adapter whose loss was finite",
+            self.folder.dir.join("adapter.safetensors").display()
+        )
     }
 
-    fn record(
-        &mut self,
-        rollout: &Rollout,
-        lines: Vec<serde_json::Value>,
-        seconds: f64,
-        update_seconds: f64,
-    ) -> Result<()> {
-        self.state.epoch += 1;
-        let epoch = metrics::Epoch::new(self.state.epoch, rollout, &lines, seconds, update_seconds);
-        lines.iter().for_each(|line| self.folder.metric(line));
-        self.folder.metric(&epoch.line(self.state.skipped));
-        let last = self.state.epoch == self.s.epochs;
-        let (images, score) = self.evaluate(last)?;
+    /// METRICS, CHECKPOINT
+    fn record(&mut self, work: &Work) -> Result<()> {
+        let optimizer_step = self.optimizer.step;
+        let state = State { epoch: self.state.epoch + 1, optimizer_step, unfinished: None, ..self.state.clone() };
+        let epoch = metrics::Epoch::new(state.epoch, work);
+        // Before anything is changed: a reward program that dies here must not cost the epoch.
+        let (images, score) = self.evaluate(state.epoch == self.s.epochs)?;
+        work.lines.iter().for_each(|line| self.folder.metric(line));
+        self.folder.metric(epoch.line(state.skipped));
         let columns = self.grid_columns();
-        self.folder.picture(format!("grids/epoch-{:05}.png", self.state.epoch), &grid(&images, columns))?;
-        self.folder.metric(&json!({ "kind": "evaluation", "epoch": self.state.epoch, "reward_mean": score }));
-        self.state.metrics_lines = self.folder.metrics_lines();
-        self.state.optimizer_step = self.optimizer.step;
-        let family = self.pipeline.family;
-        let (state, adapter, optimizer, keep) = (&self.state, &self.adapter, &self.optimizer, self.s.keep_every);
+        self.folder.picture(format!("grids/epoch-{:05}.png", state.epoch), &grid(&images, columns))?;
+        self.folder.metric(json!({ "kind": "evaluation", "epoch": state.epoch, "reward_mean": score }));
+        let state = State { metrics_lines: self.folder.metrics_lines(), ..state };
+        self.save(&state)?;
+        self.state = state;
+        self.kept = Some(format!("{} complete epochs", self.state.epoch));
+        println!("{}", epoch.text(self.s.epochs));
+        Ok(())
+    }
+
+    /// Writes what is pending, the adapter, and the checkpoint of a state.
+    pub(crate) fn save(&mut self, state: &State) -> Result<()> {
+        let (adapter, optimizer, family, keep) =
+            (&self.adapter, &self.optimizer, self.pipeline.family, self.s.keep_every);
         self.folder.flush(|dir| {
             lora_io::save(adapter, &dir.join("adapter.safetensors"), Format::Diffusers, family)?;
             checkpoint::save(dir, state, (adapter, family), optimizer, keep)
-        })?;
-        self.saved = self.state.epoch;
-        println!("{}", epoch.text(self.s.epochs));
-        Ok(())
+        })
+    }
+}
+
+/// The largest |log rho| that rounding may leave before the first update. With activation checkpointing training runs the
+/// very passes that sampling ran; without, attention is computed another way where gradients are tracked. Weights of fewer
+/// bits are the same on both sides.
+fn self_test_bound(s: &Settings) -> f64 {
+    if s.activation_checkpointing { 1e-6 } else { 1e-5 }
+}
+
+/// The largest |log rho| of the first update's statistics.
+///
+/// # Errors
+/// When it is more than `most`, or a statistic or a gradient is not finite.
+fn first_update(stats: &[f32], gradients: &[Vec<f32>], most: f64) -> Result<f32> {
+    ensure!(
+        stats.iter().chain(gradients.iter().flatten()).all(|v| v.is_finite()),
+        "the loss or its gradient is not finite before the first update: the model overflows on this device; use \
+         --storage f32 or --device cpu, or check the model with `pcpo-wgpu check`"
+    );
+    let worst = stats.iter().step_by(STATS).fold(0f32, |m, v| m.max(v.abs()));
+    ensure!(
+        f64::from(worst) <= most,
+        "|log rho| is {worst:e} before the first update, more than {most:e}: sampling and training compute different \
+         predictions on this device; use --activation-checkpointing true, or report it with the output of `pcpo-wgpu devices`"
+    );
+    Ok(worst)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{STATS, first_update};
+
+    #[test]
+    fn the_self_test_refuses_what_is_not_finite_or_not_one() {
+        let stats = |log_rho: f32, loss: f32| [log_rho, loss, 0.0, 0.0, 0.0, 1.0].to_vec();
+        assert_eq!(stats(0.0, 0.0).len(), STATS);
+        let good = vec![vec![1.0, -2.0]];
+        assert_eq!(first_update(&[stats(1e-7, 1.0), stats(-5e-7, 1.0)].concat(), &good, 1e-6).unwrap(), 5e-7);
+        for (stats, gradients) in [
+            (stats(f32::NAN, 1.0), good.clone()),
+            (stats(0.0, f32::INFINITY), good.clone()),
+            (stats(0.0, 1.0), vec![vec![1.0], vec![f32::NAN]]),
+            (stats(2e-6, 1.0), good),
+        ] {
+            assert!(first_update(&stats, &gradients, 1e-6).is_err(), "{stats:?}");
+        }
     }
 }

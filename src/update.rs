@@ -2,7 +2,7 @@
 //! it, and from there into the adapter. Batches add up to an update.
 
 use anyhow::Result;
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
 
 use crate::backward::{Forward, Sums};
 use crate::lora::Adapter;
@@ -20,6 +20,8 @@ pub struct Batch {
     pub first_image: u32,
     pub cond: Conditioning,
     pub uncond: Conditioning,
+    /// Of its latents, `[B, C, H, W]`.
+    pub shape: [usize; 4],
     /// One visit for each trained step.
     pub visits: Vec<Visit>,
 }
@@ -66,21 +68,23 @@ pub fn batch_gradient(
     let conditional_only = surrogate.guidance_gradient == GuidanceGradient::Conditional && guidance != Guidance::Off;
     let branch = if conditional_only { Branch::Conditional } else { Branch::All };
     for ((index, step), visit) in trained.iter().zip(&batch.visits) {
+        let tensor = |values: &[f32]| Tensor::from_data(TensorData::new(values.to_vec(), batch.shape), &compute.burn);
+        let (x, old) = (tensor(&visit.x), tensor(&visit.old));
         let forward =
-            policy.pass(branch, &visit.x, step.t, |x, inputs| Forward::run(net, x, inputs, [&lora, &frozen], by_block));
+            policy.pass(branch, &x, step.t, |x, inputs| Forward::run(net, x, inputs, [&lora, &frozen], by_block));
         // The whole output, which the objective reads.
         let output = if conditional_only {
             let run = |x, inputs: crate::model::Inputs| net.forward(x, inputs, detached.lora);
-            let unconditional = detached.pass(Branch::Unconditional, &visit.x, step.t, run);
+            let unconditional = detached.pass(Branch::Unconditional, &x, step.t, run);
             Tensor::cat(vec![unconditional, forward.output()], 0)
         } else {
             forward.output()
         };
-        let reference = (surrogate.beta > 0.0).then(|| reference.output(&visit.x, step.t));
+        let reference = (surrogate.beta > 0.0).then(|| reference.output(&x, step.t));
         let key = NoiseKey { seed, first_image: batch.first_image, step: *index as u32 };
         let c = Coefficients::from(step);
         let (gradient, rows) =
-            policy_objective(compute, surrogate, &output, &visit.old, reference.as_ref(), advantage, guidance, &c, key);
+            policy_objective(compute, surrogate, &output, &old, reference.as_ref(), advantage, guidance, &c, key);
         let gradient = if conditional_only { gradient.narrow(0, batch.len(), batch.len()) } else { gradient };
         forward.backward(gradient, &mut sums);
         stats.push(rows.unsqueeze::<3>());

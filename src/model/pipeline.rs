@@ -232,12 +232,40 @@ pub fn load_schedule(dir: &Path) -> Result<Schedule> {
     Ok(schedule)
 }
 
-/// SHA-256 over the network's weights: what a checkpoint is bound to.
+/// SHA-256 over everything that a run reads of its model, weights and small files alike, or over an embeddings file in place
+/// of the text encoders: what a checkpoint is bound to.
 ///
 /// # Errors
-/// When the weights cannot be opened.
-pub fn fingerprint(dir: &Path) -> Result<String> {
+/// When a file cannot be read.
+pub fn fingerprint(dir: &Path, embeddings: Option<&Path>) -> Result<String> {
+    let network = Family::of(dir)?.network();
     let mut hasher = sha2::Sha256::new();
-    Weights::open_dir(&dir.join(Family::of(dir)?.network()))?.add_to_hash(&mut hasher);
+    let mut parts: Vec<PathBuf> = std::fs::read_dir(dir)
+        .with_context(|| format!("--model {}: cannot be read", dir.display()))?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .filter(|part| {
+            let name = part.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            let text = name.starts_with("text_encoder") || name.starts_with("tokenizer");
+            [network, "vae", "scheduler"].contains(&name) || (text && embeddings.is_none())
+        })
+        .collect();
+    parts.sort();
+    for part in &parts {
+        let mut files: Vec<PathBuf> = std::fs::read_dir(part)
+            .with_context(|| format!("{}: cannot be read", part.display()))?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|f| f.extension().is_some_and(|e| e == "json" || e == "txt"))
+            .collect();
+        files.sort();
+        for file in files {
+            hasher.update(std::fs::read(&file).with_context(|| format!("{}: cannot be read", file.display()))?);
+        }
+        if part.join("config.json").is_file() {
+            Weights::open_dir(part)?.add_to_hash(&mut hasher);
+        }
+    }
+    if let Some(file) = embeddings {
+        Weights::open_file(file)?.add_to_hash(&mut hasher);
+    }
     Ok(format!("{:x}", hasher.finalize()))
 }

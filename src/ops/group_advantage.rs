@@ -23,8 +23,13 @@ pub enum Advantage {
 pub struct Tracker {
     pub size: usize,
     pub min_count: usize,
-    pub buffers: BTreeMap<String, Vec<f64>>,
+    pub buffers: BTreeMap<String, Rewards>,
 }
+
+/// Rewards of one prompt, oldest first.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Rewards(#[serde(with = "crate::files::exact")] Vec<f64>);
 
 fn mean_std(values: &[f64]) -> (f64, f64) {
     let n = values.len() as f64;
@@ -55,7 +60,7 @@ pub fn group_advantage(
     if kind == Advantage::PerPrompt {
         // The current rewards enter the buffers first, as in DDPO.
         for (prompt, values) in &groups {
-            let buffer = tracker.buffers.entry(prompt.to_string()).or_default();
+            let buffer = &mut tracker.buffers.entry(prompt.to_string()).or_default().0;
             buffer.extend(values);
             buffer.drain(..buffer.len().saturating_sub(tracker.size));
         }
@@ -63,7 +68,7 @@ pub fn group_advantage(
     let advantage = |r: f64, prompt: &str| match kind {
         Advantage::Global => normalise(r, whole, 1e-8),
         Advantage::Group => normalise(r, mean_std(&groups[prompt]), 1e-8),
-        Advantage::PerPrompt => match &tracker.buffers[prompt] {
+        Advantage::PerPrompt => match &tracker.buffers[prompt].0 {
             buffer if buffer.len() >= tracker.min_count => normalise(r, mean_std(buffer), 1e-6),
             _ => normalise(r, whole, 1e-6),
         },

@@ -164,7 +164,7 @@ fn resuming_refuses_another_model_and_other_settings() {
     let model = serde_json::from_str::<serde_json::Value>(&text).unwrap()["model"].as_str().unwrap().to_string();
     std::fs::write(&state, text.replace(&model, &"0".repeat(64))).unwrap();
     refused(&["--epochs", "3"], "model with hash");
-    std::fs::write(&state, text.replace("\"version\": 1", "\"version\": 99")).unwrap();
+    std::fs::write(&state, text.replace("\"version\": 2", "\"version\": 99")).unwrap();
     refused(&["--epochs", "3"], "version 99");
 }
 
@@ -180,7 +180,13 @@ fn three_updates_that_are_not_finite_end_the_run() {
     assert_eq!(output.status.code(), Some(2), "{error}");
     assert_eq!(error.matches("is skipped").count(), 3, "{error}");
     assert!(error.contains("3 updates in a row were not finite"), "{error}");
-    assert!(!out.exists(), "no epoch was completed, so there is no folder");
+    // The state whose loss was finite is kept, and another run can start from it.
+    let adapter = out.join("adapter.safetensors");
+    let values = pcpo_wgpu::model::weights::Weights::open_file(&adapter).unwrap();
+    let largest = values.names().flat_map(|n| values.f32(n).unwrap().0).fold(0f32, |m, v| m.max(v.abs()));
+    assert!(largest < 1.0 && error.contains(adapter.to_str().unwrap()), "{largest} {error}");
+    let next = dir.path().join("next");
+    run(&next, &[&["--device", "cpu", "--epochs", "1", "--lora", adapter.to_str().unwrap()], &SMALL[..]].concat());
 }
 
 #[cfg(unix)]
@@ -427,6 +433,46 @@ fn a_signal_stops_a_run_whose_reward_program_hangs() {
     }
     let output = child.wait_with_output().unwrap();
     let error = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert_eq!(output.status.code(), Some(130), "{error}");
     assert!(error.contains("stopped by a signal"), "{error}");
+}
+
+/// A signal between two updates: the epoch is put away and taken up again to the bit, in the first epoch too.
+#[cfg(unix)]
+#[test]
+fn a_stopped_run_keeps_its_updates_and_resumes_to_the_bit() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let many =
+        ["--updates-per-epoch", "4", "--inner-epochs", "2", "--advantage", "per-prompt", "--tracker-min-count", "4"];
+    let job = [&["--device", "cpu", "--epochs", "2"], &SMALL[..10], &many].concat();
+    run(&whole, &job);
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
+        .args(["train", "--out", broken.to_str().unwrap()])
+        .args(&job)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // The self-test's line comes in the first update.
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
+    assert!(lines.any(|line| line.unwrap().starts_with("self-test")));
+    Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(130), "{error}");
+    assert!(error.contains("updates of epoch 1 are kept") && error.contains("--resume"), "{error}");
+    let state = std::fs::read_to_string(broken.join("checkpoints/unfinished/state.json")).unwrap();
+    let state: serde_json::Value = serde_json::from_str(&state).unwrap();
+    let done = state["updates"].as_u64().unwrap();
+    assert!((1..8).contains(&done) && broken.join("adapter.safetensors").is_file(), "{done} of 8 updates");
+    let output = program(&["train", "--resume", broken.to_str().unwrap()]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert!(!broken.join("checkpoints/unfinished").exists());
+    for file in ["adapter.safetensors", "checkpoints/epoch-00002/state.json", "before_after.png"] {
+        assert_eq!(std::fs::read(whole.join(file)).unwrap(), std::fs::read(broken.join(file)).unwrap(), "{file}");
+    }
+    let updates = |dir: &Path| of(&metrics(dir), "update").cloned().collect::<Vec<_>>();
+    assert_eq!(updates(&whole), updates(&broken));
 }

@@ -81,10 +81,6 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
     let alpha = format!("{{\"{}.lora_alpha\": {}}}", family.network(), dump.metadata("lora_alpha").unwrap());
     pcpo_wgpu::files::write_tensors(&file, &tensors, &[("lora_adapter_metadata", alpha)]).unwrap();
     let adapter = load(&file, &net.linears()).unwrap();
-    let tensor = |name: &str| {
-        let (values, shape) = dump.f32(name).unwrap();
-        Tensor::<5>::from_data(TensorData::new(values, shape), &compute.burn)
-    };
     let conditioning = |sequence: &str, pooled: &str| {
         let (values, shape) = dump.f32(sequence).unwrap();
         let pooled = dump.has(pooled).then(|| {
@@ -93,8 +89,9 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
         });
         Conditioning { sequence: Tensor::from_data(TensorData::new(values, shape), &compute.burn), pooled }
     };
-    let (latents, old) = (tensor("latents"), tensor("eps_old"));
-    let row = |t: &Tensor<5>, s: usize| t.clone().narrow(0, s, 1).squeeze_dim::<4>(0);
+    let ((latents, shape), (old, _)) = (dump.f32("latents").unwrap(), dump.f32("eps_old").unwrap());
+    let row =
+        |values: &[f32], s: usize| values[s * values.len() / shape[0]..(s + 1) * values.len() / shape[0]].to_vec();
     let schedule = load_schedule(&case.model).unwrap();
     let all = apply(case.credit, &schedule, schedule.steps(&case.sampling).unwrap(), None).unwrap();
     let timesteps = dump.f32("timesteps").unwrap().0;
@@ -114,6 +111,7 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
         first: 0,
         // The second update of the first epoch.
         first_image: dump.metadata("first_image").unwrap().parse().unwrap(),
+        shape: shape[1..].try_into().unwrap(),
         visits: (0..trained.len()).map(|s| Visit { x: row(&latents, s), old: row(&old, s) }).collect(),
         cond: cond.clone(),
         uncond: uncond.clone(),
