@@ -53,7 +53,7 @@ fn sizes() -> Vec<Size> {
 
 /// One operation's three paths, each checked against the others before it is timed.
 fn time(bencher: Bencher, size: Size, operation: &str, path: impl Fn(&Case)) {
-    let case = Case::new(compute(), size.batch, size.shape);
+    let case = Case::new(compute(), size.batch, size.shape).unwrap_or_else(|e| panic!("{e:#}"));
     case.verify(operation).unwrap_or_else(|e| panic!("{e:#}"));
     bencher.bench_local(|| {
         path(&case);
@@ -70,7 +70,7 @@ macro_rules! operations {
 
             #[divan::bench(args = sizes())]
             fn shader(bencher: Bencher, size: Size) {
-                time(bencher, size, stringify!($name), |case| drop(case.shader(stringify!($name))));
+                time(bencher, size, stringify!($name), |case| drop(case.shader(stringify!($name)).expect("the device works")));
             }
 
             #[divan::bench(args = sizes())]
@@ -86,7 +86,7 @@ macro_rules! operations {
     )*};
 }
 
-operations!(ddim_step, flow_step, log_ratio, policy_objective);
+operations!(philox_noise, ddim_step, flow_step, log_ratio, policy_objective);
 
 fn main() -> anyhow::Result<()> {
     divan::main();
@@ -97,7 +97,7 @@ fn main() -> anyhow::Result<()> {
         "operation", "batch x latent", "shader ms", "reference ms", "Burn ms", "Burn/shader"
     );
     for size in sizes() {
-        let case = Case::new(compute, size.batch, size.shape);
+        let case = Case::new(compute, size.batch, size.shape)?;
         for operation in OPERATIONS {
             case.verify(operation)?;
             let [shader, reference, burn] = case.times(operation)?;

@@ -3,7 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use image::{RgbImage, imageops};
 
 use crate::files;
@@ -17,6 +17,23 @@ pub struct RunFolder {
     /// The folders that were made for the run, innermost first.
     made: Vec<PathBuf>,
     pending: Vec<(PathBuf, Vec<u8>)>,
+    /// Locked as long as the run writes here.
+    _lock: std::fs::File,
+}
+
+/// The file that marks a folder as being written to.
+const LOCK: &str = ".lock";
+
+/// Locks a folder for one run.
+fn lock(dir: &Path, flag: &str) -> Result<std::fs::File> {
+    let path = dir.join(LOCK);
+    let file = std::fs::File::create(&path).with_context(|| format!("{flag} {}: cannot be written", dir.display()))?;
+    ensure!(
+        file.try_lock().is_ok(),
+        "{flag} {}: another run writes there; wait for it or choose another",
+        dir.display()
+    );
+    Ok(file)
 }
 
 impl RunFolder {
@@ -25,32 +42,38 @@ impl RunFolder {
     /// # Errors
     /// When it holds something or cannot be made.
     pub fn new(dir: &Path) -> Result<Self> {
-        let occupied = dir.exists() && std::fs::read_dir(dir).map_or(true, |mut d| d.next().is_some());
-        ensure!(
-            !occupied,
-            "--out {}: is not an empty folder; choose another, or continue it with --resume",
-            dir.display()
-        );
+        let mine = |e: std::io::Result<std::fs::DirEntry>| e.is_ok_and(|e| e.file_name() == LOCK);
+        let empty = || !dir.exists() || std::fs::read_dir(dir).is_ok_and(|mut d| d.all(mine));
+        let occupied =
+            || format!("--out {}: is not an empty folder; choose another, or continue it with --resume", dir.display());
+        ensure!(empty(), occupied());
         let missing = dir.ancestors().take_while(|d| !d.as_os_str().is_empty() && !d.exists());
         let made = missing.map(Path::to_path_buf).collect();
-        // Claimed at once, so that a second run started meanwhile takes another; dropped again where nothing follows.
         std::fs::create_dir_all(dir).with_context(|| format!("--out {}: cannot be made", dir.display()))?;
-        Ok(Self { dir: dir.to_path_buf(), metrics: String::new(), fresh: true, made, pending: Vec::new() })
+        let lock = lock(dir, "--out")?;
+        // A run that has just ended may have filled it meanwhile.
+        ensure!(empty(), occupied());
+        Ok(Self { _lock: lock, dir: dir.to_path_buf(), metrics: String::new(), fresh: true, made, pending: Vec::new() })
     }
 
-    /// A run's folder to continue, with its metrics as they were at the checkpoint.
+    /// A run's folder to continue, with its metrics.
     ///
     /// # Errors
-    /// When the metrics cannot be read.
-    pub fn resume(dir: &Path, metrics_lines: usize) -> Result<Self> {
-        let text = files::read_text(&dir.join("metrics.jsonl"))?;
-        let metrics = text.lines().take(metrics_lines).map(|l| format!("{l}\n")).collect();
-        Ok(Self { dir: dir.to_path_buf(), metrics, fresh: false, made: Vec::new(), pending: Vec::new() })
+    /// When another run writes there, or the metrics cannot be read.
+    pub fn resume(dir: &Path) -> Result<Self> {
+        let lock = lock(dir, "--resume")?;
+        let metrics = files::read_text(&dir.join("metrics.jsonl"))?;
+        Ok(Self { _lock: lock, dir: dir.to_path_buf(), metrics, fresh: false, made: Vec::new(), pending: Vec::new() })
     }
 
     /// Adds a line to metrics.jsonl.
     pub fn metric(&mut self, line: impl std::fmt::Display) {
         self.metrics += &format!("{line}\n");
+    }
+
+    /// Drops what was written after the checkpoint.
+    pub fn keep_lines(&mut self, count: usize) {
+        self.metrics = self.metrics.lines().take(count).map(|l| format!("{l}\n")).collect();
     }
 
     pub fn metrics_lines(&self) -> usize {
@@ -95,7 +118,7 @@ impl RunFolder {
             Err(e) => {
                 if self.fresh {
                     let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
-                    entries.for_each(|e| {
+                    entries.filter(|e| e.file_name() != LOCK).for_each(|e| {
                         let _ = std::fs::remove_dir_all(e.path()).or_else(|_| std::fs::remove_file(e.path()));
                     });
                 }
@@ -107,6 +130,7 @@ impl RunFolder {
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.dir.join(LOCK));
         if self.fresh {
             // Removes the folders that were made, while they are empty.
             for dir in &self.made {
@@ -134,17 +158,10 @@ pub fn grid(images: &[RgbImage], columns: usize) -> RgbImage {
     canvas
 }
 
-/// Two grids, one below the other: before and after.
-///
-/// # Errors
-/// When the first cannot be read.
-pub fn before_after(before: &Path, after: &RgbImage) -> Result<RgbImage> {
-    let before = image::open(before).with_context(|| format!("{}: cannot be read", before.display()))?.to_rgb8();
-    if before.width() != after.width() {
-        bail!("the grids of two epochs differ in size");
-    }
+/// Two grids of one size, one below the other: before and after.
+pub fn before_after(before: &RgbImage, after: &RgbImage) -> RgbImage {
     let mut canvas = RgbImage::from_pixel(after.width(), before.height() + after.height() + 10, image::Rgb([255; 3]));
-    imageops::replace(&mut canvas, &before, 0, 0);
+    imageops::replace(&mut canvas, before, 0, 0);
     imageops::replace(&mut canvas, after, 0, i64::from(before.height()) + 10);
-    Ok(canvas)
+    canvas
 }

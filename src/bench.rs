@@ -18,7 +18,7 @@ use crate::philox::{Stream, noise};
 use crate::schedule::{Flow, Grid, Sampler, Sampling, Schedule, ddim::Ddim};
 
 /// The operations that have all three paths.
-pub const OPERATIONS: [&str; 4] = ["ddim_step", "flow_step", "log_ratio", "policy_objective"];
+pub const OPERATIONS: [&str; 5] = ["philox_noise", "ddim_step", "flow_step", "log_ratio", "policy_objective"];
 
 /// One operation's inputs at one size, on the host and on the device.
 pub struct Case<'a> {
@@ -42,7 +42,10 @@ pub struct Case<'a> {
 
 impl<'a> Case<'a> {
     /// Inputs for `batch` latents of `[c, h, w]`, with guidance: latents, network output and old prediction near it.
-    pub fn new(compute: &'a Compute, batch: usize, [c, h, w]: [usize; 3]) -> Self {
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn new(compute: &'a Compute, batch: usize, [c, h, w]: [usize; 3]) -> Result<Self> {
         let (n, shape) = (batch * c * h * w, [batch, c, h, w]);
         let draw = |image: u32, n: usize| noise(1, Stream::InitialNoise, image, 0, n);
         let (x, out) = (draw(0, n), draw(1, 2 * n));
@@ -61,13 +64,13 @@ impl<'a> Case<'a> {
         let flow = steps(Schedule::Flow(Flow::shifted(3.0)), Sampler::FlowGrpo);
         let key = NoiseKey { seed: 7, first_image: 11, step: 3 };
         let advantage: Vec<f32> = (0..batch).map(|i| if i % 2 == 0 { 1.0 } else { -0.5 }).collect();
-        Self {
+        Ok(Self {
             batch,
             shape,
             x: tensor(&x, shape),
             out: tensor(&out, [2 * batch, c, h, w]),
             old: tensor(&old, shape),
-            z: philox::philox_noise(compute, shape, key),
+            z: philox::philox_noise(compute, shape, key)?,
             host: [x, out, old],
             advantage_tensor: Tensor::from_data(TensorData::new(advantage.clone(), [batch]), &compute.burn),
             advantage,
@@ -83,12 +86,13 @@ impl<'a> Case<'a> {
             flow: Coefficients::from(&flow[5]),
             key,
             compute,
-        }
+        })
     }
 
     /// Bytes that the operation must move at least: what it reads and writes once.
     pub fn bytes(&self, operation: &str) -> usize {
         let latents = match operation {
+            "philox_noise" => 1,
             "ddim_step" | "flow_step" => 5,
             "log_ratio" => 3,
             _ => 5,
@@ -97,40 +101,23 @@ impl<'a> Case<'a> {
     }
 
     /// The shader (on the CPU device: its reference through tensors). Returns an output to compare.
-    pub fn shader(&self, operation: &str) -> Tensor<1> {
-        let flat = |t: Tensor<4>| t.reshape([-1]);
-        match operation {
-            "ddim_step" => flat(ddim_step(self.compute, &self.x, &self.out, self.guidance, &self.c, self.key).x_prev),
-            "flow_step" => {
-                flat(flow_step(self.compute, &self.x, &self.out, self.guidance, &self.flow, self.key).x_prev)
-            }
-            "log_ratio" => {
-                log_ratio(self.compute, &self.out, &self.old, None, self.guidance, &self.c, self.key).reshape([-1])
-            }
-            _ => {
-                let s = &self.surrogate;
-                flat(
-                    policy_objective(
-                        self.compute,
-                        s,
-                        &self.out,
-                        &self.old,
-                        None,
-                        &self.advantage,
-                        self.guidance,
-                        &self.c,
-                        self.key,
-                    )
-                    .0,
-                )
-            }
-        }
+    pub fn shader(&self, operation: &str) -> Result<Tensor<1>> {
+        let (compute, x, out, old, g, key) = (self.compute, &self.x, &self.out, &self.old, self.guidance, self.key);
+        let image = match operation {
+            "philox_noise" => philox::philox_noise(compute, self.shape, key)?,
+            "ddim_step" => ddim_step(compute, x, out, g, &self.c, key)?.x_prev,
+            "flow_step" => flow_step(compute, x, out, g, &self.flow, key)?.x_prev,
+            "log_ratio" => return Ok(log_ratio(compute, out, old, None, g, &self.c, key)?.reshape([-1])),
+            _ => policy_objective(compute, &self.surrogate, out, old, None, &self.advantage, g, &self.c, key)?.0,
+        };
+        Ok(image.reshape([-1]))
     }
 
     /// The CPU reference on slices.
     pub fn reference(&self, operation: &str) -> Vec<f32> {
         let [x, out, old] = &self.host;
         match operation {
+            "philox_noise" => philox::reference(self.batch, old.len() / self.batch, self.key),
             "ddim_step" => ddim_step::reference(x, out, self.batch, self.guidance, &self.c, self.key).0,
             "flow_step" => flow_step::reference(x, out, self.batch, self.guidance, &self.flow, self.key).0,
             "log_ratio" => {
@@ -152,6 +139,10 @@ impl<'a> Case<'a> {
         let given = (!own_noise).then_some(&self.z);
         let (g, c) = (self.guidance, &self.c);
         match operation {
+            "philox_noise" => {
+                let own = || self.x.random_like(burn::tensor::Distribution::Normal(0.0, 1.0));
+                given.cloned().unwrap_or_else(own).reshape([-1])
+            }
             "ddim_step" | "flow_step" => {
                 let c = if operation == "flow_step" { &self.flow } else { c };
                 let (x_prev, p, log_prob) = tensor_ops::sampler_step(&self.x, &self.out, given, g, c);
@@ -192,15 +183,17 @@ impl<'a> Case<'a> {
             "log_ratio" => 0.6e-3 * self.c.w,
             _ => expected.iter().fold(0f32, |m, v| m.max(v.abs())),
         };
-        for (path, found) in [("shader", self.shader(operation)), ("Burn", self.tensor_operations(operation, false))] {
+        for (path, found) in [("shader", self.shader(operation)?), ("Burn", self.tensor_operations(operation, false))] {
             let mut found = read(&found)?;
             // The shader's rows are (log rho, KL).
             if found.len() == 2 * expected.len() {
                 found = found.into_iter().step_by(2).collect();
             }
+            // Not a maximum, which would pass over NaN.
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-4 * scale;
             let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
             ensure!(
-                found.len() == expected.len() && worst <= 1e-4 * scale,
+                found.len() == expected.len() && found.iter().zip(&expected).all(close),
                 "{operation}: the {path} path is off by {worst:e} of {scale:e} at {:?}",
                 self.shape
             );
@@ -229,7 +222,7 @@ impl<'a> Case<'a> {
     pub fn times(&self, operation: &str) -> Result<[f64; 3]> {
         medians([
             &mut || {
-                drop(self.shader(operation));
+                drop(self.shader(operation)?);
                 self.sync()
             },
             &mut || {
@@ -253,28 +246,37 @@ impl<'a> Case<'a> {
     }
 }
 
-/// A row for `credit_reduce`: shader against CPU reference, values checked first.
+/// A row for `credit_reduce`, its table read back: shader, CPU reference and Burn operations, values checked first.
 ///
 /// # Errors
-/// When the two disagree or the device fails.
+/// When two disagree or the device fails.
 pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<String> {
     let stats = noise(1, Stream::InitialNoise, 5, 0, steps * samples * STATS);
     let weights = vec![0.5; steps];
     let tensor = Tensor::<3>::from_data(TensorData::new(stats.clone(), [steps, samples, STATS]), &compute.burn);
+    let weight = Tensor::<1>::from_data(TensorData::new(weights.clone(), [steps]), &compute.burn);
     let (found, expected) =
         (credit_reduce(compute, &tensor, &weights)?, credit_reduce::reference(&stats, steps, &weights));
-    let off = found.iter().zip(&expected).any(|(a, b)| (a.log_rho_std - b.log_rho_std).abs() > 1e-4);
-    ensure!(!off, "credit_reduce: shader and reference disagree at {steps} x {samples}");
-    let [shader, reference] = medians([&mut || credit_reduce(compute, &tensor, &weights).map(drop), &mut || {
-        std::hint::black_box(credit_reduce::reference(&stats, steps, &weights));
-        Ok(())
-    }])?;
+    let close = found.iter().zip(&expected).all(|(a, b)| (a.log_rho_std - b.log_rho_std).abs() <= 1e-4);
+    let deviations = read(&tensor_ops::credit_reduce(&tensor, &weight))?;
+    let burn = deviations.chunks(7).zip(&expected).all(|(a, b)| (a[1] - b.log_rho_std).abs() <= 1e-4);
+    ensure!(close && burn, "credit_reduce: shader, reference and Burn disagree at {steps} x {samples}");
+    let [shader, reference, burn] = medians([
+        &mut || credit_reduce(compute, &tensor, &weights).map(drop),
+        &mut || {
+            std::hint::black_box(credit_reduce::reference(&stats, steps, &weights));
+            Ok(())
+        },
+        &mut || read(&tensor_ops::credit_reduce(&tensor, &weight)).map(drop),
+    ])?;
     let size = format!("{steps} x {samples}");
     Ok(format!(
-        "{:<18} {size:>16} {:>12.3} {:>14.3}   (read back included)",
+        "{:<18} {size:>16} {:>12.3} {:>14.3} {:>12.3} {:>11.1}x",
         "credit_reduce",
         1e3 * shader,
-        1e3 * reference
+        1e3 * reference,
+        1e3 * burn,
+        burn / shader
     ))
 }
 
@@ -308,10 +310,11 @@ fn medians<const N: usize>(mut paths: [&mut dyn FnMut() -> Result<()>; N]) -> Re
 pub fn short_table(compute: &Compute) -> Result<()> {
     let sizes = [(8, [4, 16, 16]), (1, [4, 64, 64]), (8, [4, 64, 64]), (8, [16, 128, 128])];
     println!(
-        "operation          batch x latent      shader ms  reference ms    Burn ms  Burn/shader   GB/s   of a copy"
+        "{:<18} {:>16} {:>12} {:>14} {:>12} {:>12} {:>7} {:>10}",
+        "operation", "batch x latent", "shader ms", "reference ms", "Burn ms", "Burn/shader", "GB/s", "of a copy"
     );
     for (batch, shape) in sizes {
-        let case = Case::new(compute, batch, shape);
+        let case = Case::new(compute, batch, shape)?;
         let bytes = |n: usize, seconds: f64| n as f64 / seconds / 1e9;
         let copy = bytes(2 * 4 * case.shape.iter().product::<usize>(), case.copy()?);
         for operation in OPERATIONS {
@@ -319,8 +322,8 @@ pub fn short_table(compute: &Compute) -> Result<()> {
             let [shader, reference, burn] = case.times(operation)?;
             let rate = bytes(case.bytes(operation), shader);
             println!(
-                "{operation:<18} {batch:>2} x {:<12} {:>10.3} {:>13.3} {:>10.3} {:>11.1}x {rate:>7.2} {:>10.0}%",
-                format!("{}x{}x{}", shape[0], shape[1], shape[2]),
+                "{operation:<18} {:>16} {:>12.3} {:>14.3} {:>12.3} {:>11.1}x {rate:>7.2} {:>9.0}%",
+                format!("{batch} x {}x{}x{}", shape[0], shape[1], shape[2]),
                 1e3 * shader,
                 1e3 * reference,
                 1e3 * burn,
@@ -329,5 +332,6 @@ pub fn short_table(compute: &Compute) -> Result<()> {
             );
         }
     }
+    println!("{}", reduction_row(compute, 20, 32)?);
     Ok(())
 }

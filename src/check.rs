@@ -116,14 +116,16 @@ pub fn check(model: &Path, file: &Path, compute: &Compute, storage: Storage) -> 
     let r = &s.reference;
     let vae = component(model, "vae", &["AutoencoderKL"]).map(|d| Vae::load(&d, &compute.burn, storage)).transpose()?;
     let mut lines = Vec::new();
-    if network.is_some() && r.has("out.prediction") {
-        lines.push(s.prediction()?);
+    let (alone, whole) = (network.is_some() && r.has("out.prediction"), r.has("out.latents") && s.is_whole());
+    let net = if alone || whole { Some(Network::load(&s)?) } else { None };
+    if let (Some(net), true) = (&net, alone) {
+        lines.push(s.prediction(net)?);
     }
     if let (Some(dir), true) = (component(model, "text_encoder", &["CLIPTextModel"]), r.has("in.input_ids")) {
         lines.push(s.text_encoder(&dir)?);
     }
-    if r.has("out.latents") && s.is_whole() {
-        lines.extend(s.whole_run()?);
+    if let (Some(net), true) = (&net, whole) {
+        lines.extend(s.whole_run(net.get())?);
     }
     if let (Some(vae), true) = (&vae, r.has("out.image")) {
         lines.push(r.compare("image", "out.image", vae.decode(r.tensor("out.latents", compute)?))?);
@@ -137,6 +139,30 @@ pub fn check(model: &Path, file: &Path, compute: &Compute, storage: Storage) -> 
     Ok(lines)
 }
 
+/// The network of a folder; FLUX's forward takes more than the others'.
+enum Network {
+    Flux(Box<Flux>),
+    Other(Box<dyn Denoiser>),
+}
+
+impl Network {
+    fn load(s: &Subject) -> Result<Self> {
+        if s.family != Family::Flux {
+            return Ok(Self::Other(s.family.load(s.model, &s.compute.burn, s.storage)?));
+        }
+        let below = s.model.join("transformer");
+        let dir = if below.is_dir() { &below } else { s.model };
+        Ok(Self::Flux(Box::new(Flux::load(dir, &s.compute.burn, s.storage)?)))
+    }
+
+    fn get(&self) -> &dyn Denoiser {
+        match self {
+            Self::Flux(net) => &**net,
+            Self::Other(net) => &**net,
+        }
+    }
+}
+
 impl Subject<'_> {
     fn is_whole(&self) -> bool {
         let has = |part: &str| self.model.join(part).is_dir();
@@ -144,7 +170,7 @@ impl Subject<'_> {
     }
 
     /// The network alone, in the terms of its class's forward.
-    fn prediction(&self) -> Result<Comparison> {
+    fn prediction(&self, net: &Network) -> Result<Comparison> {
         let r = &self.reference;
         let (timesteps, _) = r.weights.raw("in.timestep")?;
         let sequence = r.tensor::<3>("in.encoder_hidden_states", self.compute)?;
@@ -153,10 +179,10 @@ impl Subject<'_> {
         let (rows, width) = (sequence.dims()[0], sequence.dims()[2]);
         let pooled_width = pooled.as_ref().map_or(0, |p| p.dims()[1]);
         let cond = Conditioning { sequence, pooled };
-        if self.family == Family::Flux {
-            return self.flux(&timesteps, &cond);
-        }
-        let net = self.family.load(self.model, &self.compute.burn, self.storage)?;
+        let net = match net {
+            Network::Flux(net) => return self.flux(net, &timesteps, &cond),
+            Network::Other(net) => net,
+        };
         // A flow's forward calls its latents hidden states.
         let name = if self.family.is_flow() { "in.hidden_states" } else { "in.latents" };
         let x = r.tensor::<4>(name, self.compute)?;
@@ -176,11 +202,8 @@ impl Subject<'_> {
     }
 
     /// FLUX's forward takes packed tokens, their positions, and times from 0 to 1.
-    fn flux(&self, timesteps: &[f32], cond: &Conditioning) -> Result<Comparison> {
+    fn flux(&self, net: &Flux, timesteps: &[f32], cond: &Conditioning) -> Result<Comparison> {
         let r = &self.reference;
-        let below = self.model.join("transformer");
-        let dir = if below.is_dir() { below } else { self.model.to_path_buf() };
-        let net = Flux::load(&dir, &self.compute.burn, self.storage)?;
         let packed = r.tensor::<3>("in.hidden_states", self.compute)?;
         let [rows, n, channels] = packed.dims();
         let ids = |name: &str, count: usize| -> Result<Vec<[f32; 3]>> {
@@ -230,14 +253,30 @@ impl Subject<'_> {
     }
 
     /// The run that reference.json describes: the prompts' embeddings where the file holds them, and the final latents.
-    fn whole_run(&self) -> Result<Vec<Comparison>> {
+    fn whole_run(&self, net: &dyn Denoiser) -> Result<Vec<Comparison>> {
         let r = &self.reference;
         let latents = r.tensor::<4>("in.latents", self.compute)?;
         let path = r.weights.source().with_file_name("reference.json");
         let run: Run = crate::files::read_json(&path)?;
-        let [rows, _, h, w] = latents.dims();
-        ensure!(run.prompts.len() == rows, "{}: {} prompts for {rows} latents", path.display(), run.prompts.len());
-        let net = self.family.load(self.model, &self.compute.burn, self.storage)?;
+        let [rows, channels, h, w] = latents.dims();
+        ensure!(
+            run.prompts.len() == rows && rows > 0,
+            "{}: {} prompts for {rows} latents",
+            path.display(),
+            run.prompts.len()
+        );
+        ensure!(
+            run.eta == 0.0,
+            "{}: eta = {}: a run with noise cannot be compared, its noise is another program's; use 0",
+            path.display(),
+            run.eta
+        );
+        ensure!(
+            channels == net.latent_shape()[0],
+            "{}: in.latents has {channels} channels, the network {}",
+            r.weights.source().display(),
+            net.latent_shape()[0]
+        );
         net.accepts([h, w]).with_context(|| format!("{}: in.latents", r.weights.source().display()))?;
         let width = net.context()[0];
         let (dev, length) = (&self.compute.burn, run.max_sequence_length);
@@ -265,9 +304,9 @@ impl Subject<'_> {
         let (steps, eta, tokens) = (run.steps, run.eta, net.tokens([h, w]));
         let sampling = Sampling { sampler, steps, eta, grid: Grid::Diffusers, shift: None, tokens };
         let steps = load_schedule(self.model)?.steps(&sampling)?;
-        let guidance = Guided::new(&*net, run.guidance);
+        let guidance = Guided::new(net, run.guidance);
         let uncond = uncond.repeat(rows);
-        let policy = Denoise { compute: self.compute, net: &*net, lora: None, guidance, cond: &cond, uncond: &uncond };
+        let policy = Denoise { compute: self.compute, net, lora: None, guidance, cond: &cond, uncond: &uncond };
         let found = sample(&policy, latents, &steps, &[], (0, 0), || Ok(()))?.latents;
         lines.push(r.compare("latents", "out.latents", found)?);
         Ok(lines)

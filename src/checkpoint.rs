@@ -16,6 +16,8 @@ use crate::model::weights::Weights;
 use crate::ops::group_advantage::Tracker;
 
 const VERSION: u32 = 2;
+/// What the folder of a checkpoint is called until it is whole.
+const PARTIAL: &str = ".partial-";
 /// The checkpoint of an epoch that was stopped between two of its updates.
 const UNFINISHED: &str = "unfinished";
 
@@ -98,7 +100,7 @@ pub fn save(
     let target = if state.unfinished.is_some() { unfinished.clone() } else { folder(run, state.epoch) };
     std::fs::create_dir_all(&parent).with_context(|| format!("{}: cannot be made", parent.display()))?;
     let temporary = tempfile::Builder::new()
-        .prefix(".partial-")
+        .prefix(PARTIAL)
         .tempdir_in(&parent)
         .with_context(|| format!("{}: cannot be written", parent.display()))?;
     lora_io::save(adapter, &temporary.path().join("adapter.safetensors"), Format::Diffusers, family)?;
@@ -129,6 +131,11 @@ pub fn save(
 /// # Errors
 /// When there is none, it is of another version or another model, or a file is damaged.
 pub fn load(run: &Path, model: &str, linears: &[&Linear]) -> Result<(State, Adapter, adamw::State)> {
+    // What a killed run was writing.
+    let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
+    for partial in entries.filter(|e| e.file_name().to_string_lossy().starts_with(PARTIAL)) {
+        let _ = std::fs::remove_dir_all(partial.path());
+    }
     let newest = epochs(run).pop();
     let stopped = run.join("checkpoints").join(UNFINISHED);
     let version = |dir: &Path| -> Result<serde_json::Value> {

@@ -8,9 +8,9 @@ use crate::inputs::{model_folder, read_prompts};
 use crate::model::pipeline::{Family, TextFrom, load_schedule};
 use crate::model::text::{Text, write_embeddings};
 use crate::model::weights::{Storage, Weights};
-use crate::model::{Pipeline, config::Config};
+use crate::model::{Conditioning, Pipeline, config::Config};
 use crate::philox::{self, Stream};
-use crate::rollout::{Denoise, Guided, decode, sample as run_sampler};
+use crate::rollout::{Denoise, Guided, decode, for_batches, rows_at_a_time, sample as run_sampler};
 use crate::schedule::{Flow, Grid, Sampler, Sampling, Schedule, ddim::Ddim};
 use crate::settings::Options;
 use crate::{artifacts, device, files, lora_io, plan, progress, shapes, train as training};
@@ -86,16 +86,6 @@ pub fn sample(args: &SampleArgs) -> Result<i32> {
     let p = Pipeline::load(&model, &compute.burn, args.storage, text, args.resolution)?;
     let adapter = args.lora.as_ref().map(|f| lora_io::load(f, &p.net.linears())).transpose().context("--lora")?;
     let lora = adapter.map(|a| a.to_device(&compute.burn, false));
-    let (sampler, steps) = if family.is_flow() { (Sampler::Ode, 28) } else { (Sampler::Ddim, 50) };
-    let steps = p.schedule.steps(&Sampling {
-        sampler: args.steps.sampler.unwrap_or(sampler),
-        steps: args.steps.steps.unwrap_or(steps),
-        eta: args.eta,
-        grid: args.steps.grid,
-        shift: args.steps.shift,
-        tokens: p.tokens(),
-    })?;
-    let guidance = Guided::new(&*p.net, args.guidance.unwrap_or(family.default_guidance()));
     let total = args.prompt.len() * args.batch;
     let [c, h, w] = p.latent_shape();
     let noise = match &args.latents {
@@ -103,7 +93,7 @@ pub fn sample(args: &SampleArgs) -> Result<i32> {
             let (values, shape) = Weights::open_file(file)?.f32("latents")?;
             ensure!(
                 shape.len() == 4 && shape[..2] == [total, c],
-                "--latents {}: latents has shape {shape:?}, expected [{total}, {c}, H, W] for {total} images",
+                "--latents {}: latents has shape {shape:?}, expected [{total}, {c}, H, W], one for each of {total} images",
                 file.display()
             );
             Tensor::<4>::from_data(TensorData::new(values, shape), &compute.burn)
@@ -114,30 +104,55 @@ pub fn sample(args: &SampleArgs) -> Result<i32> {
             Tensor::from_data(TensorData::new(values, [total, c, h, w]), &compute.burn)
         }
     };
-    let uncond = p.encode(&[""])?.repeat(args.batch);
-    let bar = progress::bar("sample", args.prompt.len() * steps.len());
-    let mut latents = Vec::new();
-    for (i, prompt) in args.prompt.iter().enumerate() {
-        let cond = p.encode(&[prompt])?.repeat(args.batch);
+    let [_, _, h, w] = noise.dims();
+    p.net.accepts([h, w]).context("--latents")?;
+    let (sampler, steps) = if family.is_flow() { (Sampler::Ode, 28) } else { (Sampler::Ddim, 50) };
+    let sampler = args.steps.sampler.unwrap_or(sampler);
+    ensure!(
+        sampler != Sampler::Ode || args.eta == 0.0,
+        "--eta {}: the ode sampler draws no noise; leave it out, or give --sampler flow-grpo, dance or cps",
+        args.eta
+    );
+    let steps = p.schedule.steps(&Sampling {
+        sampler,
+        steps: args.steps.steps.unwrap_or(steps),
+        eta: args.eta,
+        grid: args.steps.grid,
+        shift: args.steps.shift,
+        tokens: p.net.tokens([h, w]),
+    })?;
+    let guidance = Guided::new(&*p.net, args.guidance.unwrap_or(family.default_guidance()));
+    for path in [&args.out.join("00000.png")].into_iter().chain(&args.save_latents) {
+        files::probe(path)?;
+    }
+    let (uncond, conds) = (p.encode(&[""])?, p.encode(&args.prompt)?);
+    let most = rows_at_a_time(&compute, total, args.batch);
+    let starts: Vec<usize> = (0..total).step_by(most).collect();
+    let bar = progress::bar("sample", starts.len() * steps.len());
+    let drawn = for_batches(&compute, &starts, |&first| {
+        let n = most.min(total - first);
+        let cond = Conditioning::cat((first..first + n).map(|i| conds.rows(i / args.batch, 1)).collect());
+        let uncond = uncond.repeat(n);
         let policy =
             Denoise { compute: &compute, net: &*p.net, lora: lora.as_ref(), guidance, cond: &cond, uncond: &uncond };
-        let first = i * args.batch;
-        let start = noise.clone().narrow(0, first, args.batch);
+        let start = noise.clone().narrow(0, first, n);
         let done = run_sampler(&policy, start, &steps, &[], (args.seed, first as u32), || {
             bar.inc(1);
             Ok(())
         })?;
-        for (j, image) in decode(&p.vae, &done.latents)?.iter().enumerate() {
+        for (i, image) in decode(&p.vae, &done.latents)?.iter().enumerate() {
             let mut bytes = std::io::Cursor::new(Vec::new());
             image.write_to(&mut bytes, image::ImageFormat::Png).context("PNG")?;
-            let path = args.out.join(format!("{:05}.png", first + j));
-            files::write(&path, bytes.get_ref())?;
-            println!("{}: {prompt}", path.display());
+            files::write(&args.out.join(format!("{:05}.png", first + i)), bytes.get_ref())?;
         }
-        latents.push(done.latents);
+        Ok(done.latents)
+    })?;
+    bar.finish();
+    for i in 0..total {
+        println!("{}: {}", args.out.join(format!("{i:05}.png")).display(), args.prompt[i / args.batch]);
     }
     if let Some(path) = &args.save_latents {
-        let all = Tensor::cat(latents, 0);
+        let all = Tensor::cat(drawn, 0);
         let shape = all.dims().to_vec();
         files::write_tensors(path, &[("latents".into(), shape, crate::ops::read(&all)?)], &[])?;
     }

@@ -15,7 +15,7 @@ pub struct Table {
     zeta: f64,
     native: Vec<Step>,
     proportionate: Vec<Step>,
-    /// For diffusion at 50 steps only.
+    /// For diffusion at 50 steps, where the schedule has the released sampler.
     released: Option<Vec<Step>>,
 }
 
@@ -27,7 +27,7 @@ pub fn table(schedule: &Schedule, sampling: Sampling, zeta: Option<f64>) -> Resu
     let native = schedule.steps(&sampling)?;
     let rule = |r, zeta| credit::apply(r, schedule, native.clone(), zeta);
     let diffusion = sampling.sampler == Sampler::Ddim;
-    let released = if diffusion && sampling.steps == 50 { Some(rule(Credit::Released, None)?) } else { None };
+    let released = if diffusion && sampling.steps == 50 { rule(Credit::Released, None).ok() } else { None };
     let shift = match schedule {
         Schedule::Flow(flow) => Some(sampling.shift.unwrap_or(flow.shift)),
         Schedule::Ddim(_) => None,
@@ -104,6 +104,9 @@ impl Table {
             out.push('\n');
         }
         let spread = |name: &str, (lo, hi): (f64, f64)| {
+            if lo > hi {
+                return format!("{name}: no step has noise, so none has a weight\n");
+            }
             format!("{name}: {lo:.5} .. {hi:.5}, largest / smallest {:.2}\n", hi / lo)
         };
         // What has to be even is the credit of an interval: of a step for diffusion, of a unit of time for a flow.

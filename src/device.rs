@@ -136,13 +136,14 @@ pub fn open(wanted: &str) -> Result<Compute> {
 }
 
 fn select(wanted: &str) -> Result<Compute> {
-    if wanted == "cpu" {
+    let name = wanted.to_lowercase();
+    if name == "cpu" {
         return Ok(Compute::cpu());
     }
     let instance = instance();
     let adapters = list(&instance);
     let hint = "`pcpo-wgpu devices` lists what there is, `--device cpu` always works";
-    if wanted == "auto" {
+    if name == "auto" {
         return match auto(&adapters) {
             Some(i) => request(instance, &adapters[i]),
             None => {
@@ -158,7 +159,6 @@ fn select(wanted: &str) -> Result<Compute> {
             .ok_or_else(|| anyhow!("--device {n}: there are {} adapters, numbered from 0; {hint}", adapters.len()))?;
         return request(instance, adapter);
     }
-    let name = wanted.to_lowercase();
     let found: Vec<&Adapter> = adapters.iter().filter(|a| a.matches(&name)).collect();
     match found[..] {
         [] => bail!("--device {wanted}: no adapter has that name; {hint}"),

@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use crate::files::{Named, write_tensors};
 use crate::lora::Adapter;
 use crate::lora_io::{self, Format};
-use crate::model::Pipeline;
+use crate::model::{Conditioning, Pipeline};
 use crate::ops::philox::philox_noise;
 use crate::ops::policy_objective::{STATS, Surrogate};
 use crate::ops::{NoiseKey, read};
@@ -47,6 +47,8 @@ pub struct Update<'a> {
     pub surrogate: &'a Surrogate,
     pub trained: &'a [(usize, Step)],
     pub batches: &'a [&'a Batch],
+    /// Conditional and unconditional embeddings of each batch.
+    pub conditioning: Vec<(Conditioning, Conditioning)>,
     pub contributions: &'a [Contribution],
     pub advantages: &'a [f32],
     pub adapter: &'a Adapter,
@@ -74,7 +76,7 @@ pub fn write(u: &Update, request: &Request) -> Result<()> {
                 p.iter_mut().zip(x).for_each(|(p, x)| *p = signal * *p + spread * x);
             }
             let key = NoiseKey { seed: u.settings.seed, first_image: batch.first_image, step: *index as u32 };
-            noise.extend(read(&philox_noise(u.compute, batch.shape, key))?);
+            noise.extend(read(&philox_noise(u.compute, batch.shape, key)?)?);
             latents.extend(x);
             old.extend(p);
             let rows = read(&contribution.stats.clone().narrow(0, s, 1))?;
@@ -95,13 +97,14 @@ pub fn write(u: &Update, request: &Request) -> Result<()> {
     tensors.push(("quadratic".into(), steps.clone(), per_step(|s| s.quadratic)));
     tensors.push(("loss_weights".into(), steps, per_step(|s| s.loss_weight)));
     for (name, conditional) in [("prompt_embeds", true), ("negative_prompt_embeds", false)] {
-        let rows = u.batches.iter().map(|b| if conditional { &b.cond } else { &b.uncond }.sequence.clone()).collect();
+        let rows = u.conditioning.iter().map(|(c, n)| if conditional { c } else { n }.sequence.clone()).collect();
         let rows: Tensor<3> = Tensor::cat(rows, 0);
         tensors.push((name.into(), rows.dims().to_vec(), read(&rows)?));
     }
     for (name, conditional) in [("pooled_prompt_embeds", true), ("negative_pooled_prompt_embeds", false)] {
-        let part = |b: &&Batch| if conditional { b.cond.pooled.clone() } else { b.uncond.pooled.clone() };
-        if let Some(rows) = u.batches.iter().map(part).collect::<Option<Vec<_>>>() {
+        let part =
+            |(c, n): &(Conditioning, Conditioning)| if conditional { c.pooled.clone() } else { n.pooled.clone() };
+        if let Some(rows) = u.conditioning.iter().map(part).collect::<Option<Vec<_>>>() {
             let rows: Tensor<2> = Tensor::cat(rows, 0);
             tensors.push((name.into(), rows.dims().to_vec(), read(&rows)?));
         }

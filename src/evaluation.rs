@@ -5,16 +5,21 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use burn::tensor::{Tensor, TensorData};
 use image::RgbImage;
+use serde_json::json;
 
-use crate::artifacts::before_after;
+use crate::artifacts::{before_after, grid};
+use crate::model::Conditioning;
 use crate::philox::{self, Stream};
 use crate::progress::check_stop;
 use crate::rollout::{decode, for_batches, rows_at_a_time, sample};
 use crate::train::{Run, Summary};
 
+/// Prompts that the grids show at most.
+pub(crate) const GRID_COLUMNS: usize = 4;
+
 impl Run<'_> {
     pub(crate) fn grid_columns(&self) -> usize {
-        self.s.groups().min(4)
+        self.s.groups().min(GRID_COLUMNS)
     }
 
     /// Pictures of fixed prompts and noise, and their mean reward. `full` takes four rows instead of one: the reward
@@ -29,11 +34,11 @@ impl Run<'_> {
         let lora = self.adapter.to_device(&self.compute.burn, false);
         let quiet = self.pipeline.family.is_flow();
         let steps: Vec<_> = self.steps.iter().map(|s| if quiet { s.without_noise() } else { *s }).collect();
-        let most = rows_at_a_time(&self.compute, total, columns);
+        let most = rows_at_a_time(&self.compute, total, columns.min(s.batch));
         let starts: Vec<usize> = (0..total).step_by(most).collect();
         let rows = for_batches(&self.compute, &starts, |&first| {
             let n = most.min(total - first);
-            let cond = self.pipeline.encode(&prompts[first..first + n])?;
+            let cond = Conditioning::cat((first..first + n).map(|i| self.fixed.rows(i % columns, 1)).collect());
             let uncond = self.uncond.repeat(n);
             let noise: Vec<f32> = (first..first + n)
                 .flat_map(|i| philox::noise(s.seed, Stream::Evaluation, i as u32, 0, c * h * w))
@@ -53,8 +58,16 @@ impl Run<'_> {
     pub(crate) fn finish(&mut self) -> Result<Summary> {
         let dir = self.folder.dir.clone();
         let path = |epoch: usize| dir.join(format!("grids/epoch-{epoch:05}.png"));
-        let after = image::open(path(self.s.epochs)).context("the last grid")?.to_rgb8();
-        self.folder.picture("before_after.png", &before_after(&path(0), &after)?)?;
+        let open = |epoch: usize| image::open(path(epoch)).map(|i| i.to_rgb8()).context("a grid of the run");
+        let (before, mut after): (RgbImage, RgbImage) = (open(0)?, open(self.s.epochs)?);
+        if before.dimensions() != after.dimensions() {
+            // The run was meant to be longer when its last epoch was drawn, in one row.
+            let (images, score) = self.evaluate(true)?;
+            after = grid(&images, self.grid_columns());
+            self.folder.picture(format!("grids/epoch-{:05}.png", self.s.epochs), &after)?;
+            self.folder.metric(json!({ "kind": "evaluation", "epoch": self.s.epochs, "reward_mean": score }));
+        }
+        self.folder.picture("before_after.png", &before_after(&before, &after))?;
         self.folder.flush(|_| Ok(()))?;
         let score = |epoch: usize| evaluation(&dir, epoch);
         Ok(Summary { before: score(0)?, after: score(self.s.epochs)?, out: dir.clone() })

@@ -52,8 +52,11 @@ pub(crate) struct Epoch {
 impl Epoch {
     pub fn new(epoch: usize, work: &Work) -> Self {
         let updates: Vec<Value> = work.lines.iter().filter_map(|l| serde_json::from_str(l).ok()).collect();
-        let over_updates =
-            |field: &str| updates.iter().filter_map(|l| l[field].as_f64()).sum::<f64>() / updates.len() as f64;
+        // An update that was skipped has none.
+        let over_updates = |field: &str| {
+            let values: Vec<f64> = updates.iter().filter_map(|l| l[field].as_f64()).collect();
+            values.iter().sum::<f64>() / values.len().max(1) as f64
+        };
         let images = work.rewards.len();
         let reward_mean = work.rewards.iter().sum::<f64>() / images as f64;
         let variance = work.rewards.iter().map(|r| (r - reward_mean).powi(2)).sum::<f64>() / images as f64;

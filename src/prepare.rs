@@ -7,6 +7,7 @@ use crate::artifacts::RunFolder;
 use crate::checkpoint::{self, State};
 use crate::credit;
 use crate::device;
+use crate::evaluation::GRID_COLUMNS;
 use crate::files;
 use crate::lora::Adapter;
 use crate::lora_io;
@@ -55,6 +56,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     let model = fingerprint(&s.model, s.embeddings.as_deref())?;
     let tracker = Tracker { size: s.tracker_size, min_count: s.tracker_min_count, ..Default::default() };
     let (state, adapter, optimizer, folder) = if job.resume {
+        let mut folder = RunFolder::resume(&job.out)?;
         let (state, adapter, optimizer) = checkpoint::load(&job.out, &model, &linears)?;
         ensure!(
             state.epoch <= s.epochs,
@@ -62,7 +64,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
             s.epochs,
             state.epoch
         );
-        let folder = RunFolder::resume(&job.out, state.metrics_lines)?;
+        folder.keep_lines(state.metrics_lines);
         println!("resuming {} after epoch {}", job.out.display(), state.epoch);
         (state, adapter, optimizer, folder)
     } else {
@@ -105,6 +107,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         memory::text(plan.kept as u64)
     );
     let uncond = pipeline.encode(&[""])?;
+    let fixed = pipeline.encode(&s.prompt[..s.groups().min(GRID_COLUMNS)])?;
     if let Some(dump) = &job.dump {
         let (done, last) = (state.updates, s.epochs * s.updates_per_epoch * s.inner_epochs);
         ensure!(
@@ -124,6 +127,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         rows_at_once: plan::rows_at_once(&shapes),
         trainable,
         uncond,
+        fixed,
         state,
         adapter,
         optimizer,

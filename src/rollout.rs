@@ -109,7 +109,7 @@ pub fn sample(
         let out = policy.output(&x, step.t);
         let key = NoiseKey { seed, first_image, step: i as u32 };
         let c = Coefficients::from(step);
-        let next = sampler_step(policy.compute, &x, &out, policy.guidance.combine, &c, key);
+        let next = sampler_step(policy.compute, &x, &out, policy.guidance.combine, &c, key)?;
         if keep.contains(&i) {
             kept.push((x, next.prediction));
         }
@@ -150,8 +150,7 @@ pub fn rows_at_a_time(compute: &Compute, total: usize, most: usize) -> usize {
 }
 
 /// Runs `f` over all items, in order of the result: one after the other on a GPU, on a thread for each core on the
-/// CPU, whose operations are too small for all cores. Threads of our own, since one of rayon's could be handed a
-/// second batch in the middle of a first, inside autodiff's locks.
+/// CPU, whose operations are too small for all cores.
 ///
 /// # Errors
 /// The first item's error.
@@ -169,12 +168,14 @@ pub fn for_batches<T: Sync, R: Send>(
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                // A pool of this thread and its share of the cores that are left over: Burn's operations stay in it
-                // instead of queueing for the pool that all threads share.
-                let share = compute.threads() / threads;
-                let _own = rayon::ThreadPoolBuilder::new().num_threads(share).use_current_thread().build();
+                // A pool of its own with a share of the cores: Burn's operations stay in it instead of queueing for the
+                // pool that all threads share, and it is never handed a second batch in the middle of a first.
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(compute.threads() / threads).build();
                 while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < items.len()) {
-                    let result = f(&items[i]);
+                    let result = match &pool {
+                        Ok(pool) => pool.install(|| f(&items[i])),
+                        Err(_) => f(&items[i]),
+                    };
                     results.lock().expect("no holder panics")[i] = Some(result);
                 }
             });

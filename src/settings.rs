@@ -221,7 +221,9 @@ pub struct Settings {
     pub sampler: Sampler,
     pub steps: usize,
     pub eta: f64,
-    pub grid: Grid,
+    /// Of a flow; diffusion has its scheduler's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grid: Option<Grid>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shift: Option<f64>,
     pub guidance_scale: f64,
@@ -292,6 +294,11 @@ impl Options {
             }
         };
         let family = Family::of(&model)?;
+        ensure!(
+            o.grid.is_none() || family.is_flow(),
+            "--grid: is for flow models; {} is one of diffusion; leave it out",
+            model.display()
+        );
         let sampler = o.sampler.unwrap_or(if family.is_flow() { Sampler::FlowGrpo } else { Sampler::Ddim });
         let preset = o.preset.unwrap_or(Preset::Pcpo);
         let ddpo = preset == Preset::Ddpo;
@@ -329,7 +336,7 @@ impl Options {
             sampler,
             steps: o.steps.unwrap_or(sampler.default_steps()),
             eta: o.eta.unwrap_or(sampler.default_eta()),
-            grid: o.grid.unwrap_or(Grid::Shifted),
+            grid: family.is_flow().then(|| o.grid.unwrap_or(Grid::Shifted)),
             shift: o.shift,
             guidance_scale: o.guidance_scale.unwrap_or(family.default_guidance()),
             guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
@@ -397,7 +404,8 @@ impl Settings {
 
     /// What the run asks of its schedule; `tokens` is how many the network makes of a latent.
     pub fn sampling(&self, tokens: usize) -> Sampling {
-        Sampling { sampler: self.sampler, steps: self.steps, eta: self.eta, grid: self.grid, shift: self.shift, tokens }
+        let grid = self.grid.unwrap_or(Grid::Shifted);
+        Sampling { sampler: self.sampler, steps: self.steps, eta: self.eta, grid, shift: self.shift, tokens }
     }
 
     /// Images of one update.
@@ -465,6 +473,18 @@ impl Settings {
             "--images-per-epoch {images}: makes {} prompts an epoch, only {} are given; lower it or raise --group-size",
             self.groups(),
             self.prompt.len()
+        );
+        ensure!(
+            self.lora.is_some() || !self.target_modules.is_empty(),
+            "--target-modules: names no layer; leave it out for all attention projections"
+        );
+        ensure!(
+            !self.train_window || self.train_steps.is_some(),
+            "--train-window true: a window of how many steps? give --train-steps K"
+        );
+        ensure!(
+            self.credit_total == Total::All || self.credit == Credit::Proportionate,
+            "--credit-total trained: is for --credit proportionate; leave it out"
         );
         if let Some(gib) = self.memory {
             ensure!(gib.is_finite() && gib > 0.0, "--memory {gib}: must be a positive number of GiB");

@@ -36,7 +36,7 @@ use crate::rollout::{Denoise, Guided, decode, for_batches, sample};
 use crate::schedule::Step;
 use crate::settings::{InitialNoise, Settings};
 use crate::update::{Batch, Contribution, batch_gradient};
-use crate::work::{Seconds, Work};
+use crate::work::{Draw, Seconds, Work};
 
 /// Updates in a row that may be skipped for values that are not finite.
 const MAX_SKIPPED: usize = 3;
@@ -69,6 +69,8 @@ pub(crate) struct Run<'a> {
     /// Indices of the steps that may be trained.
     pub(crate) trainable: Vec<usize>,
     pub(crate) uncond: Conditioning,
+    /// The prompts of the grids.
+    pub(crate) fixed: Conditioning,
     pub(crate) state: State,
     pub(crate) adapter: Adapter,
     pub(crate) optimizer: adamw::State,
@@ -165,7 +167,7 @@ impl Run<'_> {
                 progress.inc(1);
                 check_stop()
             })?;
-            Ok((Batch { first, first_image, shape, cond, uncond, visits: sampled.visits }, sampled.latents))
+            Ok((Batch { first, first_image, shape, visits: sampled.visits }, sampled.latents))
         })?;
         progress.finish();
         let (batches, latents): (Vec<Batch>, Vec<Tensor<4>>) = sampled.into_iter().unzip();
@@ -180,13 +182,14 @@ impl Run<'_> {
 
         // ------------------------------------------------------------------------------------------------ ADVANTAGE
         let names: Vec<&str> = draw.prompts.iter().map(String::as_str).collect();
-        if !varies(&rewards, &names) {
+        let advantages = group_advantage(s.advantage, &rewards, &names, &mut self.state.tracker, s.advantage_clamp);
+        let flat = s.group_size > 1 && !varies(&rewards, &names);
+        if flat || advantages.iter().all(|a| *a == 0.0) {
             eprintln!(
                 "warning: the reward {} does not vary within any group of this epoch: nothing can be learnt from it",
                 s.reward
             );
         }
-        let advantages = group_advantage(s.advantage, &rewards, &names, &mut self.state.tracker, s.advantage_clamp);
         let seconds = Seconds {
             rollout: sampling,
             decode: decoded - sampling,
@@ -211,7 +214,7 @@ impl Run<'_> {
             let share = work.lines.len() % s.updates_per_epoch;
             let range = share * s.images_per_update()..(share + 1) * s.images_per_update();
             let batches: Vec<&Batch> = work.batches.iter().filter(|b| range.contains(&b.first)).collect();
-            let line = self.update(&batches, &work.draw.trained, &work.advantages[range], &progress)?;
+            let line = self.update(&batches, &work.draw, &work.advantages[range], &progress)?;
             work.lines.push(line.to_string());
             let seconds = start.elapsed().as_secs_f64();
             work.seconds.update += seconds;
@@ -268,11 +271,11 @@ impl Run<'_> {
     fn update(
         &mut self,
         batches: &[&Batch],
-        trained: &[(usize, Step)],
+        draw: &Draw,
         advantages: &[f32],
         progress: &Bar,
     ) -> Result<serde_json::Value> {
-        let s = self.s;
+        let (s, trained) = (self.s, &draw.trained[..]);
         let surrogate = Surrogate {
             objective: s.objective,
             xi: s.clip_range as f32,
@@ -283,7 +286,8 @@ impl Run<'_> {
         let start = batches[0].first;
         let contributions: Vec<Contribution> = for_batches(&self.compute, batches, |batch| {
             let from = batch.first - start;
-            let policy = self.policy(None, &batch.cond, &batch.uncond);
+            let (cond, uncond) = draw.conditioning(self, (batch.first, batch.len()));
+            let policy = self.policy(None, &cond, &uncond);
             let own = &advantages[from..from + batch.len()];
             let how = (own, s.seed, s.activation_checkpointing.then_some(self.rows_at_once));
             batch_gradient(&policy, &self.adapter, batch, trained, &surrogate, how, || {
@@ -314,6 +318,7 @@ impl Run<'_> {
                 surrogate: &surrogate,
                 trained,
                 batches,
+                conditioning: batches.iter().map(|b| draw.conditioning(self, (b.first, b.len()))).collect(),
                 contributions: &contributions,
                 advantages,
                 adapter,

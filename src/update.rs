@@ -6,7 +6,6 @@ use burn::tensor::{Tensor, TensorData};
 
 use crate::backward::{Forward, Sums};
 use crate::lora::Adapter;
-use crate::model::Conditioning;
 use crate::ops::policy_objective::{GuidanceGradient, Surrogate, policy_objective};
 use crate::ops::{Coefficients, Guidance, NoiseKey};
 use crate::rollout::{Branch, Denoise, Visit};
@@ -18,8 +17,6 @@ pub struct Batch {
     pub first: usize,
     /// Number of its first image over the whole run: what its noise is keyed by.
     pub first_image: u32,
-    pub cond: Conditioning,
-    pub uncond: Conditioning,
     /// Of its latents, `[B, C, H, W]`.
     pub shape: [usize; 4],
     /// One visit for each trained step.
@@ -28,7 +25,7 @@ pub struct Batch {
 
 impl Batch {
     pub fn len(&self) -> usize {
-        self.cond.len()
+        self.shape[0]
     }
 
     pub fn is_empty(&self) -> bool {
@@ -84,7 +81,7 @@ pub fn batch_gradient(
         let key = NoiseKey { seed, first_image: batch.first_image, step: *index as u32 };
         let c = Coefficients::from(step);
         let (gradient, rows) =
-            policy_objective(compute, surrogate, &output, &old, reference.as_ref(), advantage, guidance, &c, key);
+            policy_objective(compute, surrogate, &output, &old, reference.as_ref(), advantage, guidance, &c, key)?;
         let gradient = if conditional_only { gradient.narrow(0, batch.len(), batch.len()) } else { gradient };
         forward.backward(gradient, &mut sums);
         stats.push(rows.unsqueeze::<3>());

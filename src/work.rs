@@ -120,10 +120,9 @@ impl Run<'_> {
         };
         let (x, old) = (column("x")?, column("old")?);
         let batches = draw.starts.iter().map(|&(first, n)| {
-            let (cond, uncond) = draw.conditioning(self, (first, n));
             let rows = |step: &Vec<f32>| step[first * c * h * w..(first + n) * c * h * w].to_vec();
             let visits = x.iter().zip(&old).map(|(x, old)| Visit { x: rows(x), old: rows(old) }).collect();
-            Batch { first, first_image: draw.base + first as u32, shape: [n, c, h, w], cond, uncond, visits }
+            Batch { first, first_image: draw.base + first as u32, shape: [n, c, h, w], visits }
         });
         let [rollout, decode, reward, update, all] = found.seconds[..] else {
             bail!("state.json of the stopped epoch: seconds must be five numbers")

@@ -128,7 +128,8 @@ pub trait Denoiser: Send + Sync {
     ///
     /// # Errors
     /// Says which sizes it takes.
-    fn accepts(&self, _size: [usize; 2]) -> Result<()> {
+    fn accepts(&self, [h, w]: [usize; 2]) -> Result<()> {
+        ensure!(h > 0 && w > 0, "latents of {h}x{w}: must not be empty");
         Ok(())
     }
 

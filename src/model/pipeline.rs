@@ -153,11 +153,15 @@ impl Pipeline {
             dir.display()
         );
         let net = family.load(dir, device, storage)?;
+        let source = match text {
+            TextFrom::Encoders(_) => dir.display().to_string(),
+            TextFrom::File(path) => format!("--embeddings {}", path.display()),
+        };
         let text = match text {
             TextFrom::Encoders(length) => Text::load(dir, family, length, net.context()[0], device, storage)?,
             TextFrom::File(path) => Text::open(path, device)?,
         };
-        fits(&*net, text.widths(), &dir.display().to_string())?;
+        fits(&*net, text.widths(), &source)?;
         let vae = Vae::load(&dir.join("vae"), device, storage)?;
         let [channels, height, width] = net.latent_shape();
         ensure!(

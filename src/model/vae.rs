@@ -125,7 +125,8 @@ impl Vae {
         }
         let images = (c.size("in_channels", 3)?, c.size("out_channels", 3)?);
         if images != (3, 3) {
-            bail!(c.bad("in_channels", "is not supported; images have 3 channels"));
+            let field = if images.0 == 3 { "out_channels" } else { "in_channels" };
+            bail!(c.bad(field, "is not supported; images have 3 channels"));
         }
         let resnet = ResnetSpec {
             groups,

@@ -49,7 +49,7 @@ pub fn credit_reduce(compute: &Compute, stats: &Tensor<3>, weights: &[f32]) -> R
             bindings: vec![&buffer(stats), &buffer(&weights), &buffer(&table)],
             grid: [steps as u32, 1],
         }],
-    );
+    )?;
     let rows = super::read(&table)?;
     Ok(rows.chunks_exact(COLUMNS).map(row).collect())
 }

@@ -5,6 +5,7 @@
 //! ```
 //! Source: Song et al. 2021, eq. 12; Lee & Ye 2026, section 3. [`crate::schedule::ddim`] makes a and b.
 
+use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::gpu::{Kernel, kernel};
@@ -16,6 +17,9 @@ pub(super) const STEP: Kernel = kernel!("ddim_step", "common", "philox", "sample
 
 /// One step for a batch. `model_out` holds the unconditional rows first where guidance is on.
 ///
+/// # Errors
+/// When the device failed.
+///
 /// # Panics
 /// When the shapes disagree: `[B, C, H, W]` against `[B or 2B, C, H, W]`.
 pub fn ddim_step(
@@ -25,7 +29,7 @@ pub fn ddim_step(
     guidance: Guidance,
     c: &Coefficients,
     key: NoiseKey,
-) -> Stepped {
+) -> Result<Stepped> {
     run((STEP, reference), compute, x, model_out, guidance, c, key)
 }
 

@@ -7,6 +7,7 @@
 //! Source: Liu et al. 2025 (Flow-GRPO), eq. 12; Xue et al. 2025 (DanceGRPO). [`crate::schedule::flow`] makes a, b and
 //! sigma of each sampler. Latents and arithmetic are f32, whatever the network's weights are stored in.
 
+use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::gpu::{Kernel, kernel};
@@ -18,6 +19,9 @@ pub(super) const STEP: Kernel = kernel!("flow_step", "common", "philox", "sample
 
 /// One step for a batch. `model_out` holds the unconditional rows first where guidance is on.
 ///
+/// # Errors
+/// When the device failed.
+///
 /// # Panics
 /// When the shapes disagree: `[B, C, H, W]` against `[B or 2B, C, H, W]`.
 pub fn flow_step(
@@ -27,7 +31,7 @@ pub fn flow_step(
     guidance: Guidance,
     c: &Coefficients,
     key: NoiseKey,
-) -> Stepped {
+) -> Result<Stepped> {
     run((STEP, reference), compute, x, model_out, guidance, c, key)
 }
 

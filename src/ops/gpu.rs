@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use anyhow::{Result, anyhow};
 use burn::backend::wgpu::{AutoCompiler, WgpuResource};
 use burn::backend::{BackendTensor, DispatchTensorKind};
 use burn::cubecl::client::Client;
@@ -143,22 +144,26 @@ impl Gpu {
 
     /// Submits the launches in order, after everything that Burn has queued. They share the uniforms (binding 0) and the
     /// width, from [`width`], that their sources are made for.
-    pub fn run(&self, uniforms: &[u8], width: u32, launches: &[Launch]) {
+    ///
+    /// # Errors
+    /// When an earlier operation that a tensor waits for failed (out of memory, a lost device).
+    pub fn run(&self, uniforms: &[u8], width: u32, launches: &[Launch]) -> Result<()> {
         let client = &launches[0].bindings[0].client;
         // Burn's server has a thread of its own. The whole submission is one visit to it: each question asked from here
         // costs as much as a small kernel.
-        client.exclusive(|| self.submit(client, uniforms, width, launches)).expect("Burn's server runs");
+        let done = client.exclusive(|| self.submit(client, uniforms, width, launches));
+        done.map_err(|e| anyhow!("the device failed: {e}"))?
     }
 
-    fn submit(&self, client: &Client, uniforms: &[u8], width: u32, launches: &[Launch]) {
+    fn submit(&self, client: &Client, uniforms: &[u8], width: u32, launches: &[Launch]) -> Result<()> {
         let resource = |buffer: &&Buffer| {
             let found = client.get_resource::<WgpuServer<AutoCompiler>>(buffer.handle.clone());
-            found.expect("a resolved tensor has a buffer").resource().clone()
+            Ok(found.map_err(|e| anyhow!("the device failed in an earlier operation: {e}"))?.resource().clone())
         };
         let resources: Vec<Vec<WgpuResource>> =
-            launches.iter().map(|launch| launch.bindings.iter().map(resource).collect()).collect();
+            launches.iter().map(|launch| launch.bindings.iter().map(resource).collect()).collect::<Result<_>>()?;
         // Burn batches its commands; ours must not overtake them.
-        client.flush().expect("Burn's queue accepts a flush");
+        client.flush().map_err(|e| anyhow!("the device refuses work: {e}"))?;
         let uniforms = self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
             label: None,
             contents: uniforms,
@@ -184,6 +189,7 @@ impl Gpu {
         }
         drop(pass);
         self.queue.submit([encoder.finish()]);
+        Ok(())
     }
 }
 

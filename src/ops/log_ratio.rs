@@ -8,6 +8,7 @@
 //! The form keeps its relative accuracy as D goes to 0, where exp(log p - log p_old) - 1 has lost all of it.
 //! Accuracy: 1e-5 of the mean magnitude of the terms. Its gradient is part of [`super::policy_objective`].
 
+use anyhow::Result;
 use burn::tensor::{Tensor, TensorData};
 
 use super::gpu::{Buffer, Kernel, Launch, buffer, kernel, output, width};
@@ -19,6 +20,9 @@ pub(super) const FINISH: Kernel = kernel!("log_ratio_finish", "common", "partial
 
 /// `[B, 2]`: log rho and KL of each sample. `model_out` and `reference_out` are `[B or 2B, C, H, W]`, `old` is
 /// the prediction after guidance, `[B, C, H, W]`. Without a reference the KL is 0.
+///
+/// # Errors
+/// When the device failed.
 pub fn log_ratio(
     compute: &Compute,
     model_out: &Tensor<4>,
@@ -27,14 +31,14 @@ pub fn log_ratio(
     guidance: Guidance,
     c: &Coefficients,
     key: NoiseKey,
-) -> Tensor<2> {
+) -> Result<Tensor<2>> {
     let shape = old.dims();
     let (batch, dim) = (shape[0], shape[1..].iter().product::<usize>());
     let Some(gpu) = &compute.gpu else {
         let reference_out = reference_out.map(super::host);
         let rows =
             reference(&super::host(model_out), &super::host(old), reference_out.as_deref(), batch, guidance, c, key);
-        return Tensor::from_data(TensorData::new(rows.concat(), [batch, 2]), &compute.burn);
+        return Ok(Tensor::from_data(TensorData::new(rows.concat(), [batch, 2]), &compute.burn));
     };
     let params = Params { with_reference: reference_out.is_some().into(), ..Params::new(batch, dim, guidance, c, key) };
     let log_rho = output([batch, 2], &compute.burn);
@@ -42,8 +46,8 @@ pub fn log_ratio(
     let partials = policy.partials(&params);
     let frozen = reference_out.map(buffer);
     let launches = launches(&params, [&policy, &old, frozen.as_ref().unwrap_or(&policy), &partials, &old], &rows);
-    gpu.run(bytemuck::bytes_of(&params), width(dim), &launches);
-    log_rho
+    gpu.run(bytemuck::bytes_of(&params), width(dim), &launches)?;
+    Ok(log_rho)
 }
 
 /// The two launches of the operation: `inputs` are the network's output, the old prediction, the reference's output,

@@ -2,6 +2,7 @@
 //!
 //! Shape `[batch, C, H, W]`; every normal is within 2e-6 of the f64 formula; a device repeats its own bits.
 
+use anyhow::Result;
 use burn::tensor::{Tensor, TensorData};
 
 use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
@@ -12,10 +13,13 @@ use crate::philox::{self, Stream};
 pub(super) const NOISE: Kernel = kernel!("philox_noise", "common", "philox");
 
 /// The noise that `ddim_step`, `log_ratio` and `policy_objective` draw for a batch at a step.
-pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Tensor<4> {
+///
+/// # Errors
+/// When the device failed.
+pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Result<Tensor<4>> {
     let (batch, dim) = (shape[0], shape[1..].iter().product::<usize>());
     let Some(gpu) = &compute.gpu else {
-        return Tensor::from_data(TensorData::new(reference(batch, dim, key), shape), &compute.burn);
+        return Ok(Tensor::from_data(TensorData::new(reference(batch, dim, key), shape), &compute.burn));
     };
     let noise = output(shape, &compute.burn);
     let params = Params::new(batch, dim, Guidance::Off, &Coefficients::default(), key);
@@ -23,8 +27,8 @@ pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Tens
         bytemuck::bytes_of(&params),
         width(dim),
         &[Launch { kernel: NOISE, bindings: vec![&buffer(&noise)], grid: [params.blocks, params.batch] }],
-    );
-    noise
+    )?;
+    Ok(noise)
 }
 
 /// CPU reference: `[batch, dim]`.

@@ -9,6 +9,7 @@
 //! ```
 //! The objective is multiplied by the step's loss weight, everything by `scale`, one over the number of (sample, step) pairs of the update. Accuracy: 1e-5.
 
+use anyhow::Result;
 use burn::tensor::{Tensor, TensorData};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
@@ -87,6 +88,9 @@ impl Surrogate {
 }
 
 /// The gradient `[B or 2B, C, H, W]` with respect to `model_out`, and the statistics `[B, STATS]`.
+///
+/// # Errors
+/// When the device failed.
 #[allow(clippy::too_many_arguments)]
 pub fn policy_objective(
     compute: &Compute,
@@ -98,7 +102,7 @@ pub fn policy_objective(
     guidance: Guidance,
     c: &Coefficients,
     key: NoiseKey,
-) -> (Tensor<4>, Tensor<2>) {
+) -> Result<(Tensor<4>, Tensor<2>)> {
     let (batch, dim) = (advantage.len(), old.dims()[1..].iter().product::<usize>());
     let shape = model_out.dims();
     let Some(gpu) = &compute.gpu else {
@@ -107,10 +111,10 @@ pub fn policy_objective(
         let rows = log_ratio::reference(&out, &old, reference_out.as_deref(), batch, guidance, c, key).concat();
         let (gradient, stats) =
             reference(surrogate, &out, &old, reference_out.as_deref(), &rows, advantage, guidance, c, key);
-        return (
+        return Ok((
             Tensor::from_data(TensorData::new(gradient, shape), &compute.burn),
             Tensor::from_data(TensorData::new(stats, [batch, STATS]), &compute.burn),
-        );
+        ));
     };
     let (log_hi, log_lo) = surrogate.bounds();
     let params = Params {
@@ -139,8 +143,8 @@ pub fn policy_objective(
         bindings: vec![&policy, frozen, &log_rho, &advantage, &slope, &rows],
         grid: [params.blocks, params.batch],
     };
-    gpu.run(bytemuck::bytes_of(&params), width(dim), &[partial, finish, objective]);
-    (gradient, stats)
+    gpu.run(bytemuck::bytes_of(&params), width(dim), &[partial, finish, objective])?;
+    Ok((gradient, stats))
 }
 
 /// CPU reference: (gradient with respect to `model_out`, statistics `[B, STATS]`); `log_rho` is `[B, 2]`.

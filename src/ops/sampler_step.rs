@@ -9,6 +9,7 @@
 //! Shapes: x `[B, C, H, W]`, network output `[B or 2B, ..]`. Accuracy: within 1e-5 of f64, relative to the larger of 1
 //! and the value. No gradient: sampling is not differentiated.
 
+use anyhow::Result;
 use burn::tensor::{Tensor, TensorData};
 
 use super::ddim_step::ddim_step;
@@ -30,6 +31,9 @@ pub struct Stepped {
 }
 
 /// The step of the family that the coefficients belong to.
+///
+/// # Errors
+/// When the device failed.
 pub fn sampler_step(
     compute: &Compute,
     x: &Tensor<4>,
@@ -37,7 +41,7 @@ pub fn sampler_step(
     guidance: Guidance,
     c: &Coefficients,
     key: NoiseKey,
-) -> Stepped {
+) -> Result<Stepped> {
     let step = if c.flow { flow_step } else { ddim_step };
     step(compute, x, model_out, guidance, c, key)
 }
@@ -47,6 +51,9 @@ pub(super) type Reference =
     fn(&[f32], &[f32], usize, Guidance, &Coefficients, NoiseKey) -> (Vec<f32>, Vec<f32>, Vec<f32>);
 
 /// One step for a batch, by a family's kernel or on the CPU its reference; `model_out` holds the unconditional rows first where guidance is on.
+///
+/// # Errors
+/// When the device failed.
 ///
 /// # Panics
 /// When the shapes disagree: `[B, C, H, W]` against `[B or 2B, C, H, W]`.
@@ -58,7 +65,7 @@ pub(super) fn run(
     guidance: Guidance,
     c: &Coefficients,
     key: NoiseKey,
-) -> Stepped {
+) -> Result<Stepped> {
     let shape = x.dims();
     let (batch, dim) = (shape[0], shape[1..].iter().product::<usize>());
     assert_eq!(
@@ -71,7 +78,7 @@ pub(super) fn run(
         let (x_prev, prediction, log_prob) = reference(&x, &out, batch, guidance, c, key);
         let tensor = |v: Vec<f32>| Tensor::from_data(TensorData::new(v, shape), &compute.burn);
         let log_prob = Tensor::from_data(TensorData::new(log_prob, [batch]), &compute.burn);
-        return Stepped { x_prev: tensor(x_prev), prediction: tensor(prediction), log_prob };
+        return Ok(Stepped { x_prev: tensor(x_prev), prediction: tensor(prediction), log_prob });
     };
     let params = Params::new(batch, dim, guidance, c, key);
     let (x_prev, prediction) = (output(shape, &compute.burn), output(shape, &compute.burn));
@@ -89,8 +96,8 @@ pub(super) fn run(
             },
             Launch { kernel: LOG_PROB, bindings: vec![&partials, &buffer(&log_prob)], grid: [params.batch, 1] },
         ],
-    );
-    Stepped { x_prev, prediction, log_prob }
+    )?;
+    Ok(Stepped { x_prev, prediction, log_prob })
 }
 
 /// (x_prev `[B, D]`, prediction `[B, D]`, log p `[B]`) with `mean` of (x, prediction).

@@ -38,6 +38,18 @@ pub fn sampler_step(
     (x_prev, p, sample_mean(squares) - c.log_norm)
 }
 
+/// See [`super::credit_reduce`]: `[S, 7]` of statistics `[S, N, STATS]` and weights `[S]`.
+pub fn credit_reduce(stats: &Tensor<3>, weights: &Tensor<1>) -> Tensor<2> {
+    let [steps, _, columns] = stats.dims();
+    let means = stats.clone().mean_dim(1);
+    let first = |t: Tensor<3>| t.narrow(2, 0, 1);
+    let spread = (first(stats.clone()) - first(means.clone())).square().mean_dim(1).sqrt();
+    let means = means.reshape([steps, columns]);
+    let column = |i: usize, n: usize| means.clone().narrow(1, i, n);
+    let push = column(5, 1) * weights.clone().reshape([steps, 1]);
+    Tensor::cat(vec![column(0, 1), spread.reshape([steps, 1]), column(1, 4), push], 1)
+}
+
 /// See [`super::log_ratio`]: log rho `[B]`.
 pub fn log_ratio(out: &Tensor<4>, old: &Tensor<4>, z: &Tensor<4>, guidance: Guidance, c: &Coefficients) -> Tensor<1> {
     let wd = (combine(out, guidance) - old.clone()) * c.w;

@@ -2,12 +2,12 @@
 //! with one line that holds a number. It is started once and stays, so that it loads its model once.
 
 use std::io::{BufRead, BufReader, Write};
-use std::process::{Child, ChildStdin, Stdio};
+use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::RgbImage;
 
 use super::Reward;
@@ -33,12 +33,12 @@ impl Command {
     pub fn start(program: &str) -> Result<Self> {
         ensure!(!program.trim().is_empty(), "--reward command: has no program; write command:PROGRAM ARGUMENTS");
         let (shell, flag) = if cfg!(windows) { ("cmd", "/C") } else { ("sh", "-c") };
-        let mut child = std::process::Command::new(shell)
-            .args([flag, program])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("--reward command:{program}: cannot be started"))?;
+        let mut command = std::process::Command::new(shell);
+        command.args([flag, program]).stdin(Stdio::piped()).stdout(Stdio::piped());
+        // A group of its own: Ctrl-C is for the run, which needs the program to its end.
+        #[cfg(unix)]
+        std::os::unix::process::CommandExt::process_group(&mut command, 0);
+        let mut child = command.spawn().with_context(|| format!("--reward command:{program}: cannot be started"))?;
         let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let (send, answers) = channel();
@@ -48,13 +48,29 @@ impl Command {
         Ok(Self { program: program.into(), child, stdin, answers: Mutex::new(answers), folder })
     }
 
+    /// Why there is no answer.
     fn died(&mut self) -> anyhow::Error {
-        self.stdin = None;
-        let status = self.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+        let status = self.end().map_or("it closed its output".to_string(), |s| s.to_string());
         anyhow!(
             "--reward command:{}: the program ended without an answer ({status}); run it by hand to see why",
             self.program
         )
+    }
+
+    /// Ends the program: its end of input tells it to, one that does not is ended. Its status, if it ended by itself.
+    fn end(&mut self) -> Option<ExitStatus> {
+        self.stdin = None;
+        let start = Instant::now();
+        while start.elapsed() < GRACE {
+            match self.child.try_wait() {
+                Ok(None) => std::thread::sleep(Duration::from_millis(10)),
+                Ok(status) => return status,
+                Err(_) => break,
+            }
+        }
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        None
     }
 }
 
@@ -65,6 +81,13 @@ impl Reward for Command {
             let path = self.folder.path().join(format!("{i:05}.png"));
             image.save(&path).with_context(|| format!("{}: cannot be written", path.display()))?;
             lines += &format!("{}\n", serde_json::json!({ "image": path, "prompt": prompt }));
+        }
+        if let Ok(line) = self.answers.get_mut().expect("no thread panics with it").try_recv() {
+            bail!(
+                "--reward command:{}: answered {:?} without being asked; it must write one line for each line it reads",
+                self.program,
+                line.trim()
+            );
         }
         let stdin = self.stdin.as_mut().expect("a program that died is not asked again");
         // Written from a thread: a program that answers while it reads must not find both pipes full.
@@ -100,13 +123,6 @@ impl Reward for Command {
 
 impl Drop for Command {
     fn drop(&mut self) {
-        // Its end of input tells it to end; one that does not is ended.
-        self.stdin = None;
-        let start = Instant::now();
-        while matches!(self.child.try_wait(), Ok(None)) && start.elapsed() < GRACE {
-            std::thread::sleep(Duration::from_millis(10));
-        }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.end();
     }
 }

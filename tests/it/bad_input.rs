@@ -39,6 +39,24 @@ fn settings() {
     refused(&["--learning-rate", "nan"], &["--learning-rate"]);
     refused(&["--target-modules", "to_x"], &["--target-modules to_x"]);
     refused(&["--device", "no such gpu"], &["no such gpu"]);
+    refused(
+        &[
+            "--train-window",
+            "true",
+            "--config",
+            "/dev/null",
+            "--model",
+            "tests/golden/simple",
+            "--reward",
+            "symmetry",
+            "--prompt",
+            "a",
+        ],
+        &["--train-window", "--train-steps"],
+    );
+    refused(&["--credit", "native", "--credit-total", "trained"], &["--credit-total"]);
+    refused(&["--grid", "diffusers"], &["--grid", "flow"]);
+    refused(&["--advantage", "per-prompt", "--tracker-size", "8"], &["--tracker-min-count 16", "--tracker-size 8"]);
 }
 
 #[test]
@@ -94,6 +112,8 @@ fn a_reward_program_that_dies_or_answers_nonsense() {
     with("command:exit 3", &["command:exit 3", "ended without an answer"]);
     with("command:", &["no program"]);
     with("command:while read l; do echo nan; done", &["not a number"]);
+    with("command:while read l; do echo 1; echo 2; done", &["without being asked"]);
+    with("command:exec >&-; exec sleep 600", &["ended without an answer", "closed its output"]);
 }
 
 fn copy(from: &Path, to: &Path) {
@@ -182,23 +202,108 @@ fn an_occupied_folder_is_not_written_to() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
+/// No file may grow beyond some kilobytes, as on a full disk: before the first checkpoint nothing stays, after it the run
+/// does, and goes on once there is room.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk() {
-    // /dev/full takes no byte; a folder cannot be made below it either.
-    let output = program(&[
-        "sample",
-        "--device",
-        "cpu",
-        "--prompt",
-        "a",
-        "--steps",
-        "1",
-        "--model",
-        emoji().to_str().unwrap(),
-        "--out",
-        "/dev/full/x",
-    ]);
-    assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("/dev/full/x"));
+    let dir = tempfile::tempdir().unwrap();
+    let (fresh, begun) = (dir.path().join("fresh"), dir.path().join("begun"));
+    let small = ["--device", "cpu", "--steps", "2", "--train-steps", "1", "--images-per-epoch", "8"];
+    let full = |args: &[&str]| {
+        let script = format!("trap '' XFSZ; ulimit -f 64; exec {} train \"$@\"", env!("CARGO_BIN_EXE_pcpo-wgpu"));
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", &script, "sh"]).args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
+        let output = command.output().unwrap();
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains("cannot be written") && error.contains("disk full"), "{error}");
+        error
+    };
+    full(&[&["--out", fresh.to_str().unwrap(), "--epochs", "1"], &small[..]].concat());
+    assert!(!fresh.exists(), "a folder is left");
+    let begin = program(&[&["train", "--out", begun.to_str().unwrap(), "--epochs", "1"], &small[..]].concat());
+    assert!(begin.status.success(), "{begin:?}");
+    let adapter = std::fs::read(begun.join("adapter.safetensors")).unwrap();
+    let error = full(&["--resume", begun.to_str().unwrap(), "--epochs", "2"]);
+    assert!(error.contains("--resume"), "{error}");
+    assert_eq!(std::fs::read(begun.join("adapter.safetensors")).unwrap(), adapter);
+    let more = program(&["train", "--resume", begun.to_str().unwrap(), "--epochs", "2"]);
+    assert!(more.status.success(), "{more:?}");
+}
+
+#[test]
+fn places_that_cannot_be_written_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    let below = file.join("x");
+    refused(&["--dump-update", below.to_str().unwrap()], &["--dump-update", "file/x"]);
+    refused(&["--dump-update", "u.safetensors:100000"], &["--dump-update 100000", "updates 1 to 60"]);
+    let sample = ["sample", "--device", "cpu", "--prompt", "a", "--steps", "1", "--out"];
+    for args in
+        [vec![below.to_str().unwrap()], vec![dir.path().to_str().unwrap(), "--save-latents", below.to_str().unwrap()]]
+    {
+        let output = program(&[&sample[..], &args].concat());
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && error.contains("file/x"), "{error}");
+    }
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is written");
+    // A folder of the user's stays, one made for the run does not.
+    let (own, made) = (dir.path().join("own"), dir.path().join("a/b/c"));
+    std::fs::create_dir(&own).unwrap();
+    for out in [&own, &made] {
+        let output = program(&["train", "--device", "cpu", "--reward", "beauty", "--out", out.to_str().unwrap()]);
+        assert_eq!(output.status.code(), Some(2));
+    }
+    assert!(own.is_dir() && std::fs::read_dir(&own).unwrap().count() == 0 && !dir.path().join("a").exists());
+}
+
+/// Tensors of another shape than a model takes.
+#[test]
+fn tensors_of_the_wrong_shape() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let failed = |args: &[&str], words: &[&str]| {
+        let output = program(args);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+        assert!(!error.contains("panicked"), "{args:?}: {error}");
+        words.iter().for_each(|w| assert!(error.contains(w), "{args:?}: {w:?} is not in {error}"));
+    };
+    let write = |name: &str, tensors: &[(String, Vec<usize>, Vec<f32>)]| {
+        pcpo_wgpu::files::write_tensors(&path(name), tensors, &[]).unwrap();
+        path(name).to_str().unwrap().to_string()
+    };
+    for shape in [vec![1, 4, 0, 0], vec![1, 3, 16, 16], vec![2, 4, 16, 16], vec![4, 16, 16]] {
+        let n = shape.iter().product();
+        let file = write("latents.safetensors", &[("latents".into(), shape, vec![0.0; n])]);
+        failed(&["sample", "--device", "cpu", "--prompt", "a", "--steps", "1", "--latents", &file], &["--latents"]);
+    }
+    let lora = |rank: usize| {
+        let layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q";
+        let matrix = |side: &str, shape: Vec<usize>| {
+            let n = shape.iter().product();
+            (format!("{layer}.lora_{side}.weight"), shape, vec![0.1; n])
+        };
+        write("lora.safetensors", &[matrix("A", vec![rank, 128]), matrix("B", vec![128, rank])])
+    };
+    failed(&["sample", "--device", "cpu", "--prompt", "a", "--steps", "1", "--lora", &lora(0)], &["lora.safetensors"]);
+    // A reference of another model, and one with noise.
+    let golden = golden("simple");
+    let weights = pcpo_wgpu::model::weights::Weights::open_file(&golden.join("reference.safetensors")).unwrap();
+    let (values, shape) = weights.f32("in.latents").unwrap();
+    let narrow = vec![shape[0], shape[1] / 2, shape[2], shape[3]];
+    let half = values[..values.len() / 2].to_vec();
+    let run = std::fs::read_to_string(golden.join("reference.json")).unwrap();
+    for (latents, json, word) in [
+        (("in.latents".to_string(), narrow, half), run.clone(), "channels"),
+        (("in.latents".to_string(), shape, values), run.replace("\"eta\": 0.0", "\"eta\": 1.0"), "eta = 1"),
+    ] {
+        let out = weights.f32("out.latents").unwrap();
+        let file = write("reference.safetensors", &[latents, ("out.latents".into(), out.1, out.0)]);
+        std::fs::write(path("reference.json"), json).unwrap();
+        let model = golden.to_str().unwrap();
+        failed(&["check", "--device", "cpu", "--model", model, "--reference", &file], &[word]);
+    }
 }

@@ -32,6 +32,12 @@ fn credit_prints_the_promised_json() {
         assert!((row["w_proportionate"].as_f64().unwrap() - 0.516_900_2).abs() < 1e-6);
         assert!((row["w_released"].as_f64().unwrap() - 0.516_899_7).abs() < 1e-6);
     }
+    // A schedule that the released sampler does not fit has its table all the same.
+    let other = golden_folder("nomid");
+    let other: serde_json::Value =
+        serde_json::from_str(&text(&program(&["credit", "--model", &other, "--json"]))).unwrap();
+    assert!(other["rows"][0]["w_proportionate"].is_number() && other["rows"][0]["w_released"].is_null());
+    assert!(text(&program(&["credit", "--eta", "0"])).contains("no step has noise"));
     let few = program(&["credit", "--steps", "10", "--json"]);
     assert!(!text(&few).contains("released"));
 }
@@ -62,6 +68,26 @@ fn credit_of_a_flow_prints_the_promised_json() {
     let published = program(&["credit", "--sampler", "dance", "--zeta", "13.343", "--json"]);
     let json: serde_json::Value = serde_json::from_str(&text(&published)).unwrap();
     assert_eq!((json["zeta"].as_f64(), json["steps"].as_u64()), (Some(13.343), Some(16)));
+}
+
+fn golden_folder(name: &str) -> String {
+    golden(name).to_str().unwrap().to_string()
+}
+
+/// Whatever a model folder looks like, its memory can be estimated.
+#[test]
+fn plan_reads_every_kind_of_folder() {
+    let names = std::fs::read_dir(golden("")).unwrap().map(|e| e.unwrap().path());
+    let models: Vec<_> = names.filter(|m| m.join("model_index.json").is_file()).collect();
+    assert!(models.len() >= 9, "{models:?}");
+    for model in models {
+        let small = ["--resolution", "32"];
+        let flux = model.file_name().unwrap().to_str().unwrap().starts_with("flux");
+        let args =
+            ["plan", "--device", "cpu", "--reward", "symmetry", "--prompt", "a", "--model", model.to_str().unwrap()];
+        let output = program(&[&args[..], if flux { &small } else { &[] }].concat());
+        assert!(text(&output).contains("peak "), "{}: {output:?}", model.display());
+    }
 }
 
 #[test]

@@ -43,6 +43,32 @@ fn native_weights_match_the_golden_numbers() {
     }
 }
 
+/// The papers turn v into eps first; the kernels work in units of the prediction. It is one and the same step.
+#[test]
+fn a_step_in_v_is_the_step_in_eps() {
+    let json = |prediction: &str| {
+        serde_json::json!({ "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "steps_offset": 1, "set_alpha_to_one": false, "clip_sample": false, "prediction_type": prediction })
+    };
+    let steps = |prediction| {
+        let schedule = Ddim::from_config(&json(prediction)).unwrap();
+        let native = schedule.steps(20, 1.0).unwrap();
+        apply(Credit::Proportionate, &Schedule::Ddim(schedule), native, None).unwrap()
+    };
+    let (x, v, v_old, z) = (0.7f64, -0.4f64, -0.41f64, 1.3f64);
+    for (e, p) in steps("epsilon").iter().zip(&steps("v_prediction")) {
+        let Family::Diffusion { alpha_bar: bar, .. } = e.family else { panic!("a diffusion step") };
+        let eps = |v: f64| bar.sqrt() * v + (1.0 - bar).sqrt() * x;
+        let (in_eps, in_v) = (e.a * x - e.b * eps(v), p.a * x - p.b * v);
+        assert!((in_eps - in_v).abs() < 1e-12, "the mean at {}: {in_eps} and {in_v}", e.t);
+        assert_eq!((e.sigma, e.weight), (p.sigma, p.weight));
+        let log_rho = |w: f64, d: f64| -(w * d * z + 0.5 * (w * d).powi(2));
+        let of_v = f64::from(pcpo_wgpu::ops::Coefficients::from(p).w);
+        let (a, b) = (log_rho(e.weight, eps(v) - eps(v_old)), log_rho(of_v, v - v_old));
+        assert!((a - b).abs() < 1e-6 * a.abs(), "log rho at {}: {a} and {b}", e.t);
+    }
+}
+
 #[test]
 fn proportionate_credit_is_the_native_mean_at_any_number_of_steps() {
     let schedule = Ddim::stable_diffusion();

@@ -18,7 +18,7 @@ use pcpo_wgpu::ops::{Coefficients, Guidance, NoiseKey, read};
 use pcpo_wgpu::philox::{self, Stream, noise};
 use pcpo_wgpu::schedule::{Family, Flow, Grid, Sampler, Sampling, Schedule, Step, ddim::Ddim};
 
-use crate::support::gpu;
+use crate::support::{gpu, largest};
 
 const KEY: NoiseKey = NoiseKey { seed: 0x0123_4567_89ab_cdef, first_image: 1000, step: 5 };
 
@@ -46,12 +46,7 @@ fn coefficients(rule: Credit, clip: bool) -> Coefficients {
 fn error(found: &[f32], expected: &[f32]) -> f64 {
     assert_eq!(found.len(), expected.len());
     let scale = expected.iter().fold(1e-30f64, |m, v| m.max(f64::from(v.abs())));
-    found
-        .iter()
-        .zip(expected)
-        .map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())
-        .fold(0.0, |m, e| if e.is_nan() { f64::NAN } else { f64::max(m, e) })
-        / scale
+    largest(found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())) / scale
 }
 
 #[test]
@@ -98,12 +93,24 @@ fn normals_match_the_committed_vectors() {
 fn philox_noise_on_the_gpu_is_that_of_the_cpu_in_any_batch_layout() {
     let (gpu, cpu) = (gpu(), Compute::cpu());
     for shape in SHAPES {
-        let found = read(&philox_noise(&gpu, shape, KEY)).unwrap();
-        let expected = read(&philox_noise(&cpu, shape, KEY)).unwrap();
+        let found = read(&philox_noise(&gpu, shape, KEY).unwrap()).unwrap();
+        let expected = read(&philox_noise(&cpu, shape, KEY).unwrap()).unwrap();
         assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 2e-6), "{shape:?}");
-        assert_eq!(found, read(&philox_noise(&gpu, shape, KEY)).unwrap(), "repeats to the bit");
+        // And of the formula in f64.
+        let dim: usize = shape[1..].iter().product();
+        for (i, z) in found.iter().enumerate() {
+            let (image, element) = ((i / dim) as u32, i % dim);
+            let words =
+                philox::words(KEY.seed, Stream::StepNoise, KEY.first_image + image, KEY.step, element as u32 / 4);
+            let pair = if element % 4 < 2 { [words[0], words[1]] } else { [words[2], words[3]] };
+            let radius = (-2.0 * ((f64::from(pair[0] >> 9) + 0.5) / 8_388_608.0).ln()).sqrt();
+            let (sin, cos) = (std::f64::consts::TAU * f64::from(pair[1]) / 4_294_967_296.0).sin_cos();
+            let exact = radius * if element % 2 == 0 { cos } else { sin };
+            assert!((f64::from(*z) - exact).abs() < 2e-6, "{shape:?}: element {i} is {z}, not {exact}");
+        }
+        assert_eq!(found, read(&philox_noise(&gpu, shape, KEY).unwrap()).unwrap(), "repeats to the bit");
         let last = NoiseKey { first_image: KEY.first_image + shape[0] as u32 - 1, ..KEY };
-        let alone = read(&philox_noise(&gpu, [1, shape[1], shape[2], shape[3]], last)).unwrap();
+        let alone = read(&philox_noise(&gpu, [1, shape[1], shape[2], shape[3]], last).unwrap()).unwrap();
         assert_eq!(alone, found[found.len() - alone.len()..], "a batch of one has the same noise");
     }
 }
@@ -118,7 +125,24 @@ fn ddim_step_matches_its_reference() {
             let c = coefficients(Credit::Native, clip);
             let (x_prev, prediction, log_prob) = ddim_step::reference(&x, &out, shape[0], guidance, &c, KEY);
             let wide = [shape[0] * guidance.rows(), shape[1], shape[2], shape[3]];
-            let found = ddim_step(&gpu, &tensor(&gpu, &x, shape), &tensor(&gpu, &out, wide), guidance, &c, KEY);
+            let found =
+                ddim_step(&gpu, &tensor(&gpu, &x, shape), &tensor(&gpu, &out, wide), guidance, &c, KEY).unwrap();
+            let z = noise_of(shape[0], n / shape[0]);
+            let exact: Vec<f32> = (0..n)
+                .map(|i| {
+                    let x = f64::from(x[i]);
+                    let p = match guidance {
+                        Guidance::Off => f64::from(out[i]),
+                        Guidance::Scale(g) => {
+                            f64::from(out[i]) + f64::from(g) * (f64::from(out[i + n]) - f64::from(out[i]))
+                        }
+                    };
+                    let x0 = f64::from(c.x0_x) * x - f64::from(c.x0_p) * p;
+                    let moved = if clip { f64::from(c.root_prev) * (x0.clamp(-1.0, 1.0) - x0) } else { 0.0 };
+                    (f64::from(c.a) * x - f64::from(c.b) * p + moved + f64::from(c.sigma) * f64::from(z[i])) as f32
+                })
+                .collect();
+            assert!(error(&read(&found.x_prev).unwrap(), &exact) < 1e-5, "x_prev {shape:?} against f64");
             assert!(error(&read(&found.x_prev).unwrap(), &x_prev) < 1e-5, "x_prev {shape:?}");
             assert!(error(&read(&found.prediction).unwrap(), &prediction) < 1e-5, "prediction {shape:?}");
             assert!(error(&read(&found.log_prob).unwrap(), &log_prob) < 1e-5, "log_prob {shape:?}");
@@ -175,13 +199,14 @@ fn flow_step_matches_its_reference() {
                 let c = Coefficients::from(step);
                 let (x_prev, prediction, log_prob) = flow_step::reference(&x, &out, shape[0], guidance, &c, KEY);
                 let wide = [shape[0] * guidance.rows(), shape[1], shape[2], shape[3]];
-                let found = flow_step(&gpu, &tensor(&gpu, &x, shape), &tensor(&gpu, &out, wide), guidance, &c, KEY);
+                let found =
+                    flow_step(&gpu, &tensor(&gpu, &x, shape), &tensor(&gpu, &out, wide), guidance, &c, KEY).unwrap();
                 assert!(error(&read(&found.x_prev).unwrap(), &x_prev) < 1e-5, "x_prev {shape:?} {sampler:?}");
                 assert!(error(&read(&found.prediction).unwrap(), &prediction) < 1e-5, "prediction {shape:?}");
                 // Relative to the larger of 1 and the value: log p passes through 0 as sigma does.
                 let log_p = read(&found.log_prob).unwrap();
-                let off = log_p.iter().zip(&log_prob).map(|(a, b)| (a - b).abs() / b.abs().max(1.0));
-                assert!(off.fold(0.0, f32::max) < 1e-5, "log_prob {shape:?} {sampler:?}");
+                let off = log_p.iter().zip(&log_prob).map(|(a, b)| f64::from((a - b).abs() / b.abs().max(1.0)));
+                assert!(largest(off) < 1e-5, "log_prob {shape:?} {sampler:?}");
             }
         }
     }
@@ -316,7 +341,8 @@ fn log_ratio_keeps_its_accuracy_where_the_difference_of_log_probabilities_has_no
                 })
                 .collect();
             let found =
-                log_ratio(&gpu, &tensor(&gpu, &out, shape), &tensor(&gpu, &old, shape), None, Guidance::Off, &c, KEY);
+                log_ratio(&gpu, &tensor(&gpu, &out, shape), &tensor(&gpu, &old, shape), None, Guidance::Off, &c, KEY)
+                    .unwrap();
             let found = read(&found).unwrap();
             let cpu = log_ratio::reference(&out, &old, None, shape[0], Guidance::Off, &c, KEY);
             for b in 0..shape[0] {
@@ -400,13 +426,19 @@ fn policy_objective_matches_its_reference() {
                     guidance,
                     &c,
                     KEY,
-                );
+                )
+                .unwrap();
                 assert!(
                     error(&read(&g).unwrap(), &gradient) < 1e-5,
                     "{objective:?} {shape:?}: gradient {:e}",
                     error(&read(&g).unwrap(), &gradient)
                 );
                 assert!(error(&read(&t).unwrap(), &stats) < 1e-5, "{objective:?} {shape:?}: statistics");
+                let exact = gradient_f64(&s, &out, &old, with, &advantage, guidance, &c);
+                for (path, found) in [("shader", &read(&g).unwrap()), ("reference", &gradient)] {
+                    let off = error(found, &exact);
+                    assert!(off < 1e-5, "{path} of {objective:?} {shape:?}: {off:e} off the gradient in f64");
+                }
             }
         }
     }
@@ -483,6 +515,70 @@ fn loss_f64(
     total * f64::from(s.scale)
 }
 
+/// Its gradient with respect to the network's output, in f64.
+fn gradient_f64(
+    s: &Surrogate,
+    out: &[f32],
+    old: &[f32],
+    frozen: Option<&[f32]>,
+    advantage: &[f32],
+    guidance: Guidance,
+    c: &Coefficients,
+) -> Vec<f32> {
+    let (n, dim) = (old.len(), old.len() / advantage.len());
+    let z = noise_of(advantage.len(), dim);
+    let combine = |v: &[f32], i: usize| match guidance {
+        Guidance::Off => f64::from(v[i]),
+        Guidance::Scale(g) => f64::from(v[i]) + f64::from(g) * (f64::from(v[i + n]) - f64::from(v[i])),
+    };
+    let (w, wn, xi, q) = (f64::from(c.w), f64::from(c.w_native), f64::from(s.xi), f64::from(c.quadratic));
+    let mut gradient = vec![0f32; out.len()];
+    for (b, &a) in advantage.iter().enumerate() {
+        let rows = b * dim..(b + 1) * dim;
+        let wd = |i: usize| w * (combine(out, i) - f64::from(old[i]));
+        let sum: f64 = rows.clone().map(|i| wd(i) * f64::from(z[i]) + 0.5 * q * wd(i).powi(2)).sum();
+        let (lr, a) = (-sum / dim as f64, f64::from(a));
+        let bounded = |rho: f64| (a > 0.0 && rho > 1.0 + xi) || (a < 0.0 && rho < 1.0 - xi);
+        let slope = match s.objective {
+            Objective::PpoClip => {
+                if bounded(lr.exp()) {
+                    0.0
+                } else {
+                    -a * lr.exp()
+                }
+            }
+            Objective::LogRatio => {
+                if bounded(1.0 + lr) {
+                    0.0
+                } else {
+                    -a
+                }
+            }
+            Objective::LogHinge => {
+                if xi * a.abs() - a * lr > 0.0 {
+                    -a
+                } else {
+                    0.0
+                }
+            }
+        };
+        for i in rows {
+            let policy = -slope * f64::from(c.loss_weight) * w * (f64::from(z[i]) + q * wd(i));
+            let kl = frozen.map_or(0.0, |f| f64::from(s.beta) * wn * wn * (combine(out, i) - combine(f, i)));
+            let g = (policy + kl) * f64::from(s.scale) / dim as f64;
+            let through = if s.guidance_gradient == GuidanceGradient::Both { 1.0 } else { 0.0 };
+            match guidance {
+                Guidance::Off => gradient[i] = g as f32,
+                Guidance::Scale(scale) => {
+                    gradient[i] = (through * (1.0 - f64::from(scale)) * g) as f32;
+                    gradient[i + n] = (f64::from(scale) * g) as f32;
+                }
+            }
+        }
+    }
+    gradient
+}
+
 #[test]
 fn log_hinge_counts_no_clip_at_zero_advantage() {
     let s = surrogate(Objective::LogHinge, GuidanceGradient::Both, 0.0);
@@ -549,7 +645,7 @@ fn group_advantage_normalises_as_each_method_does() {
 fn the_three_paths_of_every_benchmark_agree() {
     for compute in [gpu(), Compute::cpu()] {
         for (batch, shape) in [(1, [4, 64, 64]), (3, [4, 9, 7])] {
-            let case = Case::new(&compute, batch, shape);
+            let case = Case::new(&compute, batch, shape).unwrap();
             OPERATIONS.iter().for_each(|op| case.verify(op).unwrap());
         }
     }

@@ -6,6 +6,8 @@ mod credit;
 mod hot_path;
 mod lora;
 mod model;
+mod reward;
+mod settings;
 mod shaders;
 mod support;
 mod train;

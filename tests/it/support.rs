@@ -3,7 +3,12 @@
 use std::path::PathBuf;
 use std::sync::OnceLock;
 
-use pcpo_wgpu::device::{Compute, open};
+use pcpo_wgpu::device::{Compute, adapters, open};
+
+/// The largest of some errors; infinite where one is not finite, which a plain maximum would pass over.
+pub fn largest(errors: impl Iterator<Item = f64>) -> f64 {
+    errors.fold(0.0, |most, e| if e.is_finite() { most.max(e) } else { f64::INFINITY })
+}
 
 pub fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -17,10 +22,17 @@ pub fn cpu() -> Compute {
     Compute::cpu()
 }
 
-/// The GPU that tests run on: PCPO_TEST_DEVICE, or lavapipe. Opened once: Burn keeps one runtime a device.
+/// The GPU that tests run on: PCPO_TEST_DEVICE, or software Vulkan, or where there is none the first adapter.
+pub fn gpu_name() -> String {
+    let lavapipe = || adapters().iter().any(|a| a.info.name.to_lowercase().contains("llvmpipe"));
+    let found = || if lavapipe() { "lavapipe" } else { "0" }.to_string();
+    std::env::var("PCPO_TEST_DEVICE").unwrap_or_else(|_| found())
+}
+
+/// [`gpu_name`], opened once: Burn keeps one runtime a device.
 pub fn gpu() -> Compute {
     static GPU: OnceLock<Compute> = OnceLock::new();
-    let wanted = std::env::var("PCPO_TEST_DEVICE").unwrap_or_else(|_| "lavapipe".into());
+    let wanted = gpu_name();
     let hint = "install a Vulkan driver (Debian: mesa-vulkan-drivers), or set PCPO_TEST_DEVICE";
     GPU.get_or_init(|| {
         pcpo_wgpu::ops::gpu::poison_outputs();

@@ -4,6 +4,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::command_line::program;
+use crate::support::gpu_name;
 
 /// A small job on the embedded model.
 const SMALL: [&str; 12] = [
@@ -142,6 +143,62 @@ fn a_killed_run_resumes_to_the_bit() {
     assert_eq!(updates(&a), updates(&b), "the same losses at every update");
 }
 
+/// Two runs never write to one folder.
+#[test]
+fn a_folder_belongs_to_one_run() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let job = [&["train", "--out", out.to_str().unwrap(), "--device", "cpu", "--epochs", "3"], &SMALL[..]].concat();
+    let mut first = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
+        .args(&job)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut lines = std::io::BufRead::lines(std::io::BufReader::new(first.stdout.take().unwrap()));
+    assert!(lines.any(|line| line.unwrap().starts_with("model:")));
+    let refused = |args: &[&str]| {
+        let output = program(args);
+        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && error.contains("another run"), "{error}");
+    };
+    refused(&job);
+    while !out.join("checkpoints/epoch-00001/state.json").is_file() {
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    refused(&["train", "--resume", out.to_str().unwrap()]);
+    assert!(lines.any(|line| line.unwrap().starts_with("result:")));
+    assert!(first.wait().unwrap().success() && !out.join(".lock").exists());
+}
+
+/// A run that ends earlier than it was meant to is compared with its beginning on the same pictures.
+#[test]
+fn a_shortened_run_ends_with_whole_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    run(&out, &[&["--device", "cpu", "--epochs", "1"], &SMALL[..]].concat());
+    let settings = std::fs::read_to_string(out.join("settings.toml")).unwrap();
+    // As a run of three epochs that was killed after its second.
+    std::fs::write(out.join("settings.toml"), settings.replace("epochs = 1", "epochs = 3")).unwrap();
+    let mut child = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
+        .args(["train", "--resume", out.to_str().unwrap()])
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    while !out.join("checkpoints/epoch-00002/state.json").is_file() {
+        assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    let size = |epoch: usize| image::image_dimensions(out.join(format!("grids/epoch-{epoch:05}.png"))).unwrap();
+    assert_ne!(size(2), size(0));
+    let output = program(&["train", "--resume", out.to_str().unwrap(), "--epochs", "2"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(size(2), size(0));
+}
+
 #[test]
 fn resuming_refuses_another_model_and_other_settings() {
     let dir = tempfile::tempdir().unwrap();
@@ -241,7 +298,7 @@ fn the_gpu_path_trains_a_flow_like_the_cpu() {
 /// One epoch on both devices. What both embedded models' jobs leave open is set here.
 fn gpu_like_cpu(model: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
-    let device = std::env::var("PCPO_TEST_DEVICE").unwrap_or_else(|_| "lavapipe".into());
+    let device = gpu_name();
     let job = [
         "--epochs",
         "1",
@@ -279,6 +336,23 @@ fn gpu_like_cpu(model: &[&str]) {
     }
     let reward = |lines: &[serde_json::Value]| of(lines, "epoch").next().unwrap()["reward_mean"].as_f64().unwrap();
     assert!((reward(&gpu) - reward(&cpu)).abs() < 1e-3);
+}
+
+/// On one GPU too a resumed run is the unbroken one, to the bit.
+#[test]
+fn a_run_resumes_to_the_bit_on_the_gpu() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
+    let device = gpu_name();
+    let job = ["--device", &device, "--prompt", "red apple", "--images-per-epoch", "2", "--group-size", "2"];
+    let short = ["--steps", "3", "--train-steps", "1", "--updates-per-epoch", "1"];
+    run(&whole, &[&job[..], &short, &["--epochs", "2"]].concat());
+    run(&parts, &[&job[..], &short, &["--epochs", "1"]].concat());
+    let output = program(&["train", "--resume", parts.to_str().unwrap(), "--epochs", "2"]);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for file in ["adapter.safetensors", "checkpoints/epoch-00002/state.json", "before_after.png"] {
+        assert_eq!(std::fs::read(whole.join(file)).unwrap(), std::fs::read(parts.join(file)).unwrap(), "{file}");
+    }
 }
 
 #[test]

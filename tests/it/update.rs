@@ -15,7 +15,7 @@ use pcpo_wgpu::rollout::{Denoise, Guided, Visit};
 use pcpo_wgpu::schedule::{Grid, Sampler, Sampling, Step};
 use pcpo_wgpu::update::{Batch, batch_gradient};
 
-use crate::support::{cpu, emoji, golden, gpu};
+use crate::support::{cpu, emoji, golden, gpu, largest};
 
 /// A dump, the model that it is of, and the settings that its file does not hold.
 struct Case {
@@ -63,11 +63,13 @@ fn cases() -> [Case; 4] {
     ]
 }
 
-/// Replays a dump and compares every matrix's gradient; returns the largest relative error.
-fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
+/// A matrix's key and its gradient.
+type Gradients = Vec<(String, Vec<f32>)>;
+
+/// Replays a dump in batches of at most `rows` images; returns the gradient of every matrix.
+fn replay(compute: &Compute, case: &Case, by_block: Option<usize>, rows: usize) -> Gradients {
     let name = case.name;
     let dump = Weights::open_file(&golden(&format!("update/{name}.safetensors"))).unwrap();
-    let torch = Weights::open_file(&golden(&format!("update/{name}-torch.safetensors"))).unwrap();
     let family = Family::of(&case.model).unwrap();
     let net = family.load(&case.model, &compute.burn, Storage::F32).unwrap();
     // The dump holds the adapter under `lora.`: rewritten as a file of its own, with its alpha.
@@ -90,8 +92,12 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
         Conditioning { sequence: Tensor::from_data(TensorData::new(values, shape), &compute.burn), pooled }
     };
     let ((latents, shape), (old, _)) = (dump.f32("latents").unwrap(), dump.f32("eps_old").unwrap());
-    let row =
-        |values: &[f32], s: usize| values[s * values.len() / shape[0]..(s + 1) * values.len() / shape[0]].to_vec();
+    // Images first to first + n of step s.
+    let size: usize = shape[2..].iter().product();
+    let part = |values: &[f32], s: usize, first: usize, n: usize| {
+        let start = (s * shape[1] + first) * size;
+        values[start..start + n * size].to_vec()
+    };
     let schedule = load_schedule(&case.model).unwrap();
     let all = apply(case.credit, &schedule, schedule.steps(&case.sampling).unwrap(), None).unwrap();
     let timesteps = dump.f32("timesteps").unwrap().0;
@@ -107,15 +113,6 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
     let advantages = dump.f32("advantages").unwrap().0;
     let cond = conditioning("prompt_embeds", "pooled_prompt_embeds");
     let uncond = conditioning("negative_prompt_embeds", "negative_pooled_prompt_embeds");
-    let batch = Batch {
-        first: 0,
-        // The second update of the first epoch.
-        first_image: dump.metadata("first_image").unwrap().parse().unwrap(),
-        shape: shape[1..].try_into().unwrap(),
-        visits: (0..trained.len()).map(|s| Visit { x: row(&latents, s), old: row(&old, s) }).collect(),
-        cond: cond.clone(),
-        uncond: uncond.clone(),
-    };
     let surrogate = Surrogate {
         objective: case.objective,
         xi: dump.metadata("clip_range").unwrap().parse().unwrap(),
@@ -124,15 +121,42 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
         scale: 1.0 / (advantages.len() * trained.len()) as f32,
     };
     let guidance = Guided::new(&*net, case.guidance);
-    let policy = Denoise { compute, net: &*net, lora: None, guidance, cond: &cond, uncond: &uncond };
-    let how = (&advantages[..], 0, by_block);
-    let found = batch_gradient(&policy, &adapter, &batch, &trained, &surrogate, how, || Ok(())).unwrap();
-    let mut worst = 0f64;
+    // The second update of the first epoch.
+    let first_image: u32 = dump.metadata("first_image").unwrap().parse().unwrap();
+    let mut sum: Option<Vec<Vec<f32>>> = None;
+    for first in (0..advantages.len()).step_by(rows.min(advantages.len())) {
+        let n = rows.min(advantages.len() - first);
+        let (cond, uncond) = (cond.rows(first, n), uncond.rows(first, n));
+        let visit = |s| Visit { x: part(&latents, s, first, n), old: part(&old, s, first, n) };
+        let batch = Batch {
+            first,
+            first_image: first_image + first as u32,
+            shape: [n, shape[2], shape[3], shape[4]],
+            visits: (0..trained.len()).map(visit).collect(),
+        };
+        let policy = Denoise { compute, net: &*net, lora: None, guidance, cond: &cond, uncond: &uncond };
+        let how = (&advantages[first..first + n], 0, by_block);
+        let found = batch_gradient(&policy, &adapter, &batch, &trained, &surrogate, how, || Ok(())).unwrap().gradients;
+        sum = Some(match sum {
+            None => found,
+            Some(sum) => {
+                let add = |(a, b): (Vec<f32>, Vec<f32>)| a.iter().zip(b).map(|(a, b)| a + b).collect();
+                sum.into_iter().zip(found).map(add).collect()
+            }
+        });
+    }
     let mut gradient = adapter.clone();
-    gradient.parameters().into_iter().zip(&found.gradients).for_each(|(p, g)| p.clone_from(g));
+    gradient.parameters().into_iter().zip(sum.unwrap()).for_each(|(p, g)| *p = g);
+    let named = pcpo_wgpu::lora_io::tensors(&gradient, pcpo_wgpu::lora_io::Format::Diffusers, family);
+    named.into_iter().map(|(key, _, values)| (key, values)).collect()
+}
+
+/// The largest error of a matrix, relative to the largest entry of what is expected.
+fn worst(name: &str, found: &Gradients, expected: impl Fn(&str) -> Vec<f32>) -> f64 {
+    let mut worst = 0f64;
     let mut silent = 0;
-    for (key, _, values) in pcpo_wgpu::lora_io::tensors(&gradient, pcpo_wgpu::lora_io::Format::Diffusers, family) {
-        let expected = torch.f32(&key).unwrap().0;
+    for (key, values) in found {
+        let expected = expected(key);
         let scale = expected.iter().fold(0f64, |m, v| m.max(f64::from(v.abs())));
         if scale == 0.0 {
             // The last block's text queries lead nowhere.
@@ -140,8 +164,8 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>) -> f64 {
             assert!(key.contains("add_q_proj") && values.iter().all(|v| *v == 0.0), "{key} has no gradient");
             continue;
         }
-        let error = values.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max) / scale;
-        worst = worst.max(if error.is_nan() { f64::INFINITY } else { error });
+        assert_eq!(values.len(), expected.len(), "{key}");
+        worst = worst.max(largest(values.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs()))) / scale);
     }
     assert!(silent <= 2, "{name}: {silent} matrices without a gradient");
     worst
@@ -153,10 +177,28 @@ fn gradients_of_an_update_are_those_of_pytorch() {
         for case in cases() {
             // At once; block by block with all rows; with three at a time, of eight or four.
             for by_block in [None, Some(64), Some(3)] {
-                let worst = replay(&compute, &case, by_block);
+                let torch = Weights::open_file(&golden(&format!("update/{}-torch.safetensors", case.name))).unwrap();
+                let found = replay(&compute, &case, by_block, usize::MAX);
+                let worst = worst(case.name, &found, |key| torch.f32(key).unwrap().0);
                 println!("{} on {}, block by block {by_block:?}: {worst:.1e}", case.name, compute.name);
                 assert!(worst < 1e-3, "{} on {}: off by {worst:e}", case.name, compute.name);
             }
+        }
+    }
+}
+
+/// Gradients accumulate over batches: their size changes the order of additions and nothing else.
+#[test]
+fn the_size_of_a_batch_never_changes_the_update() {
+    let compute = cpu();
+    for case in cases() {
+        let whole = replay(&compute, &case, None, usize::MAX);
+        for rows in [1, 3] {
+            let parts = replay(&compute, &case, None, rows);
+            let of = |key: &str| whole.iter().find(|(k, _)| k == key).unwrap().1.clone();
+            let worst = worst(case.name, &parts, of);
+            println!("{} in batches of {rows}: {worst:.1e}", case.name);
+            assert!(worst < 1e-5, "{} in batches of {rows}: off by {worst:e}", case.name);
         }
     }
 }
