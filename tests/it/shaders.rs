@@ -26,7 +26,7 @@ fn every_shader_translates_for_msl_hlsl_and_spirv() {
         )
         .write(&module, &info, None)
         .unwrap_or_else(|e| panic!("{name}: HLSL: {e}"));
-        let threads = if kernel.name == "credit_reduce" { 256 } else { pcpo_wgpu::ops::THREADS };
+        let threads = pcpo_wgpu::ops::THREADS;
         assert!(
             text.contains(&format!("numthreads({threads}, 1, 1)")),
             "{name}: HLSL has no kernel of {threads} threads"
