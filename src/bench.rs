@@ -220,20 +220,22 @@ impl<'a> Case<'a> {
     /// # Errors
     /// When the device fails.
     pub fn times(&self, operation: &str) -> Result<[f64; 3]> {
-        medians([
+        // The device's two paths take turns; the reference is apart, since the device falls asleep while it computes.
+        let [shader, burn] = medians([
             &mut || {
                 drop(self.shader(operation)?);
                 self.sync()
             },
             &mut || {
-                drop(std::hint::black_box(self.reference(operation)));
-                Ok(())
-            },
-            &mut || {
                 self.run_tensor_operations(operation);
                 self.sync()
             },
-        ])
+        ])?;
+        let [reference] = medians([&mut || {
+            drop(std::hint::black_box(self.reference(operation)));
+            Ok(())
+        }])?;
+        Ok([shader, reference, burn])
     }
 
     /// Seconds of a copy of one latent batch, through Burn.
@@ -261,14 +263,13 @@ pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<
     let deviations = read(&tensor_ops::credit_reduce(&tensor, &weight))?;
     let burn = deviations.chunks(7).zip(&expected).all(|(a, b)| (a[1] - b.log_rho_std).abs() <= 1e-4);
     ensure!(close && burn, "credit_reduce: shader, reference and Burn disagree at {steps} x {samples}");
-    let [shader, reference, burn] = medians([
-        &mut || credit_reduce(compute, &tensor, &weights).map(drop),
-        &mut || {
-            std::hint::black_box(credit_reduce::reference(&stats, steps, &weights));
-            Ok(())
-        },
-        &mut || read(&tensor_ops::credit_reduce(&tensor, &weight)).map(drop),
-    ])?;
+    let [shader, burn] = medians([&mut || credit_reduce(compute, &tensor, &weights).map(drop), &mut || {
+        read(&tensor_ops::credit_reduce(&tensor, &weight)).map(drop)
+    }])?;
+    let [reference] = medians([&mut || {
+        std::hint::black_box(credit_reduce::reference(&stats, steps, &weights));
+        Ok(())
+    }])?;
     let size = format!("{steps} x {samples}");
     Ok(format!(
         "{:<18} {size:>16} {:>12.3} {:>14.3} {:>12.3} {:>11.1}x",
@@ -280,26 +281,26 @@ pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<
     ))
 }
 
-/// Median seconds of each path over at least 5 rounds and 0.2 s a path, after one round to warm up. The paths take turns, so
-/// that a machine that slows down slows all of them.
+/// Runs of a path in a row: each is measured warm, as in a loop.
+const ROW: usize = 5;
+
+/// Median seconds of each path over at least two rounds and 0.2 s a path. In a round each path runs once for warmth and
+/// [`ROW`] times for its time, so that a machine that slows down slows all of them.
 fn medians<const N: usize>(mut paths: [&mut dyn FnMut() -> Result<()>; N]) -> Result<[f64; N]> {
-    for path in &mut paths {
-        path()?;
-    }
-    let (mut times, start) = (vec![[0f64; N]; 0], Instant::now());
-    while times.len() < 5 || (start.elapsed().as_secs_f64() < 0.2 * N as f64 && times.len() < 200) {
-        let mut round = [0.0; N];
-        for (path, seconds) in paths.iter_mut().zip(&mut round) {
-            let one = Instant::now();
+    let (mut times, start) = (vec![Vec::new(); N], Instant::now());
+    while times[0].len() < 2 * ROW || (start.elapsed().as_secs_f64() < 0.2 * N as f64 && times[0].len() < 40 * ROW) {
+        for (path, times) in paths.iter_mut().zip(&mut times) {
             path()?;
-            *seconds = one.elapsed().as_secs_f64();
+            for _ in 0..ROW {
+                let one = Instant::now();
+                path()?;
+                times.push(one.elapsed().as_secs_f64());
+            }
         }
-        times.push(round);
     }
     Ok(std::array::from_fn(|path| {
-        let mut column: Vec<f64> = times.iter().map(|round| round[path]).collect();
-        column.sort_by(f64::total_cmp);
-        column[column.len() / 2]
+        times[path].sort_by(f64::total_cmp);
+        times[path][times[path].len() / 2]
     }))
 }
 

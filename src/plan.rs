@@ -28,10 +28,9 @@ const SAVED_UNET: Factors = Factors { stream: 8.0, wide: 2.0, scores: 1.5 };
 const SAVED_TRANSFORMER: Factors = Factors { stream: 14.5, wide: 3.0, scores: 1.5 };
 /// What the backward pass of a block holds besides.
 const BACKWARD: Factors = Factors { stream: 3.0, wide: 1.0, scores: 2.5 };
-/// What several threads of the CPU take beside what they hold, where all blocks are tracked at once: each has a heap of
-/// its own, whose holes stay. Of a UNet with its tensors of many sizes, and of a transformer.
-const HEAPS_UNET: f64 = 1.8;
-const HEAPS_TRANSFORMER: f64 = 1.15;
+/// What several threads of the CPU take beside what they hold, where all blocks of a UNet are tracked at once: each has a
+/// heap of its own, where its tensors of many sizes leave holes.
+const HEAPS: f64 = 1.4;
 /// A decoder's, of its largest level.
 const DECODER: Factors = Factors { stream: 6.0, wide: 0.0, scores: 3.0 };
 /// Values under a convolution's kernel: the CPU and software Vulkan lay them out for a matrix product.
@@ -142,11 +141,8 @@ pub fn plan(shapes: &Shapes, s: &Settings, target: Target) -> Plan {
         true => largest(&|b| saved(b) + backward(b)) + shapes.blocks.iter().map(|b| 4.0 * rows * b.stream).sum::<f64>(),
         false => shapes.blocks.iter().map(saved).sum::<f64>() + largest(&backward),
     };
-    let heaps = match (target.gpu || updating < 2.0 || s.activation_checkpointing, unet) {
-        (true, _) => 1.0,
-        (false, true) => HEAPS_UNET,
-        (false, false) => HEAPS_TRANSFORMER,
-    };
+    let holes = unet && !target.gpu && updating > 1.0 && !s.activation_checkpointing;
+    let heaps = if holes { HEAPS } else { 1.0 };
     let decode_scores = |b: &Block| if target.gpu { b.scores.min(MAX_SCORES) } else { 0.0 };
     let decode = shapes.decoder.iter().map(|b| DECODER.bytes(b, 1.0, decode_scores(b))).fold(0.0, f64::max);
     let parameters: f64 = shapes.targets.iter().map(|(i, o)| ((i + o) * s.rank) as f64).sum();

@@ -88,7 +88,7 @@ SPECS = {
     "sd21": dict(
         unet={**SD15_UNET, "_diffusers_version": "0.10.0.dev0", "block_out_channels": [16, 24, 32, 32],
               "norm_num_groups": 8, "cross_attention_dim": 32, "sample_size": 16, "attention_head_dim": [2, 4, 4, 4],
-              "dual_cross_attention": False, "num_class_embeds": None, "only_cross_attention": False,
+              "layers_per_block": 1, "dual_cross_attention": False, "num_class_embeds": None, "only_cross_attention": False,
               "use_linear_projection": True, "upcast_attention": True},
         vae=vae([8, 8, 16], scaling_factor=0.18215),
         text=text(hidden_act="gelu", pad_token_id=0),

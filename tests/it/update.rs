@@ -1,4 +1,4 @@
-//! The gradient of a whole update against PyTorch's: tests/golden/update holds four dumps, two of a UNet, one of an SD3 and
+//! The gradient of a whole update against PyTorch's: tests/golden/update holds five dumps, three of a UNet, one of an SD3 and
 //! one of a FLUX transformer, and what scripts/verify_update.py made of them with diffusers and peft.
 
 use std::path::PathBuf;
@@ -28,7 +28,7 @@ struct Case {
     credit: Credit,
 }
 
-fn cases() -> [Case; 4] {
+fn cases() -> [Case; 5] {
     let ddim = |name, objective, beta, credit| Case {
         name,
         model: emoji(),
@@ -58,6 +58,7 @@ fn cases() -> [Case; 4] {
     [
         ddim("ppo", Objective::PpoClip, 0.0, Credit::Native),
         ddim("hinge", Objective::LogHinge, 0.05, Credit::Proportionate),
+        Case { guidance: 1.0, ..ddim("native", Objective::LogHinge, 0.0, Credit::Native) },
         flow("sd3-hinge", "sd3", Objective::LogHinge, 0.05, Credit::Proportionate, Sampler::FlowGrpo),
         flow("flux-guard", "flux-dev", Objective::PpoClip, 0.0, Credit::Guard, Sampler::Dance),
     ]
@@ -123,6 +124,7 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>, rows: usize) 
     let guidance = Guided::new(&*net, case.guidance);
     // The second update of the first epoch.
     let first_image: u32 = dump.metadata("first_image").unwrap().parse().unwrap();
+    let seed: u64 = dump.metadata("seed").map_or(0, |s| s.parse().unwrap());
     let mut sum: Option<Vec<Vec<f32>>> = None;
     for first in (0..advantages.len()).step_by(rows.min(advantages.len())) {
         let n = rows.min(advantages.len() - first);
@@ -135,7 +137,7 @@ fn replay(compute: &Compute, case: &Case, by_block: Option<usize>, rows: usize) 
             visits: (0..trained.len()).map(visit).collect(),
         };
         let policy = Denoise { compute, net: &*net, lora: None, guidance, cond: &cond, uncond: &uncond };
-        let how = (&advantages[first..first + n], 0, by_block);
+        let how = (&advantages[first..first + n], seed, by_block);
         let found = batch_gradient(&policy, &adapter, &batch, &trained, &surrogate, how, || Ok(())).unwrap().gradients;
         sum = Some(match sum {
             None => found,
