@@ -9,8 +9,8 @@ use crate::commands;
 use crate::dump;
 use crate::lora_io::Format;
 use crate::model::weights::Storage;
+use crate::options::Options;
 use crate::schedule::{Grid, Sampler};
-use crate::settings::Options;
 
 /// Aligns text-to-image models with a reward by policy gradients (PCPO), on any GPU, without CUDA.
 #[derive(Parser)]

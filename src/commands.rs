@@ -9,10 +9,10 @@ use crate::model::pipeline::{Family, TextFrom, load_schedule};
 use crate::model::text::{Text, write_embeddings};
 use crate::model::weights::{Storage, Weights};
 use crate::model::{Conditioning, Pipeline, config::Config};
+use crate::options::Options;
 use crate::philox::{self, Stream};
 use crate::rollout::{Denoise, Guided, decode, for_batches, rows_at_a_time, sample as run_sampler};
 use crate::schedule::{Flow, Grid, Sampler, Sampling, Schedule, ddim::Ddim};
-use crate::settings::Options;
 use crate::{artifacts, device, files, lora_io, plan, progress, shapes, train as training};
 
 /// `train`.

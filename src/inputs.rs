@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use crate::settings::Options;
+use crate::options::Options;
 
 /// The embedded models with the jobs that `train` runs for them.
 const EMBEDDED: [(&str, &str); 2] = [

@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use burn::tensor::{Tensor, TensorData};
 use image::RgbImage;
 use serde_json::json;
@@ -24,17 +24,19 @@ use crate::lora_io::{self, Format};
 use crate::memory;
 use crate::metrics;
 use crate::model::{Conditioning, Pipeline};
-use crate::ops::Coefficients;
 use crate::ops::credit_reduce::credit_reduce;
 use crate::ops::group_advantage::{group_advantage, varies};
-use crate::ops::policy_objective::{STATS, Surrogate};
+use crate::ops::policy_objective::Surrogate;
+use crate::ops::{Coefficients, read};
+use crate::options::InitialNoise;
 use crate::philox::{self, Stream};
 use crate::prepare::prepare;
 use crate::progress::{Bar, bar, check_stop};
 use crate::reward::Reward;
 use crate::rollout::{Denoise, Guided, decode, for_batches, sample};
 use crate::schedule::Step;
-use crate::settings::{InitialNoise, Settings};
+use crate::self_test::self_test;
+use crate::settings::Settings;
 use crate::update::{Batch, Contribution, batch_gradient};
 use crate::work::{Draw, Seconds, Work};
 
@@ -305,7 +307,7 @@ impl Run<'_> {
         let stats = Tensor::cat(contributions.iter().map(|c| c.stats.clone()).collect(), 1);
         let weights: Vec<f32> = trained.iter().map(|(_, step)| Coefficients::from(step).w).collect();
         if self.state.updates == 0 {
-            self.self_test(&stats, &gradients)?;
+            self_test(s, &read(&stats)?, &gradients)?;
         }
         let table = credit_reduce(&self.compute, &stats, &weights)?;
         let number = self.state.updates + 1;
@@ -343,14 +345,6 @@ impl Run<'_> {
             eprintln!("warning: update {number} has a loss or gradient that is not finite and is skipped");
         }
         Ok(metrics::update(self.state.epoch + 1, number, trained, &table, grad_norm))
-    }
-
-    /// Before the first update rho is 1 and everything is finite: anything else means that training and sampling disagree.
-    fn self_test(&self, stats: &Tensor<3>, gradients: &[Vec<f32>]) -> Result<()> {
-        let most = self_test_bound(self.s);
-        let worst = first_update(&crate::ops::read(stats)?, gradients, most).context("self-test")?;
-        println!("self-test: rho = 1 before the first update, to {worst:.1e} (at most {most:.0e})");
-        Ok(())
     }
 
     /// Goes back to where the loss was still finite; the caller keeps that state.
@@ -393,52 +387,5 @@ impl Run<'_> {
             lora_io::save(adapter, &dir.join("adapter.safetensors"), Format::Diffusers, family)?;
             checkpoint::save(dir, state, (adapter, family), optimizer, keep)
         })
-    }
-}
-
-/// The largest |log rho| that rounding may leave before the first update. With activation checkpointing training runs the
-/// very passes that sampling ran; without, attention is computed another way where gradients are tracked. Weights of fewer
-/// bits are the same on both sides.
-fn self_test_bound(s: &Settings) -> f64 {
-    if s.activation_checkpointing { 1e-6 } else { 1e-5 }
-}
-
-/// The largest |log rho| of the first update's statistics.
-///
-/// # Errors
-/// When it is more than `most`, or a statistic or a gradient is not finite.
-fn first_update(stats: &[f32], gradients: &[Vec<f32>], most: f64) -> Result<f32> {
-    ensure!(
-        stats.iter().chain(gradients.iter().flatten()).all(|v| v.is_finite()),
-        "the loss or its gradient is not finite before the first update: the model overflows on this device; use \
-         --storage f32 or --device cpu, or check the model with `pcpo-wgpu check`"
-    );
-    let worst = stats.iter().step_by(STATS).fold(0f32, |m, v| m.max(v.abs()));
-    ensure!(
-        f64::from(worst) <= most,
-        "|log rho| is {worst:e} before the first update, more than {most:e}: sampling and training compute different \
-         predictions on this device; use --activation-checkpointing true, or report it with the output of `pcpo-wgpu devices`"
-    );
-    Ok(worst)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::{STATS, first_update};
-
-    #[test]
-    fn the_self_test_refuses_what_is_not_finite_or_not_one() {
-        let stats = |log_rho: f32, loss: f32| [log_rho, loss, 0.0, 0.0, 0.0, 1.0].to_vec();
-        assert_eq!(stats(0.0, 0.0).len(), STATS);
-        let good = vec![vec![1.0, -2.0]];
-        assert_eq!(first_update(&[stats(1e-7, 1.0), stats(-5e-7, 1.0)].concat(), &good, 1e-6).unwrap(), 5e-7);
-        for (stats, gradients) in [
-            (stats(f32::NAN, 1.0), good.clone()),
-            (stats(0.0, f32::INFINITY), good.clone()),
-            (stats(0.0, 1.0), vec![vec![1.0], vec![f32::NAN]]),
-            (stats(2e-6, 1.0), good),
-        ] {
-            assert!(first_update(&stats, &gradients, 1e-6).is_err(), "{stats:?}");
-        }
     }
 }

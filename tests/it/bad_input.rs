@@ -40,18 +40,7 @@ fn settings() {
     refused(&["--target-modules", "to_x"], &["--target-modules to_x"]);
     refused(&["--device", "no such gpu"], &["no such gpu"]);
     refused(
-        &[
-            "--train-window",
-            "true",
-            "--config",
-            "/dev/null",
-            "--model",
-            "tests/golden/simple",
-            "--reward",
-            "symmetry",
-            "--prompt",
-            "a",
-        ],
+        &["--train-window", "true", "--model", "tests/golden/simple", "--reward", "symmetry", "--prompt", "a"],
         &["--train-window", "--train-steps"],
     );
     refused(&["--credit", "native", "--credit-total", "trained"], &["--credit-total"]);

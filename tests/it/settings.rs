@@ -3,7 +3,8 @@
 use pcpo_wgpu::credit::Credit;
 use pcpo_wgpu::ops::group_advantage::Advantage;
 use pcpo_wgpu::ops::policy_objective::Objective;
-use pcpo_wgpu::settings::{InitialNoise, Options, Preset, Settings};
+use pcpo_wgpu::options::{InitialNoise, Options, Preset};
+use pcpo_wgpu::settings::Settings;
 
 use crate::support::golden;
 
