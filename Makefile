@@ -2,6 +2,9 @@
 
 PROGRAM = target/release/pcpo-wgpu
 
+# Without a desktop session Mesa complains that this is missing, and then does without.
+export XDG_RUNTIME_DIR ?= /tmp
+
 .PHONY: run test build driver lavapipe bench
 
 run: build
