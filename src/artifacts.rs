@@ -1,5 +1,5 @@
-//! A run's folder: settings, metrics, picture grids, adapter. Nothing is on disk before the first epoch is complete;
-//! then every epoch leaves a folder that is whole.
+//! A run's folder: settings, metrics, picture grids, adapter. It is empty, but for its lock, until there is something to
+//! continue from; then every epoch leaves a folder that is whole.
 
 use std::path::{Path, PathBuf};
 
@@ -28,8 +28,9 @@ const LOCK: &str = ".lock";
 fn lock(dir: &Path, flag: &str) -> Result<std::fs::File> {
     let path = dir.join(LOCK);
     let file = std::fs::File::create(&path).with_context(|| format!("{flag} {}: cannot be written", dir.display()))?;
+    // Some network filesystems have no locks: a run goes on without.
     ensure!(
-        file.try_lock().is_ok(),
+        !matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock)),
         "{flag} {}: another run writes there; wait for it or choose another",
         dir.display()
     );

@@ -18,8 +18,8 @@ use crate::ops::group_advantage::Tracker;
 const VERSION: u32 = 2;
 /// What the folder of a checkpoint is called until it is whole.
 const PARTIAL: &str = ".partial-";
-/// The checkpoint of an epoch that was stopped between two of its updates.
-const UNFINISHED: &str = "unfinished";
+/// The checkpoint of an epoch that was stopped between two of its updates, with their number behind it.
+const UNFINISHED: &str = "unfinished-";
 
 /// The part of a checkpoint that is not tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -83,6 +83,15 @@ fn epochs(run: &Path) -> Vec<usize> {
     all
 }
 
+/// The checkpoints of epochs that were stopped, oldest first: more than one only where a run was killed while it saved.
+fn unfinished(run: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
+    let mut all: Vec<PathBuf> =
+        entries.filter(|e| e.file_name().to_string_lossy().starts_with(UNFINISHED)).map(|e| e.path()).collect();
+    all.sort_unstable();
+    all
+}
+
 /// Writes the checkpoint of a state whole or not at all, then drops older ones that are not a multiple of `keep`, and what
 /// an epoch that is complete by now had left.
 ///
@@ -96,8 +105,10 @@ pub fn save(
     keep: usize,
 ) -> Result<()> {
     let parent = run.join("checkpoints");
-    let unfinished = parent.join(UNFINISHED);
-    let target = if state.unfinished.is_some() { unfinished.clone() } else { folder(run, state.epoch) };
+    let target = match state.unfinished {
+        Some(_) => parent.join(format!("{UNFINISHED}{:06}", state.updates)),
+        None => folder(run, state.epoch),
+    };
     std::fs::create_dir_all(&parent).with_context(|| format!("{}: cannot be made", parent.display()))?;
     let temporary = tempfile::Builder::new()
         .prefix(PARTIAL)
@@ -117,8 +128,8 @@ pub fn save(
         std::fs::remove_dir_all(&target).with_context(|| format!("{}: cannot be replaced", target.display()))?;
     }
     std::fs::rename(temporary.keep(), &target).with_context(|| format!("{}: cannot be written", target.display()))?;
-    if state.unfinished.is_none() {
-        let _ = std::fs::remove_dir_all(unfinished);
+    for old in unfinished(run).into_iter().filter(|old| *old != target) {
+        let _ = std::fs::remove_dir_all(old);
     }
     for old in epochs(run).into_iter().filter(|&e| e < state.epoch && e % keep != 0) {
         let _ = std::fs::remove_dir_all(folder(run, old));
@@ -137,7 +148,6 @@ pub fn load(run: &Path, model: &str, linears: &[&Linear]) -> Result<(State, Adap
         let _ = std::fs::remove_dir_all(partial.path());
     }
     let newest = epochs(run).pop();
-    let stopped = run.join("checkpoints").join(UNFINISHED);
     let version = |dir: &Path| -> Result<serde_json::Value> {
         let path = dir.join("state.json");
         let state: serde_json::Value = files::read_json(&path)?;
@@ -150,11 +160,14 @@ pub fn load(run: &Path, model: &str, linears: &[&Linear]) -> Result<(State, Adap
         Ok(state)
     };
     // One that an epoch's own checkpoint has overtaken was about to be removed.
-    let goes_on = stopped.is_dir() && version(&stopped)?["epoch"].as_u64() >= newest.map(|n| n as u64);
-    let dir = match newest {
-        _ if goes_on => stopped,
-        Some(epoch) => folder(run, epoch),
-        None => {
+    let stopped = match unfinished(run).pop() {
+        Some(dir) if version(&dir)?["epoch"].as_u64() >= newest.map(|n| n as u64) => Some(dir),
+        _ => None,
+    };
+    let dir = match (stopped, newest) {
+        (Some(stopped), _) => stopped,
+        (None, Some(epoch)) => folder(run, epoch),
+        (None, None) => {
             bail!("--resume {}: there is no checkpoint in it; give the folder of a run that was saved", run.display())
         }
     };

@@ -54,7 +54,7 @@ pub struct TrainArgs {
     /// Folder of the run [default: runs/PRESET-N]
     #[arg(long, value_name = "DIR")]
     pub out: Option<PathBuf>,
-    /// Continue the run in this folder; only --epochs, --device, --keep-every and --model's place can change
+    /// Continue the run in this folder; only --epochs, --device, --memory, --keep-every and --model's place can change
     #[arg(long, value_name = "DIR", conflicts_with_all = ["config", "out"])]
     pub resume: Option<PathBuf>,
     /// Write update K (counted from 1) whole, for scripts/verify_update.py

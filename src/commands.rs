@@ -38,7 +38,7 @@ pub fn train(args: TrainArgs) -> Result<i32> {
             let same = toml::to_string(&free.over(&saved)?.resolve()?)? == toml::to_string(&resumed)?;
             ensure!(
                 same,
-                "--resume {}: only --epochs, --device, --keep-every and --model (the same model elsewhere) can change; start a new run for the rest",
+                "--resume {}: only --epochs, --device, --memory, --keep-every and --model (the same model elsewhere) can change; start a new run for the rest",
                 dir.display()
             );
             (resumed, dir.clone())

@@ -159,8 +159,9 @@ pub fn plan(shapes: &Shapes, s: &Settings, target: Target) -> Plan {
     Plan {
         weights: shapes.weights,
         program: program + cast,
-        // On the host the values, two moments and a sum of gradients; on the device tracked and frozen, and gradients.
-        adapter: 4.0 * parameters * (4.0 + 4.0 * updating),
+        // On the host the values and two moments, now and before the last step, and a sum of gradients; on the device
+        // tracked and frozen, and gradients.
+        adapter: 4.0 * parameters * (7.0 + 4.0 * updating),
         kept: visits * s.images_per_epoch as f64,
         on_host: card,
         rollout: rollout * sampling + if target.gpu { visits * batch as f64 } else { 0.0 },

@@ -1,6 +1,7 @@
 //! From settings to a run that can start: the device, the model, the steps, and the state, new or from a checkpoint.
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 
 use crate::adamw;
 use crate::artifacts::RunFolder;
@@ -18,6 +19,11 @@ use crate::plan;
 use crate::reward;
 use crate::shapes;
 use crate::train::{Job, Run};
+
+/// A choice as the command line writes it.
+fn name(choice: impl ValueEnum) -> String {
+    choice.to_possible_value().map_or(String::new(), |v| v.get_name().to_string())
+}
 
 /// Checks everything that can be checked and opens what the run needs.
 ///
@@ -58,11 +64,13 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     let (state, adapter, optimizer, folder) = if job.resume {
         let mut folder = RunFolder::resume(&job.out)?;
         let (state, adapter, optimizer) = checkpoint::load(&job.out, &model, &linears)?;
+        let begun = state.epoch + usize::from(state.unfinished.is_some());
         ensure!(
-            state.epoch <= s.epochs,
-            "--epochs {}: the run has completed {} already; give that many or more",
+            begun <= s.epochs,
+            "--epochs {}: the run has completed {} already{}; give at least {begun}",
             s.epochs,
-            state.epoch
+            state.epoch,
+            if begun > state.epoch { " and begun the next" } else { "" }
         );
         folder.keep_lines(state.metrics_lines);
         println!("resuming {} after epoch {}", job.out.display(), state.epoch);
@@ -92,9 +100,9 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
     );
     println!("run: {}", s.summary());
     println!(
-        "method: {:?} with {:?} credit over {} of {} {} steps, reward {}",
-        s.objective,
-        s.credit,
+        "method: {} with {} credit over {} of {} {} steps, reward {}",
+        name(s.objective),
+        name(s.credit),
         s.train_steps.unwrap_or(trainable.len()),
         steps.len(),
         s.sampler.name(),

@@ -59,7 +59,9 @@ pub fn catch_signals() {
         if STOP.swap(true, Ordering::Relaxed) {
             std::process::exit(STOPPED);
         }
-        eprintln!("stopping: the update in progress is finished and saved; a second signal ends the run at once");
+        eprintln!(
+            "stopping: an update in progress is finished and saved, a rollout is dropped; a second signal ends the run at once"
+        );
     });
 }
 

@@ -349,13 +349,17 @@ impl Run<'_> {
 
     /// Goes back to where the loss was still finite; the caller keeps that state.
     fn give_up(&mut self) -> Result<()> {
-        if let Some((adapter, optimizer)) = self.last_good.take() {
-            (self.adapter, self.optimizer) = (adapter, optimizer);
-        }
+        let from = match self.last_good.take() {
+            Some((adapter, optimizer)) => {
+                (self.adapter, self.optimizer) = (adapter, optimizer);
+                let file = self.folder.dir.join("adapter.safetensors");
+                format!("--lora {} starts it from the last adapter whose loss was finite", file.display())
+            }
+            // Resumed with an adapter that was broken already.
+            None => format!("start it from an earlier epoch in {}", self.folder.dir.join("checkpoints").display()),
+        };
         bail!(
-            "{MAX_SKIPPED} updates in a row were not finite; lower --learning-rate or --max-grad-norm in a new run; \
-             --lora {} starts it from the last adapter whose loss was finite",
-            self.folder.dir.join("adapter.safetensors").display()
+            "{MAX_SKIPPED} updates in a row were not finite; lower --learning-rate or --max-grad-norm in a new run; {from}"
         )
     }
 

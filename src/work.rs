@@ -88,7 +88,8 @@ impl Run<'_> {
             };
             (0..work.draw.trained.len()).map(of_step).collect()
         };
-        let mut tensors = [column("x", |v| &v.x), column("old", |v| &v.old)].concat();
+        let mut tensors = column("x", |v| &v.x);
+        tensors.extend(column("old", |v| &v.old));
         tensors.push(("advantages".into(), vec![work.advantages.len()], work.advantages.clone()));
         let t = work.seconds;
         let unfinished = Unfinished {

@@ -1,7 +1,7 @@
 //! `credit_reduce`: the statistics of an update for each trained step: how log rho spreads, how much is clipped, and
 //! how much each step contributes to the gradient (|d loss / d log rho| times the step's weight).
 //!
-//! `[S, N, STATS]` and weights `[S]` -> one [`StepStats`] a step. Fixed reduction tree; accuracy 1e-5.
+//! `[S, N, STATS]` and weights `[S]` -> one [`StepStats`] a step. Sums in a fixed order; accuracy 1e-5.
 
 use anyhow::Result;
 use burn::tensor::{Tensor, TensorData};

@@ -47,31 +47,31 @@ impl Command {
         let folder = tempfile::tempdir().context("a folder for the reward program's images")?;
         Ok(Self { program: program.into(), child, stdin, answers: Mutex::new(answers), folder })
     }
+}
 
-    /// Why there is no answer.
-    fn died(&mut self) -> anyhow::Error {
-        let status = self.end().map_or("it closed its output".to_string(), |s| s.to_string());
-        anyhow!(
-            "--reward command:{}: the program ended without an answer ({status}); run it by hand to see why",
-            self.program
-        )
-    }
-
-    /// Ends the program: its end of input tells it to, one that does not is ended. Its status, if it ended by itself.
-    fn end(&mut self) -> Option<ExitStatus> {
-        self.stdin = None;
-        let start = Instant::now();
-        while start.elapsed() < GRACE {
-            match self.child.try_wait() {
-                Ok(None) => std::thread::sleep(Duration::from_millis(10)),
-                Ok(status) => return status,
-                Err(_) => break,
-            }
+/// Waits for the program to end by itself, for a while, then ends it. Its status, if it ended by itself.
+fn end(child: &mut Child) -> Option<ExitStatus> {
+    let start = Instant::now();
+    while start.elapsed() < GRACE {
+        match child.try_wait() {
+            Ok(None) => std::thread::sleep(Duration::from_millis(10)),
+            Ok(status) => return status,
+            Err(_) => break,
         }
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-        None
     }
+    kill(child);
+    let _ = child.wait();
+    None
+}
+
+/// Kills the program with everything that its shell started.
+fn kill(child: &mut Child) {
+    // SAFETY: a signal to the group that was made for the child, which has not been waited for.
+    #[cfg(unix)]
+    unsafe {
+        libc::kill(-(child.id() as i32), libc::SIGKILL);
+    }
+    let _ = child.kill();
 }
 
 impl Reward for Command {
@@ -93,24 +93,35 @@ impl Reward for Command {
         // Written from a thread: a program that answers while it reads must not find both pipes full.
         let answers = std::thread::scope(|scope| {
             let writer = scope.spawn(|| stdin.write_all(lines.as_bytes()).and_then(|()| stdin.flush()));
-            let mut answers = Vec::new();
+            let (mut answers, mut status) = (Vec::new(), None);
             while answers.len() < images.len() {
                 match self.answers.get_mut().expect("no thread panics with it").recv_timeout(LOOK) {
                     Ok(line) => answers.push(line),
-                    Err(RecvTimeoutError::Disconnected) => break,
+                    Err(RecvTimeoutError::Disconnected) => {
+                        // The writer may wait for a program that reads no more, here and below.
+                        status = Some(end(&mut self.child));
+                        break;
+                    }
                     Err(RecvTimeoutError::Timeout) => {
                         if let Err(stopped) = check_stop() {
-                            // The writer may wait for a program that reads no more.
-                            let _ = self.child.kill();
+                            kill(&mut self.child);
                             return Err(stopped);
                         }
                     }
                 }
             }
-            let written = writer.join().expect("the writer does not panic");
-            Ok((answers.len() == images.len() && written.is_ok()).then_some(answers))
+            let _ = writer.join().expect("the writer does not panic");
+            Ok(match status {
+                None => Ok(answers),
+                Some(status) => Err(status.map_or("it closed its output".to_string(), |s| s.to_string())),
+            })
         })?;
-        let Some(answers) = answers else { return Err(self.died()) };
+        let answers = answers.map_err(|status| {
+            anyhow!(
+                "--reward command:{}: the program ended without an answer ({status}); run it by hand to see why",
+                self.program
+            )
+        })?;
         let number = |answer: &String| {
             let value = answer.trim().parse::<f64>().ok().filter(|v| v.is_finite());
             value.ok_or_else(|| {
@@ -123,6 +134,8 @@ impl Reward for Command {
 
 impl Drop for Command {
     fn drop(&mut self) {
-        self.end();
+        // Its end of input tells it to end.
+        self.stdin = None;
+        end(&mut self.child);
     }
 }
