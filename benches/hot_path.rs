@@ -14,7 +14,7 @@ use std::process::Command;
 use std::sync::OnceLock;
 
 use divan::Bencher;
-use pcpo_wgpu::bench::{Case, OPERATIONS, reduction_row};
+use pcpo_wgpu::bench::{Case, OPERATIONS, header, reduction_row, row};
 use pcpo_wgpu::device::{Compute, adapters, auto, open};
 
 /// The device, opened once: Burn keeps one runtime a device.
@@ -92,23 +92,12 @@ fn main() -> anyhow::Result<()> {
     divan::main();
     let compute = compute();
     println!("fusion {}", if cfg!(feature = "fusion") { "on" } else { "off" });
-    println!(
-        "{:<18} {:>16} {:>12} {:>14} {:>12} {:>12}",
-        "operation", "batch x latent", "shader ms", "reference ms", "Burn ms", "Burn/shader"
-    );
+    println!("{}", header());
     for size in sizes() {
         let case = Case::new(compute, size.batch, size.shape)?;
         for operation in OPERATIONS {
             case.verify(operation)?;
-            let [shader, reference, burn] = case.times(operation)?;
-            println!(
-                "{operation:<18} {:>16} {:>12.3} {:>14.3} {:>12.3} {:>11.1}x",
-                size.to_string(),
-                1e3 * shader,
-                1e3 * reference,
-                1e3 * burn,
-                burn / shader
-            );
+            println!("{}", row(operation, &size.to_string(), case.times(operation)?));
         }
     }
     for (steps, samples) in [(20, 32), (50, 256)] {

@@ -91,9 +91,7 @@ impl RunFolder {
     /// # Errors
     /// When it cannot be encoded.
     pub fn picture(&mut self, name: impl AsRef<Path>, image: &RgbImage) -> Result<()> {
-        let mut bytes = std::io::Cursor::new(Vec::new());
-        image.write_to(&mut bytes, image::ImageFormat::Png).context("a picture cannot be encoded as PNG")?;
-        self.file(name, bytes.into_inner());
+        self.file(name, files::png(image)?);
         Ok(())
     }
 

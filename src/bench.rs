@@ -6,9 +6,10 @@ use std::time::Instant;
 use anyhow::{Result, ensure};
 use burn::tensor::{Tensor, TensorData};
 
+use crate::check::largest_error;
 use crate::credit::{self, Credit};
 use crate::device::Compute;
-use crate::ops::credit_reduce::{self, credit_reduce};
+use crate::ops::credit_reduce::{self, StepStats, credit_reduce};
 use crate::ops::ddim_step::{self, ddim_step};
 use crate::ops::flow_step::{self, flow_step};
 use crate::ops::log_ratio::{self, log_ratio};
@@ -189,11 +190,9 @@ impl<'a> Case<'a> {
             if found.len() == 2 * expected.len() {
                 found = found.into_iter().step_by(2).collect();
             }
-            // Not a maximum, which would pass over NaN.
-            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-4 * scale;
-            let worst = found.iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+            let worst = largest_error(&found, &expected);
             ensure!(
-                found.len() == expected.len() && found.iter().zip(&expected).all(close),
+                worst <= f64::from(1e-4 * scale),
                 "{operation}: the {path} path is off by {worst:e} of {scale:e} at {:?}",
                 self.shape
             );
@@ -259,10 +258,14 @@ pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<
     let weight = Tensor::<1>::from_data(TensorData::new(weights.clone(), [steps]), &compute.burn);
     let (found, expected) =
         (credit_reduce(compute, &tensor, &weights)?, credit_reduce::reference(&stats, steps, &weights));
-    let close = found.iter().zip(&expected).all(|(a, b)| (a.log_rho_std - b.log_rho_std).abs() <= 1e-4);
-    let deviations = read(&tensor_ops::credit_reduce(&tensor, &weight))?;
-    let burn = deviations.chunks(7).zip(&expected).all(|(a, b)| (a[1] - b.log_rho_std).abs() <= 1e-4);
-    ensure!(close && burn, "credit_reduce: shader, reference and Burn disagree at {steps} x {samples}");
+    let deviations = |rows: &[StepStats]| rows.iter().map(|r| r.log_rho_std).collect::<Vec<f32>>();
+    let burn: Vec<f32> = read(&tensor_ops::credit_reduce(&tensor, &weight))?.chunks(7).map(|row| row[1]).collect();
+    for found in [deviations(&found), burn] {
+        ensure!(
+            largest_error(&found, &deviations(&expected)) <= 1e-4,
+            "credit_reduce: shader, reference and Burn disagree at {steps} x {samples}"
+        );
+    }
     let [shader, burn] = medians([&mut || credit_reduce(compute, &tensor, &weights).map(drop), &mut || {
         read(&tensor_ops::credit_reduce(&tensor, &weight)).map(drop)
     }])?;
@@ -270,15 +273,22 @@ pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<
         std::hint::black_box(credit_reduce::reference(&stats, steps, &weights));
         Ok(())
     }])?;
-    let size = format!("{steps} x {samples}");
-    Ok(format!(
-        "{:<18} {size:>16} {:>12.3} {:>14.3} {:>12.3} {:>11.1}x",
-        "credit_reduce",
-        1e3 * shader,
-        1e3 * reference,
-        1e3 * burn,
-        burn / shader
-    ))
+    Ok(row("credit_reduce", &format!("{steps} x {samples}"), [shader, reference, burn]))
+}
+
+/// The head of a table of [`row`]s.
+pub fn header() -> String {
+    format!(
+        "{:<18} {:>16} {:>12} {:>14} {:>12} {:>12}",
+        "operation", "batch x latent", "shader ms", "reference ms", "Burn ms", "Burn/shader"
+    )
+}
+
+/// One line of a table: seconds of (shader, CPU reference, Burn operations).
+pub fn row(operation: &str, size: &str, [shader, reference, burn]: [f64; 3]) -> String {
+    let ratio = burn / shader;
+    let [shader, reference, burn] = [shader, reference, burn].map(|seconds| 1e3 * seconds);
+    format!("{operation:<18} {size:>16} {shader:>12.3} {reference:>14.3} {burn:>12.3} {ratio:>11.1}x")
 }
 
 /// Runs of a path in a row: each is measured warm, as in a loop.
@@ -310,27 +320,17 @@ fn medians<const N: usize>(mut paths: [&mut dyn FnMut() -> Result<()>; N]) -> Re
 /// When paths disagree or the device fails.
 pub fn short_table(compute: &Compute) -> Result<()> {
     let sizes = [(8, [4, 16, 16]), (1, [4, 64, 64]), (8, [4, 64, 64]), (8, [16, 128, 128])];
-    println!(
-        "{:<18} {:>16} {:>12} {:>14} {:>12} {:>12} {:>7} {:>10}",
-        "operation", "batch x latent", "shader ms", "reference ms", "Burn ms", "Burn/shader", "GB/s", "of a copy"
-    );
+    println!("{} {:>7} {:>10}", header(), "GB/s", "of a copy");
     for (batch, shape) in sizes {
         let case = Case::new(compute, batch, shape)?;
         let bytes = |n: usize, seconds: f64| n as f64 / seconds / 1e9;
         let copy = bytes(2 * 4 * case.shape.iter().product::<usize>(), case.copy()?);
         for operation in OPERATIONS {
             case.verify(operation)?;
-            let [shader, reference, burn] = case.times(operation)?;
-            let rate = bytes(case.bytes(operation), shader);
-            println!(
-                "{operation:<18} {:>16} {:>12.3} {:>14.3} {:>12.3} {:>11.1}x {rate:>7.2} {:>9.0}%",
-                format!("{batch} x {}x{}x{}", shape[0], shape[1], shape[2]),
-                1e3 * shader,
-                1e3 * reference,
-                1e3 * burn,
-                burn / shader,
-                100.0 * rate / copy
-            );
+            let times = case.times(operation)?;
+            let rate = bytes(case.bytes(operation), times[0]);
+            let size = format!("{batch} x {}x{}x{}", shape[0], shape[1], shape[2]);
+            println!("{} {rate:>7.2} {:>9.0}%", row(operation, &size, times), 100.0 * rate / copy);
         }
     }
     println!("{}", reduction_row(compute, 20, 32)?);

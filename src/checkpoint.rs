@@ -18,7 +18,10 @@ use crate::ops::group_advantage::Tracker;
 const VERSION: u32 = 2;
 /// What the folder of a checkpoint is called until it is whole.
 const PARTIAL: &str = ".partial-";
-/// The checkpoint of an epoch that was stopped between two of its updates, with their number behind it.
+/// The checkpoint of a complete epoch, with its number behind it.
+const EPOCH: &str = "epoch-";
+/// The checkpoint of an epoch that was stopped between two of its updates, with their number behind it; more than one only
+/// where a run was killed while it saved.
 const UNFINISHED: &str = "unfinished-";
 
 /// The part of a checkpoint that is not tensors.
@@ -48,11 +51,24 @@ pub struct Unfinished {
     pub rewards: Vec<f64>,
     /// The metrics of the updates that are done, as written.
     pub lines: Vec<String>,
-    /// Seconds of sampling, decoding, scoring, updating, and of all.
-    #[serde(with = "files::exact")]
-    pub seconds: Vec<f64>,
+    pub seconds: Seconds,
     #[serde(skip)]
     pub tensors: Vec<Named>,
+}
+
+/// Where an epoch's time went.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Seconds {
+    pub rollout: f64,
+    pub decode: f64,
+    pub reward: f64,
+    pub update: f64,
+}
+
+impl Seconds {
+    pub fn all(&self) -> f64 {
+        self.rollout + self.decode + self.reward + self.update
+    }
 }
 
 impl State {
@@ -72,22 +88,22 @@ impl State {
 }
 
 fn folder(run: &Path, epoch: usize) -> PathBuf {
-    run.join("checkpoints").join(format!("epoch-{epoch:05}"))
+    run.join("checkpoints").join(format!("{EPOCH}{epoch:05}"))
 }
 
-fn epochs(run: &Path) -> Vec<usize> {
+/// The folders among a run's checkpoints whose names begin with a prefix, in the order of their numbers.
+fn named(run: &Path, prefix: &str) -> Vec<PathBuf> {
     let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
-    let mut all: Vec<usize> =
-        entries.filter_map(|e| e.file_name().to_str()?.strip_prefix("epoch-")?.parse().ok()).collect();
+    let mut all: Vec<PathBuf> =
+        entries.filter(|e| e.file_name().to_string_lossy().starts_with(prefix)).map(|e| e.path()).collect();
     all.sort_unstable();
     all
 }
 
-/// The checkpoints of epochs that were stopped, oldest first: more than one only where a run was killed while it saved.
-fn unfinished(run: &Path) -> Vec<PathBuf> {
-    let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
-    let mut all: Vec<PathBuf> =
-        entries.filter(|e| e.file_name().to_string_lossy().starts_with(UNFINISHED)).map(|e| e.path()).collect();
+/// The epochs that have a checkpoint.
+fn epochs(run: &Path) -> Vec<usize> {
+    let number = |dir: PathBuf| dir.file_name()?.to_str()?.strip_prefix(EPOCH)?.parse().ok();
+    let mut all: Vec<usize> = named(run, EPOCH).into_iter().filter_map(number).collect();
     all.sort_unstable();
     all
 }
@@ -128,7 +144,7 @@ pub fn save(
         std::fs::remove_dir_all(&target).with_context(|| format!("{}: cannot be replaced", target.display()))?;
     }
     std::fs::rename(temporary.keep(), &target).with_context(|| format!("{}: cannot be written", target.display()))?;
-    for old in unfinished(run).into_iter().filter(|old| *old != target) {
+    for old in named(run, UNFINISHED).into_iter().filter(|old| *old != target) {
         let _ = std::fs::remove_dir_all(old);
     }
     for old in epochs(run).into_iter().filter(|&e| e < state.epoch && e % keep != 0) {
@@ -143,12 +159,11 @@ pub fn save(
 /// When there is none, it is of another version or another model, or a file is damaged.
 pub fn load(run: &Path, model: &str, linears: &[&Linear]) -> Result<(State, Adapter, adamw::State)> {
     // What a killed run was writing.
-    let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
-    for partial in entries.filter(|e| e.file_name().to_string_lossy().starts_with(PARTIAL)) {
-        let _ = std::fs::remove_dir_all(partial.path());
+    for partial in named(run, PARTIAL) {
+        let _ = std::fs::remove_dir_all(partial);
     }
     let newest = epochs(run).pop();
-    let version = |dir: &Path| -> Result<serde_json::Value> {
+    let read = |dir: PathBuf| -> Result<(PathBuf, State)> {
         let path = dir.join("state.json");
         let state: serde_json::Value = files::read_json(&path)?;
         ensure!(
@@ -157,22 +172,18 @@ pub fn load(run: &Path, model: &str, linears: &[&Linear]) -> Result<(State, Adap
             path.display(),
             state["version"]
         );
-        Ok(state)
+        let state = serde_json::from_value(state).with_context(|| format!("{}: is damaged", path.display()))?;
+        Ok((dir, state))
     };
-    // One that an epoch's own checkpoint has overtaken was about to be removed.
-    let stopped = match unfinished(run).pop() {
-        Some(dir) if version(&dir)?["epoch"].as_u64() >= newest.map(|n| n as u64) => Some(dir),
-        _ => None,
-    };
-    let dir = match (stopped, newest) {
-        (Some(stopped), _) => stopped,
-        (None, Some(epoch)) => folder(run, epoch),
-        (None, None) => {
+    let stopped = named(run, UNFINISHED).pop().map(read).transpose()?;
+    let (dir, mut state) = match (stopped, newest) {
+        // One that an epoch's own checkpoint has overtaken was about to be removed.
+        (Some((dir, state)), newest) if newest.is_none_or(|n| state.epoch >= n) => (dir, state),
+        (_, Some(epoch)) => read(folder(run, epoch))?,
+        (_, None) => {
             bail!("--resume {}: there is no checkpoint in it; give the folder of a run that was saved", run.display())
         }
     };
-    version(&dir)?;
-    let mut state: State = files::read_json(&dir.join("state.json"))?;
     ensure!(
         state.model == model,
         "--resume {}: the run belongs to a model with hash {:.12}, this one has {model:.12}; give --model the original folder",

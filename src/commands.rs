@@ -11,7 +11,7 @@ use crate::model::weights::{Storage, Weights};
 use crate::model::{Conditioning, Pipeline, config::Config};
 use crate::options::Options;
 use crate::philox::{self, Stream};
-use crate::rollout::{Denoise, Guided, decode, for_batches, rows_at_a_time, sample as run_sampler};
+use crate::rollout::{Denoise, Guided, batches, decode, for_batches, sample as run_sampler};
 use crate::schedule::{Flow, Grid, Sampler, Sampling, Schedule, ddim::Ddim};
 use crate::{artifacts, device, files, lora_io, plan, progress, shapes, train as training};
 
@@ -126,11 +126,9 @@ pub fn sample(args: &SampleArgs) -> Result<i32> {
         files::probe(path)?;
     }
     let (uncond, conds) = (p.encode(&[""])?, p.encode(&args.prompt)?);
-    let most = rows_at_a_time(&compute, total, args.batch);
-    let starts: Vec<usize> = (0..total).step_by(most).collect();
+    let starts = batches(&compute, total, args.batch);
     let bar = progress::bar("sample", starts.len() * steps.len());
-    let drawn = for_batches(&compute, &starts, |&first| {
-        let n = most.min(total - first);
+    let drawn = for_batches(&compute, &starts, |&(first, n)| {
         let cond = Conditioning::cat((first..first + n).map(|i| conds.rows(i / args.batch, 1)).collect());
         let uncond = uncond.repeat(n);
         let policy =
@@ -141,9 +139,7 @@ pub fn sample(args: &SampleArgs) -> Result<i32> {
             Ok(())
         })?;
         for (i, image) in decode(&p.vae, &done.latents)?.iter().enumerate() {
-            let mut bytes = std::io::Cursor::new(Vec::new());
-            image.write_to(&mut bytes, image::ImageFormat::Png).context("PNG")?;
-            files::write(&args.out.join(format!("{:05}.png", first + i)), bytes.get_ref())?;
+            files::write(&args.out.join(format!("{:05}.png", first + i)), &files::png(image)?)?;
         }
         Ok(done.latents)
     })?;
@@ -197,9 +193,7 @@ pub fn credit(args: &CreditArgs) -> Result<i32> {
         print!("{}", table.text());
     }
     if let Some(path) = &args.plot {
-        let mut bytes = std::io::Cursor::new(Vec::new());
-        table.plot().write_to(&mut bytes, image::ImageFormat::Png).context("PNG")?;
-        files::write(path, bytes.get_ref())?;
+        files::write(path, &files::png(&table.plot())?)?;
     }
     Ok(0)
 }

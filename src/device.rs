@@ -23,7 +23,7 @@ pub struct Compute {
 impl Compute {
     /// The CPU backend, on all cores.
     pub fn cpu() -> Self {
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let cores = cores();
         Self {
             burn: Device::flex(),
             gpu: None,
@@ -35,7 +35,7 @@ impl Compute {
 
     /// Batches that run side by side: one a core on the CPU.
     pub fn threads(&self) -> usize {
-        if self.gpu.is_some() { 1 } else { std::thread::available_parallelism().map_or(1, |n| n.get()) }
+        if self.gpu.is_some() { 1 } else { cores() }
     }
 
     /// Waits for everything that was submitted.
@@ -45,6 +45,16 @@ impl Compute {
     pub fn sync(&self) -> Result<()> {
         self.burn.sync().map_err(|e| anyhow!("the device {} failed: {e}", self.name))
     }
+}
+
+/// The processor's cores that this program may use.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get())
+}
+
+/// How many rows go at a time where `total` are to be worked on by so many threads: `most`, or a thread's share of them.
+pub fn rows_at_a_time(threads: usize, total: usize, most: usize) -> usize {
+    most.min(total.div_ceil(threads)).max(1)
 }
 
 /// One line of `pcpo-wgpu devices`.

@@ -11,7 +11,7 @@ use crate::artifacts::{before_after, grid};
 use crate::model::Conditioning;
 use crate::philox::{self, Stream};
 use crate::progress::check_stop;
-use crate::rollout::{decode, for_batches, rows_at_a_time, sample};
+use crate::rollout::{batches, decode, for_batches, sample};
 use crate::train::{Run, Summary};
 
 /// Prompts that the grids show at most.
@@ -34,10 +34,8 @@ impl Run<'_> {
         let lora = self.adapter.to_device(&self.compute.burn, false);
         let quiet = self.pipeline.family.is_flow();
         let steps: Vec<_> = self.steps.iter().map(|s| if quiet { s.without_noise() } else { *s }).collect();
-        let most = rows_at_a_time(&self.compute, total, columns.min(s.batch));
-        let starts: Vec<usize> = (0..total).step_by(most).collect();
-        let rows = for_batches(&self.compute, &starts, |&first| {
-            let n = most.min(total - first);
+        let starts = batches(&self.compute, total, columns.min(s.batch));
+        let rows = for_batches(&self.compute, &starts, |&(first, n)| {
             let cond = Conditioning::cat((first..first + n).map(|i| self.fixed.rows(i % columns, 1)).collect());
             let uncond = self.uncond.repeat(n);
             let noise: Vec<f32> = (first..first + n)
@@ -55,6 +53,14 @@ impl Run<'_> {
         Ok((images, scores.iter().sum::<f64>() / total as f64))
     }
 
+    /// Adds an evaluation to the run's folder: its grid, which is returned, and its line of metrics.
+    pub(crate) fn show(&mut self, epoch: usize, images: &[RgbImage], score: f64) -> Result<RgbImage> {
+        let grid = grid(images, self.grid_columns());
+        self.folder.picture(format!("grids/epoch-{epoch:05}.png"), &grid)?;
+        self.folder.metric(json!({ "kind": "evaluation", "epoch": epoch, "reward_mean": score }));
+        Ok(grid)
+    }
+
     pub(crate) fn finish(&mut self) -> Result<Summary> {
         let dir = self.folder.dir.clone();
         let path = |epoch: usize| dir.join(format!("grids/epoch-{epoch:05}.png"));
@@ -63,9 +69,7 @@ impl Run<'_> {
         if before.dimensions() != after.dimensions() {
             // The run was meant to be longer when its last epoch was drawn, in one row.
             let (images, score) = self.evaluate(true)?;
-            after = grid(&images, self.grid_columns());
-            self.folder.picture(format!("grids/epoch-{:05}.png", self.s.epochs), &after)?;
-            self.folder.metric(json!({ "kind": "evaluation", "epoch": self.s.epochs, "reward_mean": score }));
+            after = self.show(self.s.epochs, &images, score)?;
         }
         self.folder.picture("before_after.png", &before_after(&before, &after))?;
         self.folder.flush(|_| Ok(()))?;

@@ -27,6 +27,16 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
+/// A picture as the bytes of a PNG file.
+///
+/// # Errors
+/// When it cannot be encoded.
+pub fn png(image: &image::RgbImage) -> Result<Vec<u8>> {
+    let mut bytes = std::io::Cursor::new(Vec::new());
+    image.write_to(&mut bytes, image::ImageFormat::Png).context("a picture cannot be encoded as PNG")?;
+    Ok(bytes.into_inner())
+}
+
 /// Checks that a file can be written where it shall be, without leaving anything: what takes hours is not lost at its end.
 ///
 /// # Errors

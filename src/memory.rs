@@ -6,9 +6,8 @@
 pub fn one_heap_a_core() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     {
-        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         // SAFETY: a setting of the allocator, made before any thread is.
-        unsafe { libc::mallopt(libc::M_ARENA_MAX, cores as libc::c_int) };
+        unsafe { libc::mallopt(libc::M_ARENA_MAX, crate::device::cores() as libc::c_int) };
     }
 }
 

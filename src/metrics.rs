@@ -2,9 +2,10 @@
 
 use serde_json::{Value, json};
 
+use crate::checkpoint::Seconds;
 use crate::ops::credit_reduce::StepStats;
 use crate::schedule::Step;
-use crate::work::{Seconds, Work};
+use crate::work::Work;
 
 /// An update's line, with the statistics of each trained step. A norm that is not finite marks a skipped update.
 pub(crate) fn update(
@@ -79,7 +80,7 @@ impl Epoch {
         json!({
             "kind": "epoch", "epoch": self.epoch, "reward_mean": self.reward_mean, "reward_std": self.reward_std,
             "clip_frac": self.clip_frac, "approx_kl": self.approx_kl,
-            "images_per_second": self.images as f64 / t.all, "seconds": t.all, "rollout_seconds": t.rollout,
+            "images_per_second": self.images as f64 / t.all(), "seconds": t.all(), "rollout_seconds": t.rollout,
             "decode_seconds": t.decode, "reward_seconds": t.reward, "update_seconds": t.update, "rollout_peak_mib": rollout_peak,
             "decode_peak_mib": decode_peak, "update_peak_mib": update_peak, "skipped_updates": skipped_updates,
         })
@@ -94,7 +95,7 @@ impl Epoch {
             self.reward_std,
             100.0 * self.clip_frac,
             self.approx_kl,
-            self.seconds.all
+            self.seconds.all()
         )
     }
 }

@@ -7,6 +7,7 @@
 
 use anyhow::{Result, bail};
 
+use crate::device::rows_at_a_time;
 use crate::model::pipeline::Family;
 use crate::model::weights::Storage;
 use crate::ops::Guidance;
@@ -117,7 +118,7 @@ pub fn rows_at_once(shapes: &Shapes) -> usize {
 /// Estimates a run.
 pub fn plan(shapes: &Shapes, s: &Settings, target: Target) -> Plan {
     let guided = !shapes.distilled && Guidance::new(s.guidance_scale) != Guidance::Off;
-    let batch = s.batch.min(s.images_per_update().div_ceil(target.threads));
+    let batch = rows_at_a_time(target.threads, s.images_per_update(), s.batch);
     // An update runs its own share of the batches, a rollout all of them.
     let per_update = s.images_per_update().div_ceil(batch);
     let at_once = |batches: usize| target.threads.min(batches).max(1) as f64;

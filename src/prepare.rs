@@ -98,7 +98,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         adapter.layers.len(),
         adapter.len()
     );
-    println!("run: {}", s.summary());
+    println!("run: {}", s.summary(device::rows_at_a_time(compute.threads(), s.images_per_update(), s.batch)));
     println!(
         "method: {} with {} credit over {} of {} {} steps, reward {}",
         name(s.objective),

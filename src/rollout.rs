@@ -3,11 +3,11 @@
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, anyhow, ensure};
 use burn::tensor::Tensor;
 use image::RgbImage;
 
-use crate::device::Compute;
+use crate::device::{Compute, rows_at_a_time};
 use crate::lora::Lora;
 use crate::model::vae::Vae;
 use crate::model::{Conditioning, Denoiser, Inputs};
@@ -144,9 +144,10 @@ pub fn decode(vae: &Vae, latents: &Tensor<4>) -> Result<Vec<RgbImage>> {
     (0..latents.dims()[0]).map(picture).collect()
 }
 
-/// How many rows go at a time where `total` are to be worked on: `most` on a GPU; on the CPU a share for each core at most.
-pub fn rows_at_a_time(compute: &Compute, total: usize, most: usize) -> usize {
-    most.min(total.div_ceil(compute.threads())).max(1)
+/// `total` rows in batches of at most `most`, on the CPU of a share for each core: (first row, number of rows).
+pub fn batches(compute: &Compute, total: usize, most: usize) -> Vec<(usize, usize)> {
+    let rows = rows_at_a_time(compute.threads(), total, most);
+    (0..total).step_by(rows).map(|first| (first, rows.min(total - first))).collect()
 }
 
 /// Runs `f` over all items, in order of the result: one after the other on a GPU, on a thread for each core on the
@@ -174,7 +175,9 @@ pub fn for_batches<T: Sync, R: Send>(
                 while let Some(i) = Some(next.fetch_add(1, Ordering::Relaxed)).filter(|&i| i < items.len()) {
                     let result = match &pool {
                         Ok(pool) => pool.install(|| f(&items[i])),
-                        Err(_) => f(&items[i]),
+                        Err(e) => Err(anyhow!(
+                            "the system gives no thread for a batch: {e}; use a smaller --batch or fewer cores"
+                        )),
                     };
                     results.lock().expect("no holder panics")[i] = Some(result);
                 }

@@ -308,8 +308,8 @@ impl Settings {
         Ok(())
     }
 
-    /// The derived numbers, for the run's first lines.
-    pub fn summary(&self) -> String {
+    /// The derived numbers, for the run's first lines; `batch` is how many images the network takes at once.
+    pub fn summary(&self, batch: usize) -> String {
         format!(
             "{} epochs of {} images: {} prompts x {} images, {} steps, guidance {}; {} updates an epoch of {} images in batches of {}",
             self.epochs,
@@ -320,7 +320,7 @@ impl Settings {
             self.guidance_scale,
             self.updates_per_epoch * self.inner_epochs,
             self.images_per_update(),
-            self.batch.min(self.images_per_update())
+            batch
         )
     }
 }

@@ -11,11 +11,10 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use burn::tensor::{Tensor, TensorData};
 use image::RgbImage;
-use serde_json::json;
 
 use crate::adamw::{self, Hyper, clip_norm};
-use crate::artifacts::{RunFolder, grid};
-use crate::checkpoint::{self, State};
+use crate::artifacts::RunFolder;
+use crate::checkpoint::{self, Seconds, State};
 use crate::credit::{self, Credit, Total};
 use crate::device::Compute;
 use crate::dump;
@@ -38,7 +37,7 @@ use crate::schedule::Step;
 use crate::self_test::self_test;
 use crate::settings::Settings;
 use crate::update::{Batch, Contribution, batch_gradient};
-use crate::work::{Draw, Seconds, Work};
+use crate::work::{Draw, Work};
 
 /// Updates in a row that may be skipped for values that are not finite.
 const MAX_SKIPPED: usize = 3;
@@ -108,8 +107,7 @@ impl Run<'_> {
         self.folder.file("settings.toml", toml::to_string(self.s).context("settings")?.into_bytes());
         if self.state.epoch == 0 && self.state.unfinished.is_none() {
             let (images, score) = self.evaluate(true)?;
-            self.folder.picture("grids/epoch-00000.png", &grid(&images, self.grid_columns()))?;
-            self.folder.metric(json!({ "kind": "evaluation", "epoch": 0, "reward_mean": score }));
+            self.show(0, &images, score)?;
             self.state.metrics_lines = self.folder.metrics_lines();
         }
         while self.state.epoch < self.s.epochs {
@@ -192,13 +190,7 @@ impl Run<'_> {
                 s.reward
             );
         }
-        let seconds = Seconds {
-            rollout: sampling,
-            decode: decoded - sampling,
-            reward: scored - decoded,
-            update: 0.0,
-            all: start.elapsed().as_secs_f64(),
-        };
+        let seconds = Seconds { rollout: sampling, decode: decoded - sampling, reward: scored - decoded, update: 0.0 };
         let peaks = [sampling_peak, decoding_peak, None];
         Ok(Work { batches, draw, rewards, advantages, lines: Vec::new(), seconds, peaks })
     }
@@ -218,9 +210,7 @@ impl Run<'_> {
             let batches: Vec<&Batch> = work.batches.iter().filter(|b| range.contains(&b.first)).collect();
             let line = self.update(&batches, &work.draw, &work.advantages[range], &progress)?;
             work.lines.push(line.to_string());
-            let seconds = start.elapsed().as_secs_f64();
-            work.seconds.update += seconds;
-            work.seconds.all += seconds;
+            work.seconds.update += start.elapsed().as_secs_f64();
             if self.skipped_in_a_row == MAX_SKIPPED {
                 return self.give_up();
             }
@@ -365,18 +355,15 @@ impl Run<'_> {
 
     /// METRICS, CHECKPOINT
     fn record(&mut self, work: &Work) -> Result<()> {
-        let optimizer_step = self.optimizer.step;
-        let state = State { epoch: self.state.epoch + 1, optimizer_step, unfinished: None, ..self.state.clone() };
+        let state = State { epoch: self.state.epoch + 1, unfinished: None, ..self.state.clone() };
         let epoch = metrics::Epoch::new(state.epoch, work);
         // Before anything is changed: a reward program that dies here must not cost the epoch.
         let (images, score) = self.evaluate(state.epoch == self.s.epochs)?;
         work.lines.iter().for_each(|line| self.folder.metric(line));
         self.folder.metric(epoch.line(state.skipped));
-        let columns = self.grid_columns();
-        self.folder.picture(format!("grids/epoch-{:05}.png", state.epoch), &grid(&images, columns))?;
-        self.folder.metric(json!({ "kind": "evaluation", "epoch": state.epoch, "reward_mean": score }));
+        self.show(state.epoch, &images, score)?;
         let state = State { metrics_lines: self.folder.metrics_lines(), ..state };
-        self.save(&state)?;
+        self.save(state.clone())?;
         self.state = state;
         self.kept = Some(format!("{} complete epochs", self.state.epoch));
         println!("{}", epoch.text(self.s.epochs));
@@ -384,12 +371,13 @@ impl Run<'_> {
     }
 
     /// Writes what is pending, the adapter, and the checkpoint of a state.
-    pub(crate) fn save(&mut self, state: &State) -> Result<()> {
+    pub(crate) fn save(&mut self, state: State) -> Result<()> {
+        let state = State { optimizer_step: self.optimizer.step, ..state };
         let (adapter, optimizer, family, keep) =
             (&self.adapter, &self.optimizer, self.pipeline.family, self.s.keep_every);
         self.folder.flush(|dir| {
             lora_io::save(adapter, &dir.join("adapter.safetensors"), Format::Diffusers, family)?;
-            checkpoint::save(dir, state, (adapter, family), optimizer, keep)
+            checkpoint::save(dir, &state, (adapter, family), optimizer, keep)
         })
     }
 }

@@ -1,13 +1,15 @@
 //! An epoch at work: its rollout and the updates done so far. It can be put away between two updates, so that a stopped
 //! run loses no update, and taken up again to the bit.
 
-use anyhow::{Result, anyhow, bail, ensure};
+use std::collections::BTreeMap;
 
-use crate::checkpoint::{State, Unfinished};
+use anyhow::{Result, anyhow, ensure};
+
+use crate::checkpoint::{Seconds, State, Unfinished};
 use crate::files::Named;
 use crate::model::Conditioning;
 use crate::philox::{self, Stream};
-use crate::rollout::{Visit, rows_at_a_time};
+use crate::rollout::{Visit, batches};
 use crate::schedule::Step;
 use crate::train::Run;
 use crate::update::Batch;
@@ -23,16 +25,6 @@ pub(crate) struct Work {
     pub seconds: Seconds,
     /// Largest memory of sampling, decoding and updating, in bytes, where the system keeps it.
     pub peaks: [Option<u64>; 3],
-}
-
-/// Where an epoch's time went.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Seconds {
-    pub rollout: f64,
-    pub decode: f64,
-    pub reward: f64,
-    pub update: f64,
-    pub all: f64,
 }
 
 /// What an epoch samples: functions of the seed and of its number. Image i belongs to prompt i mod P, so that every update
@@ -64,10 +56,8 @@ impl Run<'_> {
         let (groups, total, per_update) = (s.groups(), s.images_per_epoch, s.images_per_update());
         let chosen = philox::choose(s.seed, Stream::Prompts, epoch as u32, s.prompt.len(), groups);
         let chosen: Vec<&str> = chosen.into_iter().map(|i| s.prompt[i].as_str()).collect();
-        let rows = rows_at_a_time(&self.compute, per_update, s.batch);
-        let starts = (0..total).step_by(per_update).flat_map(|update| {
-            (0..per_update).step_by(rows).map(move |first| (update + first, rows.min(per_update - first)))
-        });
+        let update = batches(&self.compute, per_update, s.batch);
+        let starts = (0..total).step_by(per_update).flat_map(|start| update.iter().map(move |&(i, n)| (start + i, n)));
         Ok(Draw {
             prompts: (0..total).map(|i| chosen[i % groups].to_string()).collect(),
             embeddings: self.pipeline.encode(&chosen)?,
@@ -91,15 +81,9 @@ impl Run<'_> {
         let mut tensors = column("x", |v| &v.x);
         tensors.extend(column("old", |v| &v.old));
         tensors.push(("advantages".into(), vec![work.advantages.len()], work.advantages.clone()));
-        let t = work.seconds;
-        let unfinished = Unfinished {
-            rewards: work.rewards.clone(),
-            lines: work.lines.clone(),
-            seconds: vec![t.rollout, t.decode, t.reward, t.update, t.all],
-            tensors,
-        };
-        let optimizer_step = self.optimizer.step;
-        self.save(&State { unfinished: Some(unfinished), optimizer_step, ..self.state.clone() })?;
+        let unfinished =
+            Unfinished { rewards: work.rewards.clone(), lines: work.lines.clone(), seconds: work.seconds, tensors };
+        self.save(State { unfinished: Some(unfinished), ..self.state.clone() })?;
         self.kept = Some(format!("{} updates of epoch {}", work.lines.len(), self.state.epoch + 1));
         Ok(())
     }
@@ -111,12 +95,12 @@ impl Run<'_> {
     pub(crate) fn take_up(&self, found: Unfinished) -> Result<Work> {
         let draw = self.draw(self.state.epoch)?;
         let ([c, h, w], images) = (self.pipeline.latent_shape(), self.s.images_per_epoch);
-        let tensor = |name: String, count: usize| {
-            let values = found.tensors.iter().find(|(n, ..)| *n == name).map(|(_, _, values)| values.clone());
-            let fitting = values.filter(|v| v.len() == count);
+        let mut tensors: BTreeMap<_, _> = found.tensors.into_iter().map(|(name, _, values)| (name, values)).collect();
+        let mut tensor = |name: String, count: usize| {
+            let fitting = tensors.remove(&name).filter(|values| values.len() == count);
             fitting.ok_or_else(|| anyhow!("visits.safetensors of the stopped epoch: {name} is not {count} values"))
         };
-        let column = |name: &str| -> Result<Vec<Vec<f32>>> {
+        let mut column = |name: &str| -> Result<Vec<Vec<f32>>> {
             (0..draw.trained.len()).map(|step| tensor(format!("{name}.{step:05}"), images * c * h * w)).collect()
         };
         let (x, old) = (column("x")?, column("old")?);
@@ -125,16 +109,13 @@ impl Run<'_> {
             let visits = x.iter().zip(&old).map(|(x, old)| Visit { x: rows(x), old: rows(old) }).collect();
             Batch { first, first_image: draw.base + first as u32, shape: [n, c, h, w], visits }
         });
-        let [rollout, decode, reward, update, all] = found.seconds[..] else {
-            bail!("state.json of the stopped epoch: seconds must be five numbers")
-        };
         ensure!(found.rewards.len() == images, "state.json of the stopped epoch: rewards must be {images} numbers");
         Ok(Work {
             batches: batches.collect(),
             advantages: tensor("advantages".into(), images)?,
-            rewards: found.rewards.clone(),
-            lines: found.lines.clone(),
-            seconds: Seconds { rollout, decode, reward, update, all },
+            rewards: found.rewards,
+            lines: found.lines,
+            seconds: found.seconds,
             peaks: [None; 3],
             draw,
         })

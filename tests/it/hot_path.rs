@@ -5,6 +5,7 @@
 
 use burn::tensor::{Tensor, TensorData};
 use pcpo_wgpu::bench::{Case, OPERATIONS};
+use pcpo_wgpu::check::largest_error;
 use pcpo_wgpu::credit::{Credit, apply};
 use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::ops::credit_reduce::{self, credit_reduce};
@@ -18,7 +19,7 @@ use pcpo_wgpu::ops::{Coefficients, Guidance, NoiseKey, read};
 use pcpo_wgpu::philox::{self, Stream, noise};
 use pcpo_wgpu::schedule::{Family, Flow, Grid, Sampler, Sampling, Schedule, Step, ddim::Ddim};
 
-use crate::support::{gpu, largest};
+use crate::support::gpu;
 
 const KEY: NoiseKey = NoiseKey { seed: 0x0123_4567_89ab_cdef, first_image: 1000, step: 5 };
 
@@ -44,9 +45,9 @@ fn coefficients(rule: Credit, clip: bool) -> Coefficients {
 
 /// Largest error relative to the largest value.
 fn error(found: &[f32], expected: &[f32]) -> f64 {
-    assert_eq!(found.len(), expected.len());
     let scale = expected.iter().fold(1e-30f64, |m, v| m.max(f64::from(v.abs())));
-    largest(found.iter().zip(expected).map(|(a, b)| (f64::from(*a) - f64::from(*b)).abs())) / scale
+    assert_eq!(found.len(), expected.len());
+    largest_error(found, expected) / scale
 }
 
 #[test]
@@ -205,8 +206,12 @@ fn flow_step_matches_its_reference() {
                 assert!(error(&read(&found.prediction).unwrap(), &prediction) < 1e-5, "prediction {shape:?}");
                 // Relative to the larger of 1 and the value: log p passes through 0 as sigma does.
                 let log_p = read(&found.log_prob).unwrap();
-                let off = log_p.iter().zip(&log_prob).map(|(a, b)| f64::from((a - b).abs() / b.abs().max(1.0)));
-                assert!(largest(off) < 1e-5, "log_prob {shape:?} {sampler:?}");
+                let relative =
+                    |v: &[f32]| v.iter().zip(&log_prob).map(|(v, b)| v / b.abs().max(1.0)).collect::<Vec<f32>>();
+                assert!(
+                    largest_error(&relative(&log_p), &relative(&log_prob)) < 1e-5,
+                    "log_prob {shape:?} {sampler:?}"
+                );
             }
         }
     }

@@ -5,11 +5,6 @@ use std::sync::OnceLock;
 
 use pcpo_wgpu::device::{Compute, adapters, open};
 
-/// The largest of some errors; infinite where one is not finite, which a plain maximum would pass over.
-pub fn largest(errors: impl Iterator<Item = f64>) -> f64 {
-    errors.fold(0.0, |most, e| if e.is_finite() { most.max(e) } else { f64::INFINITY })
-}
-
 pub fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }

@@ -1,7 +1,7 @@
 //! Training end to end: the presets, resuming to the bit, the GPU path, the reward going up.
 
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use crate::command_line::program;
 use crate::support::gpu_name;
@@ -28,6 +28,25 @@ fn run(out: &Path, args: &[&str]) -> Vec<serde_json::Value> {
     let output = program(&all);
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     metrics(out)
+}
+
+/// Starts the program beside the test.
+fn start(args: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
+        .args(args)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Waits until a running program has made a file.
+fn wait_for(file: &Path, program: &mut Child) {
+    while !file.exists() {
+        assert!(program.try_wait().unwrap().is_none(), "the run ended before {} was there", file.display());
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
 }
 
 fn metrics(out: &Path) -> Vec<serde_json::Value> {
@@ -111,18 +130,9 @@ fn a_killed_run_resumes_to_the_bit() {
         [&["--device", "cpu", "--epochs", "4", "--advantage", "per-prompt", "--tracker-min-count", "4"], &SMALL[..]]
             .concat();
     run(&whole, &job);
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
-        .args(["train", "--out", broken.to_str().unwrap()])
-        .args(&job)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
+    let mut child = start(&[&["train", "--out", broken.to_str().unwrap()][..], &job].concat());
     // Killed in the middle of an epoch: some time after the first checkpoint appears.
-    while !broken.join("checkpoints/epoch-00001/state.json").is_file() {
-        assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    wait_for(&broken.join("checkpoints/epoch-00001/state.json"), &mut child);
     std::thread::sleep(std::time::Duration::from_millis(100));
     child.kill().unwrap();
     child.wait().unwrap();
@@ -149,12 +159,7 @@ fn a_folder_belongs_to_one_run() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let job = [&["train", "--out", out.to_str().unwrap(), "--device", "cpu", "--epochs", "100"], &SMALL[..]].concat();
-    let mut first = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
-        .args(&job)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut first = start(&job);
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(first.stdout.take().unwrap()));
     assert!(lines.any(|line| line.unwrap().starts_with("model:")));
     let refused = |args: &[&str]| {
@@ -163,10 +168,7 @@ fn a_folder_belongs_to_one_run() {
         assert!(output.status.code() == Some(2) && error.contains("another run"), "{error}");
     };
     refused(&job);
-    while !out.join("checkpoints/epoch-00001/state.json").is_file() {
-        assert!(first.try_wait().unwrap().is_none(), "the run ended before its first checkpoint");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    wait_for(&out.join("checkpoints/epoch-00001/state.json"), &mut first);
     refused(&["train", "--resume", out.to_str().unwrap()]);
     // The lock ends with its holder, however that ends (a_killed_run_resumes_to_the_bit).
     first.kill().unwrap();
@@ -182,16 +184,8 @@ fn a_shortened_run_ends_with_whole_pictures() {
     let settings = std::fs::read_to_string(out.join("settings.toml")).unwrap();
     // As a run of three epochs that was killed after its second.
     std::fs::write(out.join("settings.toml"), settings.replace("epochs = 1", "epochs = 3")).unwrap();
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
-        .args(["train", "--resume", out.to_str().unwrap()])
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stdout(Stdio::null())
-        .spawn()
-        .unwrap();
-    while !out.join("checkpoints/epoch-00002/state.json").is_file() {
-        assert!(child.try_wait().unwrap().is_none(), "the run ended before it could be killed");
-        std::thread::sleep(std::time::Duration::from_millis(5));
-    }
+    let mut child = start(&["train", "--resume", out.to_str().unwrap()]);
+    wait_for(&out.join("checkpoints/epoch-00002/state.json"), &mut child);
     child.kill().unwrap();
     child.wait().unwrap();
     let size = |epoch: usize| image::image_dimensions(out.join(format!("grids/epoch-{epoch:05}.png"))).unwrap();
@@ -488,18 +482,10 @@ fn a_signal_stops_a_run_whose_reward_program_hangs() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let program = format!("command:touch {}; exec sleep 600", dir.path().join("asked").display());
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
-        .args(["train", "--device", "cpu", "--reward", &program, "--out", out.to_str().unwrap()])
-        .args(SMALL)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    while !dir.path().join("asked").exists() {
-        assert!(child.try_wait().unwrap().is_none(), "the run ended before it asked");
-        std::thread::sleep(std::time::Duration::from_millis(20));
-    }
+    let mut child = start(
+        &[&["train", "--device", "cpu", "--reward", &program, "--out", out.to_str().unwrap()][..], &SMALL].concat(),
+    );
+    wait_for(&dir.path().join("asked"), &mut child);
     std::thread::sleep(std::time::Duration::from_secs(3));
     Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
     let start = std::time::Instant::now();
@@ -523,14 +509,7 @@ fn a_stopped_run_keeps_its_updates_and_resumes_to_the_bit() {
         ["--updates-per-epoch", "4", "--inner-epochs", "2", "--advantage", "per-prompt", "--tracker-min-count", "4"];
     let job = [&["--device", "cpu", "--epochs", "2"], &SMALL[..10], &many].concat();
     run(&whole, &job);
-    let mut child = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
-        .args(["train", "--out", broken.to_str().unwrap()])
-        .args(&job)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
+    let mut child = start(&[&["train", "--out", broken.to_str().unwrap()][..], &job].concat());
     // The self-test's line comes in the first update.
     let mut lines = std::io::BufRead::lines(std::io::BufReader::new(child.stdout.take().unwrap()));
     assert!(lines.any(|line| line.unwrap().starts_with("self-test")));

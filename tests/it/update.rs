@@ -4,6 +4,7 @@
 use std::path::PathBuf;
 
 use burn::tensor::{Tensor, TensorData};
+use pcpo_wgpu::check::largest_error;
 use pcpo_wgpu::credit::{Credit, apply};
 use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::lora_io::load;
@@ -15,7 +16,7 @@ use pcpo_wgpu::rollout::{Denoise, Guided, Visit};
 use pcpo_wgpu::schedule::{Grid, Sampler, Sampling, Step};
 use pcpo_wgpu::update::{Batch, batch_gradient};
 
-use crate::support::{cpu, emoji, golden, gpu, largest};
+use crate::support::{cpu, emoji, golden, gpu};
 
 /// A dump, the model that it is of, and the settings that its file does not hold.
 struct Case {
@@ -167,7 +168,7 @@ fn worst(name: &str, found: &Gradients, expected: impl Fn(&str) -> Vec<f32>) -> 
             continue;
         }
         assert_eq!(values.len(), expected.len(), "{key}");
-        worst = worst.max(largest(values.iter().zip(&expected).map(|(a, b)| f64::from((a - b).abs()))) / scale);
+        worst = worst.max(largest_error(values, &expected) / scale);
     }
     assert!(silent <= 2, "{name}: {silent} matrices without a gradient");
     worst
