@@ -8,7 +8,7 @@ fn main() {
         // SAFETY: no other thread runs yet.
         unsafe { std::env::set_var("XDG_RUNTIME_DIR", std::env::temp_dir()) };
     }
-    pcpo_wgpu::memory::one_heap_a_core();
+    pcpo_wgpu::memory::set_heaps();
     let code = match pcpo_wgpu::cli::run(pcpo_wgpu::cli::Cli::parse()) {
         Ok(code) => code,
         Err(error) => {

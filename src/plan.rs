@@ -3,7 +3,7 @@
 //!
 //! Weights, adapters and what a rollout keeps are exact. What a network's blocks hold while they run is counted in the
 //! sizes of their tensors, with factors that say how many of a kind are alive at once. The factors were measured (README,
-//! "Memory"); the test `memory::estimates_are_within_20_percent` holds them to it.
+//! "Measured"), and the test `memory_estimates_are_within_20_percent_of_the_measured_peak` holds them to it.
 
 use anyhow::{Result, bail};
 
@@ -38,7 +38,7 @@ const DECODER: Factors = Factors { stream: 6.0, wide: 0.0, scores: 3.0 };
 const KERNEL: f64 = 9.0;
 /// The program itself and its threads; on a GPU the driver's part, and on software Vulkan the kernels that it compiles
 /// into the program's memory, those of the backward pass among them.
-const PROGRAM: f64 = 50e6;
+const PROGRAM: f64 = 45e6;
 const PROGRAM_GPU: f64 = 250e6;
 const PROGRAM_SOFTWARE: f64 = 370e6;
 /// Scores that an attention pass without gradients holds at most on a GPU: it splits beyond.

@@ -451,13 +451,18 @@ fn memory_estimates_are_within_20_percent_of_the_measured_peak() {
         let text = String::from_utf8_lossy(&plan.stdout).into_owned();
         let line = text.lines().find(|l| l.starts_with("peak ")).unwrap();
         let estimate: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        let out = dir.path().join(format!("run{i}"));
-        let lines = run(&out, &[&["--epochs", "1"], &fixed[..], case].concat());
-        let epoch = of(&lines, "epoch").next().unwrap();
-        let peaks = ["rollout_peak_mib", "decode_peak_mib", "update_peak_mib"].map(|p| epoch[p].as_f64().unwrap());
-        let measured = peaks.into_iter().fold(0.0, f64::max);
-        println!("{case:?}: estimated {estimate:.0} MiB, measured {measured:.0} ({peaks:?})");
-        assert!((estimate / measured - 1.0).abs() < 0.2, "{case:?}: {estimate} MiB estimated, {peaks:?} measured");
+        // Which batches meet at their largest is for the threads to say: the median of three runs.
+        let mut measured = [0, 1, 2].map(|repeat| {
+            let out = dir.path().join(format!("run{i}-{repeat}"));
+            let lines = run(&out, &[&["--epochs", "1"], &fixed[..], case].concat());
+            let epoch = of(&lines, "epoch").next().unwrap();
+            let peaks = ["rollout_peak_mib", "decode_peak_mib", "update_peak_mib"];
+            peaks.map(|p| epoch[p].as_f64().unwrap()).into_iter().fold(0.0, f64::max)
+        });
+        measured.sort_by(f64::total_cmp);
+        println!("{case:?}: estimated {estimate:.0} MiB, measured {measured:?}");
+        let off = estimate / measured[1] - 1.0;
+        assert!(off.abs() < 0.2, "{case:?}: {estimate} MiB estimated, {measured:?} measured");
     }
 }
 
