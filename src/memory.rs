@@ -9,9 +9,9 @@ const MAPPED: libc::c_int = 512 << 10;
 const SPARE: libc::c_int = 64 << 20;
 
 /// Sets the C library's heaps for batches that run side by side. Left alone it keeps eight heaps, each with the holes that
-/// a batch leaves: twice the memory. And with one for each core, a third more or not, by which threads chance puts
-/// together on one, as large tensors waste the ends of its pieces: so these are kept out of the heaps, at a few percent of
-/// an epoch's time. An estimate can then be held to.
+/// a batch leaves: twice the memory. With one for each core a flow's peak is a third higher or not, by which threads chance
+/// puts on which, as large tensors waste the ends of a heap's pieces: they are kept out of the heaps, for a few percent of
+/// an epoch's time.
 pub fn set_heaps() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: settings of the allocator, made before any thread is.
