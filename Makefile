@@ -1,14 +1,12 @@
 # Two commands for a newcomer: `make run` and `make test`. Both set up what they need, with only Rust and make there.
 
-PROGRAM = target/release/pcpo-wgpu
-
 # Without a desktop session Mesa complains that this is missing, and then does without.
 export XDG_RUNTIME_DIR ?= /tmp
 
 .PHONY: run test build driver lavapipe bench
 
-run: build
-	$(PROGRAM) train
+run: driver
+	cargo run --release -- train
 
 build: driver
 	cargo build --release

@@ -4,6 +4,7 @@ use anyhow::Result;
 use image::{Rgb, RgbImage};
 use serde_json::{Value, json};
 
+use crate::choice::name;
 use crate::credit::{self, Credit};
 use crate::schedule::{Family, Sampler, Sampling, Schedule, Step};
 
@@ -77,7 +78,7 @@ impl Table {
             row
         };
         let rows: Vec<Value> = (0..self.native.len()).map(row).collect();
-        let mut all = json!({ "sampler": s.sampler.name(), "steps": s.steps, "eta": s.eta, "rows": rows });
+        let mut all = json!({ "sampler": name(s.sampler), "steps": s.steps, "eta": s.eta, "rows": rows });
         if let Some(shift) = self.shift {
             all["shift"] = json!(shift);
             all["zeta"] = json!(self.zeta);

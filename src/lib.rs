@@ -9,6 +9,7 @@ pub mod backward;
 pub mod bench;
 pub mod check;
 pub mod checkpoint;
+pub mod choice;
 pub mod cli;
 mod commands;
 pub mod credit;

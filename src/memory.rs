@@ -1,24 +1,17 @@
 //! How much memory there is, and how much this process has needed. Device memory of the CPU and of software Vulkan is
 //! the process's own.
 
-/// Tensors from this size on are mapped one by one on the CPU, in bytes.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-const MAPPED: libc::c_int = 512 << 10;
-/// Free memory that a heap keeps at its end, in bytes.
-#[cfg(all(target_os = "linux", target_env = "gnu"))]
-const SPARE: libc::c_int = 64 << 20;
-
 /// Sets the C library's heaps for batches that run side by side. Left alone it keeps eight heaps, each with the holes that
 /// a batch leaves: twice the memory. With one for each core a flow's peak is a third higher or not, by which threads chance
-/// puts on which, as large tensors waste the ends of a heap's pieces: they are kept out of the heaps, for a few percent of
-/// an epoch's time.
+/// puts on which, as large tensors waste the ends of a heap's pieces: from 512 KiB on they are mapped one by one, and a heap
+/// keeps 64 MiB free at its end, for a few percent of an epoch's time.
 pub fn set_heaps() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: settings of the allocator, made before any thread is.
     unsafe {
         libc::mallopt(libc::M_ARENA_MAX, crate::device::cores() as libc::c_int);
-        libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED);
-        libc::mallopt(libc::M_TRIM_THRESHOLD, SPARE);
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 512 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 64 << 20);
     }
 }
 

@@ -30,7 +30,8 @@ const SAVED_TRANSFORMER: Factors = Factors { stream: 14.5, wide: 3.0, scores: 1.
 /// What the backward pass of a block holds besides.
 const BACKWARD: Factors = Factors { stream: 3.0, wide: 1.0, scores: 2.5 };
 /// What several threads of the CPU take beside what they hold, where all blocks of a UNet are tracked at once: its tensors
-/// of many sizes leave holes in the heaps, 1.4 to 1.9 times by how chance puts the threads on them (1.4 with one heap for all, which costs time).
+/// of many sizes leave holes in the heaps, 1.4 to 1.9 times by how chance puts the threads on them (1.4 with one heap for
+/// all, which costs time).
 const HEAPS: f64 = 1.6;
 /// A decoder's, of its largest level.
 const DECODER: Factors = Factors { stream: 6.0, wide: 0.0, scores: 3.0 };

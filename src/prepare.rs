@@ -1,11 +1,11 @@
 //! From settings to a run that can start: the device, the model, the steps, and the state, new or from a checkpoint.
 
 use anyhow::{Context, Result, ensure};
-use clap::ValueEnum;
 
 use crate::adamw;
 use crate::artifacts::RunFolder;
 use crate::checkpoint::{self, State};
+use crate::choice::name;
 use crate::credit;
 use crate::device;
 use crate::evaluation::GRID_COLUMNS;
@@ -19,11 +19,6 @@ use crate::plan;
 use crate::reward;
 use crate::shapes;
 use crate::train::{Job, Run};
-
-/// A choice as the command line writes it.
-fn name(choice: impl ValueEnum) -> String {
-    choice.to_possible_value().map_or(String::new(), |v| v.get_name().to_string())
-}
 
 /// Checks everything that can be checked and opens what the run needs.
 ///
@@ -105,7 +100,7 @@ pub(crate) fn prepare(job: &Job) -> Result<Run<'_>> {
         name(s.credit),
         s.train_steps.unwrap_or(trainable.len()),
         steps.len(),
-        s.sampler.name(),
+        name(s.sampler),
         s.reward
     );
     println!(

@@ -10,6 +10,8 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::choice::name;
+
 pub use ddim::Ddim;
 pub use flow::{Flow, Grid};
 
@@ -39,11 +41,6 @@ pub enum Sampler {
 }
 
 impl Sampler {
-    /// The name that the command line takes.
-    pub fn name(self) -> String {
-        self.to_possible_value().expect("no sampler is hidden").get_name().to_string()
-    }
-
     /// The published number of steps.
     pub fn default_steps(self) -> usize {
         match self {
@@ -195,7 +192,7 @@ impl Schedule {
                 ensure!(
                     s.sampler == Sampler::Ddim,
                     "--sampler {}: is for flow models, and this is a diffusion model; use ddim",
-                    s.sampler.name()
+                    name(s.sampler)
                 );
                 ensure!(s.shift.is_none(), "--shift: is for flow models, and this is a diffusion model; leave it out");
                 ddim.steps(s.steps, s.eta)

@@ -1,11 +1,24 @@
 //! The program itself: what its commands print and write.
 
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 use crate::support::{emoji, golden};
 
+/// Starts the program beside the test.
+pub fn start(args: &[&str]) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
+        .args(args)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+/// Runs the program to its end.
 pub fn program(args: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu")).args(args).current_dir(env!("CARGO_MANIFEST_DIR")).output().unwrap()
+    start(args).wait_with_output().unwrap()
 }
 
 fn text(output: &Output) -> String {

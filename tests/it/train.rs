@@ -1,9 +1,9 @@
 //! Training end to end: the presets, resuming to the bit, the GPU path, the reward going up.
 
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command};
 
-use crate::command_line::program;
+use crate::command_line::{program, start};
 use crate::support::gpu_name;
 
 /// A small job on the embedded model.
@@ -28,17 +28,6 @@ fn run(out: &Path, args: &[&str]) -> Vec<serde_json::Value> {
     let output = program(&all);
     assert!(output.status.success(), "{args:?}: {}", String::from_utf8_lossy(&output.stderr));
     metrics(out)
-}
-
-/// Starts the program beside the test.
-fn start(args: &[&str]) -> Child {
-    Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
-        .args(args)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap()
 }
 
 /// Waits until a running program has made a file.
