@@ -1,19 +1,19 @@
 """Writes reference tensors of a diffusers folder: DIR/reference.safetensors and DIR/reference.json.
 
-A folder with a `transformer` (Stable Diffusion 3, FLUX.1) goes to reference_flow.py, which lists its tensors. Of a
-StableDiffusion folder they are as follows. Everything runs on the CPU in f32 and in eval mode; all tensors are f32 (B
-images, H x W latents, T tokens of width D):
+A folder with a `transformer` (Stable Diffusion 3, FLUX.1) goes to reference_flow.py, which lists
+its tensors. Of a StableDiffusion folder they are as follows. Everything runs on the CPU in f32 and
+in eval mode; all tensors are f32 (B images, H x W latents, T tokens of width D):
 
-    in.latents                 [B, C, H, W]   standard normal
-    in.timestep                [B]            a different one for each sample
-    in.input_ids               [B, T]         the prompts, padded and truncated to model_max_length
-    in.encoder_hidden_states   [B, T, D]      last_hidden_state of the prompts
-    in.negative_hidden_states  [1, T, D]      last_hidden_state of the empty prompt
-    in.image                   [B, 3, h, w]   smooth noise in [-1, 1], h x w the size of out.image
-    out.prediction             [B, C, H, W]   the UNet at in.latents, in.timestep, in.encoder_hidden_states
-    out.latents                [B, C, H, W]   DDIM at eta 0 from in.latents, eps = u + g (c - u)
-    out.image                  [B, 3, h, w]   vae.decode(out.latents / scaling_factor), not clamped
-    out.encoded                [B, C, H, W]   mean of vae.encode(in.image) * scaling_factor
+    in.latents                [B, C, H, W]  standard normal
+    in.timestep               [B]           a different one for each sample
+    in.input_ids              [B, T]        the prompts, padded and truncated to model_max_length
+    in.encoder_hidden_states  [B, T, D]     last_hidden_state of the prompts
+    in.negative_hidden_states [1, T, D]     last_hidden_state of the empty prompt
+    in.image                  [B, 3, h, w]  smooth noise in [-1, 1], h x w the size of out.image
+    out.prediction            [B, C, H, W]  the UNet at in.latents, in.timestep and the prompts
+    out.latents               [B, C, H, W]  DDIM at eta 0 from in.latents, eps = u + g (c - u)
+    out.image                 [B, 3, h, w]  vae.decode(out.latents / scaling_factor), not clamped
+    out.encoded               [B, C, H, W]  mean of vae.encode(in.image) * scaling_factor
 
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, transformers 5.23.0, safetensors 0.8.
 """
@@ -41,19 +41,25 @@ PROMPTS = ["red apple on a white background", "a photo of a cat, 2 dogs & a bicy
 
 
 def load_component(cls, folder, dtype=torch.float32):
-    """One network of a model folder, frozen, in eval mode; its fp16 variant if the folder has no other weights."""
+    """One network of a model folder, frozen, in eval mode; its fp16 variant if it has no other."""
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} has no config.json: not a component of a diffusers folder")
+        raise FileNotFoundError(
+            f"{folder} has no config.json: not a component of a diffusers folder"
+        )
     names = [file.name for file in folder.glob("*.safetensors")]
     plain = [name for name in names if ".fp16" not in name]
     if not names:
         raise FileNotFoundError(f"{folder} has no .safetensors weights")
     variant = {} if plain else {"variant": "fp16"}
-    model, info = cls.from_pretrained(folder, output_loading_info=True, use_safetensors=True, dtype=dtype, **variant)
+    model, info = cls.from_pretrained(
+        folder, output_loading_info=True, use_safetensors=True, dtype=dtype, **variant
+    )
     missing = sorted(info["missing_keys"]) + [str(key) for key in info["mismatched_keys"]]
     if missing:
-        raise ValueError(f"{folder}: the weights lack, or have in another shape, {', '.join(missing)}")
+        raise ValueError(
+            f"{folder}: the weights lack, or have in another shape, {', '.join(missing)}"
+        )
     return model.eval().requires_grad_(False)
 
 
@@ -61,13 +67,17 @@ def is_flow(folder):
     """Whether a folder has a transformer in the UNet's place, or is one itself."""
     folder = Path(folder)
     config = folder / "config.json"
-    lone = config.is_file() and "Transformer" in json.loads(config.read_text()).get("_class_name", "")
+    lone = config.is_file() and "Transformer" in json.loads(config.read_text()).get(
+        "_class_name", ""
+    )
     return lone or (folder / "transformer").is_dir()
 
 
 def load_scheduler(folder):
     """The DDIM scheduler of a model folder, whatever scheduler class its config names."""
-    return DDIMScheduler.from_config(json.loads((Path(folder) / "scheduler_config.json").read_text()))
+    return DDIMScheduler.from_config(
+        json.loads((Path(folder) / "scheduler_config.json").read_text())
+    )
 
 
 def load_folder(folder):
@@ -113,11 +123,15 @@ def sample_ddim(unet, scheduler, latents, cond, uncond, steps, guidance):
 def smooth_image(batch, height, width, generator):
     """Random images in [-1, 1] whose neighbouring pixels are alike."""
     coarse = torch.randn(batch, 3, 4, 4, generator=generator)
-    return torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic", align_corners=True).tanh()
+    return torch.nn.functional.interpolate(
+        coarse, (height, width), mode="bicubic", align_corners=True
+    ).tanh()
 
 
 @torch.no_grad()
-def make_reference(folder, seed=0, batch=2, steps=10, guidance=3.0, height=None, width=None, prompts=None):
+def make_reference(
+    folder, seed=0, batch=2, steps=10, guidance=3.0, height=None, width=None, prompts=None
+):
     """(tensors, record): what reference.safetensors and reference.json hold."""
     model = load_folder(folder)
     prompts = [(prompts or PROMPTS)[i % len(prompts or PROMPTS)] for i in range(batch)]
@@ -125,7 +139,9 @@ def make_reference(folder, seed=0, batch=2, steps=10, guidance=3.0, height=None,
     default_height, default_width = (size, size) if size is None or isinstance(size, int) else size
     height, width = height or default_height, width or default_width
     if height is None or width is None:
-        raise ValueError("the UNet's config has no sample_size: give --height-latent and --width-latent")
+        raise ValueError(
+            "the UNet's config has no sample_size: give --height-latent and --width-latent"
+        )
 
     generator = torch.Generator().manual_seed(seed)
     latents = torch.randn(batch, model.unet.config.in_channels, height, width, generator=generator)
@@ -188,9 +204,17 @@ def main():
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--steps", type=int, help="default: 10 of DDIM, 8 of a flow model")
     parser.add_argument("--guidance", type=float, help="default: 3.0, FLUX 3.5")
-    parser.add_argument("--height-latent", type=int, help="default: the network's sample_size, FLUX 16 or 8")
-    parser.add_argument("--width-latent", type=int, help="default: the network's sample_size, FLUX 16 or 8")
-    parser.add_argument("--max-sequence-length", type=int, help="T5's tokens in a flow model; default: 256, FLUX 512")
+    parser.add_argument(
+        "--height-latent", type=int, help="default: the network's sample_size, FLUX 16 or 8"
+    )
+    parser.add_argument(
+        "--width-latent", type=int, help="default: the network's sample_size, FLUX 16 or 8"
+    )
+    parser.add_argument(
+        "--max-sequence-length",
+        type=int,
+        help="T5's tokens in a flow model; default: 256, FLUX 512",
+    )
     parser.add_argument("--prompts", nargs="+", help="repeated in turn to fill the batch")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -199,8 +223,13 @@ def main():
     if args.max_sequence_length and not is_flow(args.model):
         parser.error("--max-sequence-length: a StableDiffusion folder has no T5")
     options = {
-        "seed": args.seed, "batch": args.batch, "steps": args.steps, "guidance": args.guidance,
-        "height": args.height_latent, "width": args.width_latent, "prompts": args.prompts,
+        "seed": args.seed,
+        "batch": args.batch,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "height": args.height_latent,
+        "width": args.width_latent,
+        "prompts": args.prompts,
         "max_sequence_length": args.max_sequence_length,
     }
     torch.set_num_threads(args.threads)

@@ -1,27 +1,32 @@
 """Reference tensors of a flow model's folder, Stable Diffusion 3 or FLUX.1, for reference.py.
 
-Everything runs on the CPU in f32 and in eval mode. Tensors, all f32 (B images, H x W latents, T tokens of width D,
-pooled embeddings of width P). The inputs are what diffusers' transformer.forward takes, by its names:
+Everything runs on the CPU in f32 and in eval mode. Tensors, all f32 (B images, H x W latents, T
+tokens of width D, pooled embeddings of width P). The inputs are what diffusers' transformer.forward
+takes, by its names:
 
-    in.hidden_states          SD3 [B, C, H, W]; FLUX [B, S, 4 C], packed, with S = H/2 * W/2; standard normal
+    in.hidden_states          standard normal; SD3 [B, C, H, W]; FLUX [B, S, 4 C], that is, packed,
+                              with S = H/2 * W/2
     in.timestep               [B], a different one for each sample; SD3 0 to 1000, FLUX 0 to 1
     in.encoder_hidden_states  [B, T, D], standard normal
     in.pooled_projections     [B, P], standard normal
-    in.img_ids, in.txt_ids    [S, 3] and [T, 3], FLUX only: (0, row, column) of each packed latent, zeros for tokens
+    in.img_ids, in.txt_ids    [S, 3] and [T, 3], FLUX only: (0, row, column) of each packed latent,
+                              zeros for tokens
     in.guidance               [B], a different one for each sample; only FLUX with guidance_embeds
     out.prediction            like in.hidden_states
 
 A whole pipeline, that is, a model_index.json with a VAE and a text encoder, also gives:
 
     in.latents                        [B, C, H, W]  in.hidden_states, not packed
-    in.image                          [B, 3, h, w]  smooth noise in [-1, 1], h x w the size of out.image
+    in.image                          [B, 3, h, w]  smooth noise in [-1, 1], as large as out.image
     out.prompt_embeds                 [B, T, D]     the pipeline's encode_prompt
     out.pooled_prompt_embeds          [B, P]        the pipeline's encode_prompt
     out.negative_prompt_embeds        [1, T, D]     SD3 only: of the empty prompt
     out.negative_pooled_prompt_embeds [1, P]        SD3 only: of the empty prompt
-    out.latents                       [B, C, H, W]  the pipeline's Euler steps from in.latents, not packed
-    out.image                         [B, 3, h, w]  vae.decode(out.latents / scaling_factor + shift_factor), not clamped
-    out.encoded                       [B, C, H, W]  (mean of vae.encode(in.image) - shift_factor) * scaling_factor
+    out.latents                       [B, C, H, W]  the pipeline's Euler steps from in.latents
+    out.image                         [B, 3, h, w]  vae.decode(out.latents / scaling_factor
+                                                    + shift_factor), not clamped
+    out.encoded                       [B, C, H, W]  (mean of vae.encode(in.image) - shift_factor)
+                                                    * scaling_factor
 
 Guidance is classifier-free with SD3, and with FLUX the input of the guidance embedding.
 
@@ -33,14 +38,32 @@ from pathlib import Path
 
 import torch
 from diffusers import (
-    AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, SD3Transformer2DModel,
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
 from reference import PROMPTS, load_component, smooth_image, spread_timesteps
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 STEPS = 8
-INPUTS = ["hidden_states", "timestep", "encoder_hidden_states", "pooled_projections", "img_ids", "txt_ids", "guidance"]
+INPUTS = [
+    "hidden_states",
+    "timestep",
+    "encoder_hidden_states",
+    "pooled_projections",
+    "img_ids",
+    "txt_ids",
+    "guidance",
+]
 
 
 class StableDiffusion3:
@@ -76,7 +99,9 @@ class StableDiffusion3:
 
     @staticmethod
     def embed(pipe, prompts, tokens):
-        cond, uncond, pooled, negative_pooled = pipe.encode_prompt(prompts, None, None, max_sequence_length=tokens)
+        cond, uncond, pooled, negative_pooled = pipe.encode_prompt(
+            prompts, None, None, max_sequence_length=tokens
+        )
         return {
             "out.prompt_embeds": cond,
             "out.pooled_prompt_embeds": pooled,
@@ -112,7 +137,9 @@ class Flux:
     def own_inputs(config, batch, height, width, tokens, guidance):
         inputs = {
             "in.timestep": spread_timesteps(batch) / 1000,
-            "in.img_ids": FluxPipeline._prepare_latent_image_ids(batch, height // 2, width // 2, "cpu", torch.float32),
+            "in.img_ids": FluxPipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, "cpu", torch.float32
+            ),
             "in.txt_ids": torch.zeros(tokens, 3),
         }
         if config.guidance_embeds:
@@ -129,7 +156,7 @@ FAMILIES = {family.transformer.__name__: family for family in (StableDiffusion3,
 
 
 def load_transformer(folder, dtype=torch.float32):
-    """(family, transformer) of a folder with a `transformer` subfolder, or of the component's own folder."""
+    """(family, transformer) of a folder with a `transformer`, or of the component's own."""
     folder = Path(folder)
     if (folder / "transformer").is_dir():
         folder = folder / "transformer"
@@ -145,7 +172,11 @@ def components(folder):
     index = Path(folder) / "model_index.json"
     if not index.is_file():
         return set()
-    return {name for name, value in json.loads(index.read_text()).items() if isinstance(value, list) and value[0]}
+    return {
+        name
+        for name, value in json.loads(index.read_text()).items()
+        if isinstance(value, list) and value[0]
+    }
 
 
 def is_whole(family, folder):
@@ -166,7 +197,9 @@ def load_pipeline(family, folder, transformer):
         tokenizer = name.replace("text_encoder", "tokenizer")
         reader = T5TokenizerFast if cls is T5EncoderModel else CLIPTokenizer
         parts[name] = load_component(cls, folder / name) if name in present else None
-        parts[tokenizer] = reader.from_pretrained(folder / tokenizer) if tokenizer in present else None
+        parts[tokenizer] = (
+            reader.from_pretrained(folder / tokenizer) if tokenizer in present else None
+        )
     pipe = family.pipeline(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -174,15 +207,22 @@ def load_pipeline(family, folder, transformer):
 
 def predict_flow(transformer, tensors):
     """The transformer's raw output at the inputs of a reference."""
-    return transformer(**{name: tensors[f"in.{name}"] for name in INPUTS if f"in.{name}" in tensors}).sample
+    return transformer(
+        **{name: tensors[f"in.{name}"] for name in INPUTS if f"in.{name}" in tensors}
+    ).sample
 
 
 def sample_euler(family, pipe, latents, prompts, steps, guidance, tokens):
     """The latents that the pipeline itself ends with, not packed."""
     height, width = latents.shape[-2:]
     final = pipe(
-        prompts, height=height * pipe.vae_scale_factor, width=width * pipe.vae_scale_factor,
-        latents=family.pack(latents), num_inference_steps=steps, guidance_scale=guidance, max_sequence_length=tokens,
+        prompts,
+        height=height * pipe.vae_scale_factor,
+        width=width * pipe.vae_scale_factor,
+        latents=family.pack(latents),
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        max_sequence_length=tokens,
         output_type="latent",
     ).images
     return family.unpack(final, height, width)
@@ -199,10 +239,17 @@ def encode_and_decode(vae, latents, generator):
 
 @torch.no_grad()
 def make_reference(
-    folder, seed=0, batch=2, steps=STEPS, guidance=None, height=None, width=None, prompts=None,
+    folder,
+    seed=0,
+    batch=2,
+    steps=STEPS,
+    guidance=None,
+    height=None,
+    width=None,
+    prompts=None,
     max_sequence_length=None,
 ):
-    """(tensors, record): what reference.safetensors and reference.json hold; no record for a lone transformer."""
+    """(tensors, record): what the reference's files hold; a lone transformer has no record."""
     family, transformer = load_transformer(folder)
     config, whole = transformer.config, is_whole(family, folder)
     prompts = [(prompts or PROMPTS)[i % len(prompts or PROMPTS)] for i in range(batch)]
@@ -220,17 +267,29 @@ def make_reference(
     latents = torch.randn(batch, family.channels(config), height, width, generator=generator)
     tensors = {
         "in.hidden_states": family.pack(latents),
-        "in.encoder_hidden_states": torch.randn(batch, text_length, config.joint_attention_dim, generator=generator),
-        "in.pooled_projections": torch.randn(batch, config.pooled_projection_dim, generator=generator),
+        "in.encoder_hidden_states": torch.randn(
+            batch, text_length, config.joint_attention_dim, generator=generator
+        ),
+        "in.pooled_projections": torch.randn(
+            batch, config.pooled_projection_dim, generator=generator
+        ),
         **family.own_inputs(config, batch, height, width, text_length, guidance),
     }
     tensors["out.prediction"] = predict_flow(transformer, tensors)
     if not whole:
         return tensors, None
     final = sample_euler(family, pipe, latents, prompts, steps, guidance, tokens)
-    tensors |= {"in.latents": latents.clone(), **embeds, "out.latents": final}  # safetensors wants no shared memory
+    tensors |= {
+        "in.latents": latents.clone(),
+        **embeds,
+        "out.latents": final,
+    }  # safetensors wants no shared memory
     tensors |= encode_and_decode(pipe.vae, final, generator)
     record = {
-        "prompts": prompts, "steps": steps, "guidance": guidance, "max_sequence_length": tokens, "eta": 0.0,
+        "prompts": prompts,
+        "steps": steps,
+        "guidance": guidance,
+        "max_sequence_length": tokens,
+        "eta": 0.0,
     }
     return tensors, record

@@ -1,14 +1,14 @@
-"""Trains the embedded flow model: Stable Diffusion 3's layout in miniature, on the latents of the emoji VAE.
+"""Trains the embedded flow model: a miniature Stable Diffusion 3 on the latents of the emoji VAE.
 
     npm pack emoji-datasource-google@16.0.0 emojibase-data@17.0.0      # and unpack both
     python scripts/train_emoji_flow.py --images emoji-datasource-google --labels emojibase-data \
         --emoji models/emoji --out models/emoji-flow --minutes 75
 
-Rectified flow: x = (1 - t) x0 + t z, target v = z - x0, t logit-normal, 10% empty captions, a moving average of the
-weights. Two small CLIP encoders with projections and a T5 of one layer are trained along. diffusers' pipeline takes as
-many T5 tokens as `max_sequence_length` says, padding included, so training sees several numbers of them and the model
-draws the same with any. `--resume DIR` goes on from saved weights. The folder is written as f16 at the end and every few
-minutes.
+Rectified flow: x = (1 - t) x0 + t z, target v = z - x0, t logit-normal, 10% empty captions, a
+moving average of the weights. Two small CLIP encoders with projections and a T5 of one layer are
+trained along. diffusers' pipeline takes as many T5 tokens as `max_sequence_length` says, padding
+included, so training sees several numbers of them and the model draws the same with any. `--resume
+DIR` goes on from saved weights. The folder is written as f16 at the end and every few minutes.
 
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, transformers 5.23.0 on two CPU cores.
 """
@@ -28,25 +28,53 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from flow_folder import train_t5_tokenizer, write_t5_tokenizer
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
 from PIL import Image
+from t5_tokenizer import train_t5_tokenizer, write_t5_tokenizer
 from transformers import (
-    CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
 )
 
 COLORS = {
-    "white": (255, 255, 255), "black": (20, 20, 24), "red": (214, 48, 49), "orange": (240, 147, 43),
-    "yellow": (249, 214, 63), "green": (60, 174, 88), "blue": (52, 120, 220), "purple": (142, 84, 190),
-    "pink": (247, 160, 190), "gray": (140, 146, 152),
+    "white": (255, 255, 255),
+    "black": (20, 20, 24),
+    "red": (214, 48, 49),
+    "orange": (240, 147, 43),
+    "yellow": (249, 214, 63),
+    "green": (60, 174, 88),
+    "blue": (52, 120, 220),
+    "purple": (142, 84, 190),
+    "pink": (247, 160, 190),
+    "gray": (140, 146, 152),
 }
 SUBJECTS = ("face-", "cat-face", "monkey", "animal", "plant", "food", "drink", "transport")
 PREVIEW = [
-    "red apple on a white background", "grinning face on a blue background", "cat face on a pink background",
-    "pizza on a green background", "automobile on a yellow background", "tropical fish on a black background",
-    "cherry blossom on a gray background", "rocket on a purple background", "tiger face", "hot dog",
-    "smiling face with heart-eyes on a white background", "penguin on a orange background",
-    "green apple on a red background", "whale", "banana on a blue background", "owl on a white background",
+    "red apple on a white background",
+    "grinning face on a blue background",
+    "cat face on a pink background",
+    "pizza on a green background",
+    "automobile on a yellow background",
+    "tropical fish on a black background",
+    "cherry blossom on a gray background",
+    "rocket on a purple background",
+    "tiger face",
+    "hot dog",
+    "smiling face with heart-eyes on a white background",
+    "penguin on a orange background",
+    "green apple on a red background",
+    "whale",
+    "banana on a blue background",
+    "owl on a white background",
 ]
 WIDTH, LAYERS, TEXT_WIDTHS, TOKENS, BATCH, EMPTY = 128, 4, (64, 32), 16, 64, 0.1
 JOINT = sum(TEXT_WIDTHS)
@@ -60,20 +88,27 @@ BARE = 0.2
 
 def emoji(images, labels):
     """Pictures [N,64,64,4] and captions of the concepts that the embedded models know."""
-    label = {e["hexcode"].replace("-FE0F", ""): e["label"] for e in json.loads((labels / "en/data.json").read_text())}
+    label = {
+        e["hexcode"].replace("-FE0F", ""): e["label"]
+        for e in json.loads((labels / "en/data.json").read_text())
+    }
     rgba, captions = [], []
-    for e in sorted(json.loads((images / "emoji_pretty.json").read_text()), key=lambda e: e["sort_order"]):
+    for e in sorted(
+        json.loads((images / "emoji_pretty.json").read_text()), key=lambda e: e["sort_order"]
+    ):
         code = e["unified"].replace("-FE0F", "")
         known = e["subcategory"].startswith(SUBJECTS) and e["category"] != "Symbols"
         if known and e["has_img_google"] and code in label:
-            rgba.append(np.asarray(Image.open(images / "img/google/64" / e["image"]).convert("RGBA")))
+            rgba.append(
+                np.asarray(Image.open(images / "img/google/64" / e["image"]).convert("RGBA"))
+            )
             captions.append(label[code].lower())
     return torch.from_numpy(np.stack(rgba)).permute(0, 3, 1, 2).float() / 255, captions
 
 
 @torch.no_grad()
 def encode(vae, rgba):
-    """Latents [N, colours, 2, 4, 16, 16] of every concept over every background, as it is and mirrored."""
+    """Latents [N, colours, 2, 4, 16, 16] of each concept on each background, plain and mirrored."""
     out = torch.empty(len(rgba), len(COLORS), 2, 4, 16, 16)
     for c, color in enumerate(COLORS.values()):
         background = torch.tensor(color).float().view(1, 3, 1, 1) / 255
@@ -82,35 +117,64 @@ def encode(vae, rgba):
             picture = (part[:, :3] * part[:, 3:] + background * (1 - part[:, 3:])) * 2 - 1
             for mirrored, x in enumerate((picture, picture.flip(-1))):
                 mean = vae.encode(x).latent_dist.mean
-                out[start : start + 64, c, mirrored] = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+                out[start : start + 64, c, mirrored] = (
+                    mean - vae.config.shift_factor
+                ) * vae.config.scaling_factor
     return out
 
 
 def text_encoder(tokenizer, width):
-    return CLIPTextModelWithProjection(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2,
-        num_attention_heads=width // 16, max_position_embeddings=TOKENS, projection_dim=width,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.eos_token_id,
-    ))
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=width // 16,
+            max_position_embeddings=TOKENS,
+            projection_dim=width,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+    )
 
 
 def t5_encoder():
-    return T5EncoderModel(T5Config(
-        vocab_size=T5_VOCABULARY, d_model=JOINT, d_kv=24, d_ff=128, num_layers=1, num_heads=4, dropout_rate=0.0,
-        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
-    ))
+    return T5EncoderModel(
+        T5Config(
+            vocab_size=T5_VOCABULARY,
+            d_model=JOINT,
+            d_kv=24,
+            d_ff=128,
+            num_layers=1,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+            tie_word_embeddings=False,
+        )
+    )
 
 
 def transformer():
     return SD3Transformer2DModel(
-        sample_size=16, patch_size=2, in_channels=4, out_channels=4, num_layers=LAYERS, attention_head_dim=32,
-        num_attention_heads=WIDTH // 32, joint_attention_dim=JOINT, caption_projection_dim=WIDTH,
-        pooled_projection_dim=JOINT, pos_embed_max_size=16, qk_norm="rms_norm",
+        sample_size=16,
+        patch_size=2,
+        in_channels=4,
+        out_channels=4,
+        num_layers=LAYERS,
+        attention_head_dim=32,
+        num_attention_heads=WIDTH // 32,
+        joint_attention_dim=JOINT,
+        caption_projection_dim=WIDTH,
+        pooled_projection_dim=JOINT,
+        pos_embed_max_size=16,
+        qk_norm="rms_norm",
     )
 
 
 def embed(clips, t5, ids, t5_ids):
-    """What StableDiffusion3Pipeline makes of prompts: the sequence [B,16+T,96] and the pooled embedding [B,96]."""
+    """The pipeline's sequence [B, 16 + T, 96] and pooled embedding [B, 96] of prompts."""
     outputs = [clip(ids, output_hidden_states=True) for clip in clips]
     clip = torch.cat([o.hidden_states[-2] for o in outputs], -1)
     return torch.cat([clip, t5(t5_ids)[0]], 1), torch.cat([o.text_embeds for o in outputs], -1)
@@ -119,8 +183,14 @@ def embed(clips, t5, ids, t5_ids):
 def save(out, modules, vae, tokenizer, t5_tokenizer):
     halves = [copy.deepcopy(m).half() for m in modules]
     StableDiffusion3Pipeline(
-        transformer=halves[0], text_encoder=halves[1], text_encoder_2=halves[2], text_encoder_3=halves[3],
-        tokenizer=tokenizer, tokenizer_2=tokenizer, tokenizer_3=t5_tokenizer, vae=copy.deepcopy(vae).half(),
+        transformer=halves[0],
+        text_encoder=halves[1],
+        text_encoder_2=halves[2],
+        text_encoder_3=halves[3],
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        tokenizer_3=t5_tokenizer,
+        vae=copy.deepcopy(vae).half(),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
     ).save_pretrained(out)
     # A resumed part remembers the folder it came from.
@@ -134,22 +204,35 @@ def preview(out, file, t5_tokens=16):
     pipe = StableDiffusion3Pipeline.from_pretrained(out, torch_dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     images = pipe(
-        PREVIEW, num_inference_steps=16, guidance_scale=3.0, max_sequence_length=t5_tokens, output_type="np",
+        PREVIEW,
+        num_inference_steps=16,
+        guidance_scale=3.0,
+        max_sequence_length=t5_tokens,
+        output_type="np",
         generator=torch.Generator().manual_seed(1),
     ).images
-    sheet = (images * 255).round().astype("uint8").reshape(2, 8, 64, 64, 3).transpose(0, 2, 1, 3, 4).reshape(128, 512, 3)
+    sheet = (
+        (images * 255)
+        .round()
+        .astype("uint8")
+        .reshape(2, 8, 64, 64, 3)
+        .transpose(0, 2, 1, 3, 4)
+        .reshape(128, 512, 3)
+    )
     Image.fromarray(sheet).resize((1024, 256), Image.NEAREST).save(file)
 
 
 def cut(ids, length):
-    """Rows of token ids as the tokenizer would have cut them: the end token (1) last where there was more text."""
+    """Token ids as the tokenizer would cut them: the end (1) last where there was more."""
     ids = ids[:, :length].clone()
     ids[:, -1] = torch.where(ids[:, -1] > 1, 1, ids[:, -1])
     return ids
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for flag in ("images", "labels", "emoji", "out"):
         parser.add_argument(f"--{flag}", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=75)
@@ -169,7 +252,11 @@ def main():
     labels = args.labels / "package" if (args.labels / "package").exists() else args.labels
     rgba, captions = emoji(images, labels)
     latents = encode(vae, rgba)
-    print(f"{len(captions)} concepts, latents of std {latents.std():.3f} and mean {latents.mean():.3f}", flush=True)
+    print(
+        f"{len(captions)} concepts, latents of std {latents.std():.3f} "
+        f"and mean {latents.mean():.3f}",
+        flush=True,
+    )
 
     texts = [""] + captions + [f"{c} on a {name} background" for c in captions for name in COLORS]
     with tempfile.TemporaryDirectory() as folder:
@@ -178,10 +265,16 @@ def main():
     longest = dict(padding="max_length", truncation=True, return_tensors="pt")
     ids = tokenizer(texts, max_length=TOKENS, **longest).input_ids
     t5_ids = t5_tokenizer(texts, max_length=max(T5_TOKENS), **longest).input_ids
-    models = [transformer(), *(text_encoder(tokenizer, width) for width in TEXT_WIDTHS), t5_encoder()]
+    models = [
+        transformer(),
+        *(text_encoder(tokenizer, width) for width in TEXT_WIDTHS),
+        t5_encoder(),
+    ]
     if args.resume:
         parts = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3")
-        models = [type(m).from_pretrained(args.resume / part).float() for m, part in zip(models, parts)]
+        models = [
+            type(m).from_pretrained(args.resume / part).float() for m, part in zip(models, parts)
+        ]
     print("parameters:", *(sum(p.numel() for p in m.parameters()) for m in models), flush=True)
     averages = [copy.deepcopy(m).eval() for m in models]
     parameters = [p for m in models for p in m.parameters()]
@@ -190,8 +283,15 @@ def main():
     start, step, running, saved = time.time(), 0, None, 0
     while (done := (time.time() - start) / 60 / args.minutes) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = args.rate * min(1, (step + 1) / 200) * max(0.01, 0.5 + 0.5 * math.cos(math.pi * done))
-        concept, color = torch.randint(len(captions), (BATCH,)), torch.randint(len(COLORS), (BATCH,))
+            group["lr"] = (
+                args.rate
+                * min(1, (step + 1) / 200)
+                * max(0.01, 0.5 + 0.5 * math.cos(math.pi * done))
+            )
+        concept, color = (
+            torch.randint(len(captions), (BATCH,)),
+            torch.randint(len(COLORS), (BATCH,)),
+        )
         x0 = latents[concept, color, torch.randint(2, (BATCH,))]
         u = torch.rand(BATCH)
         whole = 1 + len(captions) + len(COLORS) * concept + color

@@ -1,13 +1,15 @@
 """Proves that diffusers loads a LoRA file and predicts with it what a reference says.
 
-    python scripts/verify_lora.py --model MODEL_DIR --lora FILE.safetensors --reference FILE.safetensors [--kohya]
+    python scripts/verify_lora.py --model MODEL_DIR --lora FILE.safetensors \\
+        --reference FILE.safetensors [--kohya]
 
-The reference holds the network's inputs (of a UNet in.latents, in.timestep, in.encoder_hidden_states; of a flow model's
-transformer what reference_flow.py says) and out.prediction, the network with the adapter. With --kohya the file has to
-be in kohya's format (lora_unet_....lora_down.weight, .lora_up.weight, .alpha), which is verified of UNets only, else in
-diffusers' (unet. or transformer. ....lora_A.weight, .lora_B.weight). The file goes through the pipeline's
-load_lora_weights; it fails too if diffusers drops one of the file's tensors or if the adapter does not change the
-prediction.
+The reference holds the network's inputs (of a UNet in.latents, in.timestep,
+in.encoder_hidden_states; of a flow model's transformer what reference_flow.py says) and
+out.prediction, the network with the adapter. With --kohya the file has to be in kohya's format
+(lora_unet_....lora_down.weight, .lora_up.weight, .alpha), which is verified of UNets only, else in
+diffusers' (unet. or transformer. ....lora_A.weight, .lora_B.weight). The file goes through the
+pipeline's load_lora_weights; it fails too if diffusers drops one of the file's tensors or if the
+adapter does not change the prediction.
 
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, peft 0.21.2, safetensors 0.8.
 """
@@ -25,11 +27,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 INPUTS = ["in.latents", "in.timestep", "in.encoder_hidden_states"]
-FLOW_INPUTS = ["in.hidden_states", "in.timestep", "in.encoder_hidden_states", "in.pooled_projections"]
+FLOW_INPUTS = [
+    "in.hidden_states",
+    "in.timestep",
+    "in.encoder_hidden_states",
+    "in.pooled_projections",
+]
 
 
 def check_format(path, prefix, kohya):
-    """Fails if the file's keys are not of the promised format; returns how many matrices it holds."""
+    """How many matrices a file holds; fails if its keys are not of the promised format."""
     with safe_open(path, "pt") as file:
         keys = list(file.keys())
     strange = [key for key in keys if not key.startswith(prefix)]
@@ -40,10 +47,15 @@ def check_format(path, prefix, kohya):
 
 
 def load_unet(model):
-    """(pipeline, network, its prediction at the tensors of a reference) of a StableDiffusion folder."""
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # about the scheduler's steps_offset
+    """(pipeline, network, its prediction at a reference's tensors) of a StableDiffusion folder."""
+    with warnings.catch_warnings(
+        action="ignore", category=FutureWarning
+    ):  # about the scheduler's steps_offset
         pipe = StableDiffusionPipeline(
-            **vars(load_folder(model)), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            **vars(load_folder(model)),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
     return pipe, pipe.unet, lambda tensors: predict(pipe.unet, *(tensors[name] for name in INPUTS))
 
@@ -62,9 +74,15 @@ def verify(model, lora, reference, kohya, tolerance):
     lora, flow = Path(lora), is_flow(model)
     if flow and kohya:
         raise ValueError("--kohya: of UNets only")
-    matrices = check_format(lora, "transformer." if flow else "lora_unet_" if kohya else "unet.", kohya)
+    matrices = check_format(
+        lora, "transformer." if flow else "lora_unet_" if kohya else "unet.", kohya
+    )
     tensors = load_file(reference)
-    missing = [name for name in [*(FLOW_INPUTS if flow else INPUTS), "out.prediction"] if name not in tensors]
+    missing = [
+        name
+        for name in [*(FLOW_INPUTS if flow else INPUTS), "out.prediction"]
+        if name not in tensors
+    ]
     if missing:
         raise ValueError(f"{reference} lacks {', '.join(missing)}")
     pipe, network, prediction = (load_flow if flow else load_unet)(model)
@@ -88,7 +106,9 @@ def verify(model, lora, reference, kohya, tolerance):
     if loaded != matrices:
         failures.append(f"diffusers took {loaded} of the file's {matrices} matrices")
     if not change > 10 * tolerance:
-        failures.append(f"the adapter's effect {change:.3e} is too small to be told from the tolerance")
+        failures.append(
+            f"the adapter's effect {change:.3e} is too small to be told from the tolerance"
+        )
     if not error <= tolerance:
         failures.append(f"the prediction is off by {error:.3e}")
     return failures

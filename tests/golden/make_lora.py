@@ -1,14 +1,16 @@
-"""Makes tests/golden/lora/: a LoRA of the golden model `simple`, made and saved by peft and diffusers.
+"""Makes lora/: a LoRA of the golden model `simple`, made and saved by peft and diffusers.
 
 make_lora_flow.py adds those of the flow models.
 
     python tests/golden/make_lora.py
 
-peft.safetensors        the adapter, as StableDiffusionPipeline.save_lora_weights writes it, with its metadata
-reference.safetensors   in.latents, in.timestep, in.encoder_hidden_states and out.prediction, the UNet with the adapter
+peft.safetensors        the adapter, as StableDiffusionPipeline.save_lora_weights writes it
+reference.safetensors   in.latents, in.timestep, in.encoder_hidden_states and out.prediction, the
+                        UNet with the adapter
 
-Rank 4 and alpha 8, so that a reader that takes alpha = rank is wrong by a factor of 2. Run make_golden.py first. The
-order of peft.safetensors' metadata strings varies from run to run (safetensors'), nothing else.
+Rank 4 and alpha 8, so that a reader that takes alpha = rank is wrong by a factor of 2. Run
+make_golden.py first. The order of peft.safetensors' metadata strings varies from run to run
+(safetensors'), nothing else.
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, peft 0.21.2, safetensors 0.8.
 """
 
@@ -30,7 +32,9 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 def random_adapter(network, targets=TARGETS):
     """Adds an adapter whose B is random too; returns its config."""
-    network.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=targets))
+    network.add_adapter(
+        LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=targets)
+    )
     for name, parameter in network.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.2)
@@ -38,9 +42,11 @@ def random_adapter(network, targets=TARGETS):
 
 
 def metadata(config):
-    """The adapter's config as metadata; target_modules is a set, whose order would differ from run to run."""
+    """The adapter's config as metadata; target_modules is a set, whose order would vary."""
     values = config.to_dict()
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    return {
+        key: sorted(value) if isinstance(value, set) else value for key, value in values.items()
+    }
 
 
 def main():
@@ -62,7 +68,9 @@ def main():
         raise AssertionError("the adapter hardly shows in the prediction")
     save_tensors(OUT / "reference.safetensors", tensors)
     StableDiffusionPipeline.save_lora_weights(
-        OUT, unet_lora_layers=get_peft_model_state_dict(unet), weight_name="peft.safetensors",
+        OUT,
+        unet_lora_layers=get_peft_model_state_dict(unet),
+        weight_name="peft.safetensors",
         unet_lora_adapter_metadata=metadata(config),
     )
     (OUT / "peft.safetensors").chmod(0o644)  # safetensors writes 0600

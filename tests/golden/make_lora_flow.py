@@ -1,13 +1,14 @@
-"""Makes the flow models' part of tests/golden/lora/: LoRAs of `sd3odd` and `flux-wide`, made by peft and diffusers.
+"""Makes the flow models' part of lora/: LoRAs of `sd3odd` and `flux-wide`, by peft and diffusers.
 
     python tests/golden/make_lora_flow.py
 
-sd3-peft.safetensors, flux-peft.safetensors             the adapters, as the pipelines' save_lora_weights write them
-sd3-reference.safetensors, flux-reference.safetensors   the inputs of the models' own references, and out.prediction,
-                                                        the transformer with the adapter
+sd3-peft, flux-peft             the adapters, as the pipelines' save_lora_weights write them
+sd3-reference, flux-reference   the inputs of the models' own references, and out.prediction, the
+                                transformer with the adapter
 
-Rank 4 and alpha 8, so that a reader that takes alpha = rank is wrong by a factor of 2. Run make_flow_golden.py first.
-The order of the adapters' metadata strings varies from run to run (safetensors'), nothing else.
+Rank 4 and alpha 8, so that a reader that takes alpha = rank is wrong by a factor of 2. Run
+make_flow_golden.py first. The order of the adapters' metadata strings varies from run to run
+(safetensors'), nothing else.
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, peft 0.21.2, safetensors 0.8.
 """
 
@@ -25,12 +26,25 @@ from reference_flow import load_transformer, predict_flow
 from safetensors.torch import load_file
 
 MODELS = {"sd3": "sd3odd", "flux": "flux-wide"}
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+ATTENTION = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+]
 
 
 def targets(transformer):
-    """All attention, and what FLUX's single blocks have beside it; not the last layer, proj_out as well."""
-    single = [name for name, _ in transformer.named_modules() if name.startswith("single_transformer_blocks.")]
+    """All attention, and what FLUX's single blocks have beside it; not the last proj_out."""
+    single = [
+        name
+        for name, _ in transformer.named_modules()
+        if name.startswith("single_transformer_blocks.")
+    ]
     return ATTENTION + [name for name in single if name.endswith((".proj_mlp", ".proj_out"))]
 
 
@@ -41,7 +55,11 @@ def make(name, model):
         sys.exit(f"error: the golden model `{model}` is missing: run make_flow_golden.py first")
     torch.manual_seed(7)
     family, transformer = load_transformer(folder)
-    tensors = {key: value for key, value in load_file(folder / "reference.safetensors").items() if key[:3] == "in."}
+    tensors = {
+        key: value
+        for key, value in load_file(folder / "reference.safetensors").items()
+        if key[:3] == "in."
+    }
     with torch.no_grad():
         plain = predict_flow(transformer, tensors)
         config = random_adapter(transformer, targets(transformer))
@@ -53,7 +71,9 @@ def make(name, model):
         raise AssertionError("the adapter hardly shows in the prediction")
     save_tensors(OUT / f"{name}-reference.safetensors", tensors)
     family.pipeline.save_lora_weights(
-        OUT, transformer_lora_layers=layers, weight_name=f"{name}-peft.safetensors",
+        OUT,
+        transformer_lora_layers=layers,
+        weight_name=f"{name}-peft.safetensors",
         transformer_lora_adapter_metadata=metadata(config),
     )
     (OUT / f"{name}-peft.safetensors").chmod(0o644)  # safetensors writes 0600

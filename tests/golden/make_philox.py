@@ -1,8 +1,11 @@
 #!/usr/bin/env python3
-"""Golden normals of the counter-based generator, in f64 and written independently of src/philox.rs.
+"""Golden normals of the counter-based generator, in f64, written independently of the program.
 
-usage: python3 tests/golden/make_philox.py > tests/golden/philox.json     (Python's standard library only)
+    python tests/golden/make_philox.py > tests/golden/philox.json
+
+Python's standard library is enough.
 """
+
 import json
 import math
 

@@ -1,6 +1,6 @@
-"""Writes StableDiffusion folders with random weights, in diffusers' layout, for random_sd15.py and make_golden.py.
+"""Writes StableDiffusion folders with random weights, in diffusers' layout.
 
-Folders of flow models are flow_folder.py's.
+For make_golden.py and random_sd15.py. Folders of flow models are flow_folder.py's.
 
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, transformers 5.23.0, safetensors 0.8.
 """
@@ -14,8 +14,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel
 
-# The configs that the SD 1.5 repository publishes: the UNet's has no use_linear_projection or upcast_attention, the
-# VAE's no scaling_factor. Readers have to know diffusers' defaults for what is absent.
+# The configs that the SD 1.5 repository publishes: the UNet's has no use_linear_projection or
+# upcast_attention, the VAE's no scaling_factor. Readers have to know diffusers' defaults for what
+# is absent.
 SD15_UNET = {
     "_class_name": "UNet2DConditionModel",
     "_diffusers_version": "0.6.0",
@@ -24,7 +25,12 @@ SD15_UNET = {
     "block_out_channels": [320, 640, 1280, 1280],
     "center_input_sample": False,
     "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
+    "down_block_types": [
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    ],
     "downsample_padding": 1,
     "flip_sin_to_cos": True,
     "freq_shift": 0,
@@ -35,7 +41,12 @@ SD15_UNET = {
     "norm_num_groups": 32,
     "out_channels": 4,
     "sample_size": 64,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
+    "up_block_types": [
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+    ],
 }
 SD15_VAE = {
     "_class_name": "AutoencoderKL",
@@ -98,11 +109,12 @@ OLD_ATTENTION = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "p
 
 @torch.no_grad()
 def randomise(parameter, name, generator, gains=GAINS):
-    """Random values under which every layer shows in the output: norms near 1, biases near 0, weights by fan-in.
+    """Random values under which every layer shows in the output.
 
-    The convolutions on the residual stream itself grow it a little, so that the deepest blocks are not drowned by the
-    skip connections; queries and keys make attention choose; the VAE's decoder takes latents of size 10 to 50. `gains`
-    holds what departs from 1, by parts of names.
+    Norms are near 1, biases near 0, weights go by fan-in. The convolutions on the residual stream
+    itself grow it a little, so that the deepest blocks are not drowned by the skip connections;
+    queries and keys make attention choose; the VAE's decoder takes latents of size 10 to 50.
+    `gains` holds what departs from 1, by parts of names.
     """
     parameter.normal_(generator=generator)
     if name.endswith("bias"):
@@ -115,7 +127,7 @@ def randomise(parameter, name, generator, gains=GAINS):
 
 
 def random_weights(kind, config, seed, dtype, builders=BUILDERS, gains=GAINS):
-    """The state dict of a random model of this kind ("unet", "vae" or "text_encoder"), rounded to `dtype`."""
+    """The state dict of a random "unet", "vae" or "text_encoder", rounded to `dtype`."""
     model = builders[kind](config)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
@@ -124,7 +136,7 @@ def random_weights(kind, config, seed, dtype, builders=BUILDERS, gains=GAINS):
 
 
 def old_vae_names(weights):
-    """The VAE's attention under the names that it had when SD 1.5 was published: query, key, value, proj_attn."""
+    """The VAE's attention under its names of when SD 1.5 was published: query, key, ..."""
     renamed = {}
     for key, value in weights.items():
         for new, old in OLD_ATTENTION.items():
@@ -134,7 +146,7 @@ def old_vae_names(weights):
 
 
 def old_text_names(weights, positions):
-    """A text encoder as transformers 4 saved it: under `text_model.`, with the integer buffer of position ids."""
+    """A text encoder as transformers 4 saved it: under `text_model.`, with the position ids."""
     renamed = {f"text_model.{key}": value for key, value in weights.items()}
     renamed["text_model.embeddings.position_ids"] = torch.arange(positions).unsqueeze(0)
     return renamed
@@ -154,7 +166,7 @@ def write_weights(path, weights):
 
 
 def write_shards(folder, stem, weights, shards):
-    """Splits the weights, in the order of their names, into files of about equal size, with diffusers' index."""
+    """Splits the weights, in the order of names, into files of about equal size, with an index."""
     total = sum(value.nbytes for value in weights.values())
     parts, seen = [{} for _ in range(shards)], 0
     for key in sorted(weights):
@@ -172,19 +184,27 @@ def write_shards(folder, stem, weights, shards):
 
 
 def shorten_tokenizer(folder, merges):
-    """Leaves a CLIP tokenizer its first merges: 2 x 256 bytes, what the merges make of them, two special tokens."""
+    """Leaves a CLIP tokenizer only its first merges, the bytes and the two special tokens."""
     vocab = json.loads((folder / "vocab.json").read_text())
     tokens = sorted(vocab, key=vocab.get)
     tokens = tokens[: 512 + merges] + tokens[-2:]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False))
+    (folder / "vocab.json").write_text(
+        json.dumps({token: i for i, token in enumerate(tokens)}, ensure_ascii=False)
+    )
     lines = (folder / "merges.txt").read_text().splitlines()
     (folder / "merges.txt").write_text("\n".join(lines[: 1 + merges]) + "\n")
 
 
 def write_tokenizer(
-    source, folder, length, pad_token="<|endoftext|>", tokenizer_json=True, special_tokens_map=False, merges=None,
+    source,
+    folder,
+    length,
+    pad_token="<|endoftext|>",
+    tokenizer_json=True,
+    special_tokens_map=False,
+    merges=None,
 ):
-    """Copies a CLIP tokenizer under another length and pad token, and without tokenizer.json with fewer merges."""
+    """Copies a CLIP tokenizer under another length and pad token; `merges`: with only the first."""
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name in ["vocab.json", "merges.txt"] + ["tokenizer.json"] * tokenizer_json:
@@ -193,7 +213,13 @@ def write_tokenizer(
         shorten_tokenizer(folder, merges)
 
     def special(content):
-        return {"content": content, "lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+        return {
+            "content": content,
+            "lstrip": False,
+            "normalized": True,
+            "rstrip": False,
+            "single_word": False,
+        }
 
     bos, eos = special("<|startoftext|>"), special("<|endoftext|>")
     write_json(

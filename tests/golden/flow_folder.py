@@ -1,21 +1,36 @@
-"""Writes folders of flow models, Stable Diffusion 3 and FLUX.1, with random weights, for make_flow_golden.py.
+"""Writes folders of flow models, Stable Diffusion 3 and FLUX.1, with random weights.
 
-Made with Python 3.11, torch 2.15, diffusers 0.42.1, transformers 5.23.0, tokenizers 0.23.3, safetensors 0.8.
+For make_flow_golden.py, make_schedule_golden.py and random_flow.py, which put `scripts` on the
+path.
+
+Made with Python 3.11, torch 2.15, diffusers 0.42.1, transformers 5.23.0, safetensors 0.8.
 """
 
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, SD3Transformer2DModel
-from sd_folder import GAINS, SD15_TEXT, random_weights, write_json, write_shards, write_tokenizer, write_weights
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from sd_folder import (
+    GAINS,
+    SD15_TEXT,
+    random_weights,
+    write_json,
+    write_shards,
+    write_tokenizer,
+    write_weights,
+)
+from t5_tokenizer import write_t5_tokenizer
 from transformers import (
-    CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
 )
 
-# The fields that the repositories publish. SD 3's transformer has no qk_norm or dual_attention_layers, FLUX's no
-# out_channels or axes_dims_rope. Readers have to know diffusers' defaults for what is absent.
+# The fields that the repositories publish. SD 3's transformer has no qk_norm or
+# dual_attention_layers, FLUX's no out_channels or axes_dims_rope. Readers have to know diffusers'
+# defaults for what is absent.
 SD3_TRANSFORMER = {
     "_class_name": "SD3Transformer2DModel",
     "_diffusers_version": "0.29.0.dev0",
@@ -113,7 +128,8 @@ FLUX_VAE = {
     "scaling_factor": 0.3611,
     "shift_factor": 0.1159,
 }
-# The token ids are not the tokenizer's: where eos_token_id is 2, transformers pools at the largest id instead.
+# The token ids are not the tokenizer's: where eos_token_id is 2, transformers pools at the largest
+# id instead.
 CLIP_TEXT = {**SD15_TEXT, "bos_token_id": 0, "eos_token_id": 2, "torch_dtype": "float16"}
 CLIP_TEXT_PROJECTION = {**CLIP_TEXT, "architectures": ["CLIPTextModelWithProjection"]}
 T5_TEXT = {
@@ -153,7 +169,9 @@ DIFFUSERS = {
 TRANSFORMERS = {cls.__name__: cls for cls in (SD3Transformer2DModel, FluxTransformer2DModel)}
 TEXT_ENCODERS = {
     "CLIPTextModel": lambda config: CLIPTextModel(CLIPTextConfig(**config)),
-    "CLIPTextModelWithProjection": lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config)),
+    "CLIPTextModelWithProjection": lambda config: CLIPTextModelWithProjection(
+        CLIPTextConfig(**config)
+    ),
     "T5EncoderModel": lambda config: T5EncoderModel(T5Config(**config)),
 }
 # T5 does not scale its attention; the latents of a flow model are about 1 in size.
@@ -163,7 +181,10 @@ FLOW_GAINS = {
     "add_k_proj": 1.5,
     "SelfAttention.q": 0.6,
 }
-PIPELINES = {"SD3Transformer2DModel": "StableDiffusion3Pipeline", "FluxTransformer2DModel": "FluxPipeline"}
+PIPELINES = {
+    "SD3Transformer2DModel": "StableDiffusion3Pipeline",
+    "FluxTransformer2DModel": "FluxPipeline",
+}
 SLOTS = {
     "StableDiffusion3Pipeline": ["text_encoder", "text_encoder_2", "text_encoder_3"],
     "FluxPipeline": ["text_encoder", "text_encoder_2"],
@@ -191,56 +212,14 @@ def write_component(folder, kind, config, seed, dtype, shards=1):
         write_weights(folder / kind / f"{stem}.safetensors", weights)
 
 
-def train_t5_tokenizer(prompts, size):
-    """A tokenizer that is T5's but for its smaller vocabulary, its missing sentinels and its missing NFKC tables."""
-    tokenizer = Tokenizer(models.Unigram())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always"),
-    ])
-    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
-    special = ["<pad>", "</s>", "<unk>"]
-    tokenizer.train_from_iterator(prompts, trainers.UnigramTrainer(
-        vocab_size=size, special_tokens=special, unk_token="<unk>", show_progress=False,
-    ))
-    # Which of some nearly equal scores a token has varies from run to run; this gives them out in the tokens' order.
-    vocab = json.loads(tokenizer.to_str())["model"]["vocab"][len(special):]
-    tokens = [token for token, score in sorted(vocab, key=lambda entry: (-round(entry[1], 2), entry[0]))]
-    scores = sorted((round(score, 6) for _, score in vocab), reverse=True)
-    vocab = [(token, 0.0) for token in special] + list(zip(tokens, scores))
-    tokenizer.model = models.Unigram(vocab, special.index("<unk>"))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", special.index("</s>"))]
-    )
-    return tokenizer
-
-
-def write_t5_tokenizer(folder, tokenizer, length=512):
-    """Writes tokenizer.json and a tokenizer_config.json."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str() + "\n")
-    write_json(
-        folder / "tokenizer_config.json",
-        {
-            "additional_special_tokens": [],
-            "clean_up_tokenization_spaces": True,
-            "eos_token": "</s>",
-            "extra_ids": 0,
-            "legacy": True,
-            "model_max_length": length,
-            "pad_token": "<pad>",
-            "sp_model_kwargs": {},
-            "tokenizer_class": "T5Tokenizer",
-            "unk_token": "<unk>",
-        },
-    )
-
-
 def write_flow_index(folder, pipeline, text_encoders):
-    """model_index.json of a whole pipeline; a text encoder of the pipeline that is not given is null."""
+    """model_index.json of a whole pipeline; a text encoder that is not given is null."""
     index = {
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "transformer": ["diffusers", next(name for name in PIPELINES if PIPELINES[name] == pipeline)],
+        "transformer": [
+            "diffusers",
+            next(name for name in PIPELINES if PIPELINES[name] == pipeline),
+        ],
         "vae": ["diffusers", "AutoencoderKL"],
     }
     for name in SLOTS[pipeline]:
@@ -254,12 +233,14 @@ def write_flow_index(folder, pipeline, text_encoders):
 
 
 def write_flow_folder(folder, spec, clip_tokenizer, t5_tokenizer, seed):
-    """Writes a folder by its spec, which holds the components' configs: a whole one if there is a VAE among them.
+    """Writes a folder by its spec, which holds the components' configs: a whole one if with a VAE.
 
-    `text` has the text encoders' configs by name, `tokenizers` what write_tokenizer takes for each CLIP; `dtype` and
-    `shards` are the transformer's, the rest is f16.
+    `text` has the text encoders' configs by name, `tokenizers` what write_tokenizer takes for each
+    CLIP; `dtype` and `shards` are the transformer's, the rest is f16.
     """
-    write_component(folder, "transformer", spec["transformer"], seed, spec["dtype"], spec.get("shards", 1))
+    write_component(
+        folder, "transformer", spec["transformer"], seed, spec["dtype"], spec.get("shards", 1)
+    )
     if "vae" not in spec:
         return
     pipeline = PIPELINES[spec["transformer"]["_class_name"]]
@@ -271,6 +252,8 @@ def write_flow_folder(folder, spec, clip_tokenizer, t5_tokenizer, seed):
         if config["model_type"] == "t5":
             write_t5_tokenizer(tokenizer, t5_tokenizer)
         else:
-            write_tokenizer(clip_tokenizer, tokenizer, tokenizer_json=False, **spec["tokenizers"][name])
+            write_tokenizer(
+                clip_tokenizer, tokenizer, tokenizer_json=False, **spec["tokenizers"][name]
+            )
     write_json(folder / "scheduler" / "scheduler_config.json", spec["scheduler"])
     write_flow_index(folder, pipeline, spec["text"])
