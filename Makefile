@@ -1,9 +1,10 @@
 # Two commands for a newcomer: `make run` and `make test`. Both set up what they need, with only Rust and make there.
+# Two for whoever changes the code: `make check` and `make fix`. One profile for all: `--release` builds Burn once.
 
 # Without a desktop session Mesa complains that this is missing, and then does without.
 export XDG_RUNTIME_DIR ?= /tmp
 
-.PHONY: run test build driver lavapipe bench
+.PHONY: run test check fix build driver lavapipe bench
 
 run: driver
 	cargo run --release -- train
@@ -19,11 +20,19 @@ driver:
 lavapipe:
 	@sh scripts/install-vulkan.sh lavapipe
 
-test: lavapipe
+test: lavapipe check
+	cargo test --release
+
+# Format, lints and documentation; a warning fails.
+check:
 	cargo fmt --check
 	cargo clippy --release --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --release --no-deps
-	cargo test --release
+
+# What cargo can put right by itself, in the working tree. Formatting comes last: it tidies the fixes too.
+fix:
+	cargo clippy --release --all-targets --fix --allow-dirty --allow-staged
+	cargo fmt
 
 bench: lavapipe
 	cargo bench
