@@ -1,21 +1,26 @@
-//! `cargo bench`: every operation of the hot path as shader, CPU reference and Burn tensor operations on one device,
-//! over sizes and batches, values checked before anything is timed; then one epoch of the default job by phase.
+//! `cargo bench`: every operation of the hot path as shader, CPU reference and Burn tensor
+//! operations on one device, over sizes and batches, values checked before anything is timed; then
+//! one epoch of the default job by phase.
 //!
-//! The shaders by name: ddim_step and flow_step with step_log_prob, log_ratio with log_ratio_finish, policy_objective,
-//! credit_reduce, philox_noise, with the preludes common, philox, sampler_step, partials_sum, lanes1 and lanes4.
+//! The shaders by name: ddim_step and flow_step with step_log_prob, log_ratio with
+//! log_ratio_finish, policy_objective, credit_reduce, philox_noise, with the preludes common,
+//! philox, sampler_step, partials_sum, lanes1 and lanes4.
 //!
-//! divan times each path by itself; the table after it has the ratios, whose paths are measured in turn at one size.
+//! divan times each path by itself; the table after it has the ratios, whose paths are measured in
+//! turn at one size.
 //!
-//! PCPO_BENCH_DEVICE names the device (default: auto, or lavapipe where that is the CPU); PCPO_BENCH_QUICK=1 takes
-//! three sizes; PCPO_BENCH_EPOCH=0 leaves the epoch out.
+//! PCPO_BENCH_DEVICE names the device (default: auto, or lavapipe where that is the CPU);
+//! PCPO_BENCH_QUICK=1 takes three sizes; PCPO_BENCH_EPOCH=0 leaves the epoch out.
 
 use std::fmt;
 use std::process::Command;
 use std::sync::OnceLock;
 
 use divan::Bencher;
-use pcpo_wgpu::bench::{Case, OPERATIONS, header, reduction_row, row};
-use pcpo_wgpu::device::{Compute, adapters, auto, open};
+use pcpo_wgpu::device::adapters::{adapters, auto};
+use pcpo_wgpu::device::{Compute, open};
+use pcpo_wgpu::tools::bench::{Case, Operation, reduction_row};
+use pcpo_wgpu::tools::timing::{header, row};
 
 /// The device, opened once: Burn keeps one runtime a device.
 fn compute() -> &'static Compute {
@@ -43,16 +48,21 @@ impl fmt::Display for Size {
 
 fn sizes() -> Vec<Size> {
     let quick = std::env::var_os("PCPO_BENCH_QUICK").is_some();
-    let shapes: &[[usize; 3]] =
-        if quick { &[[4, 64, 64]] } else { &[[4, 16, 16], [4, 64, 64], [4, 128, 128], [16, 128, 128]] };
+    let shapes: &[[usize; 3]] = if quick {
+        &[[4, 64, 64]]
+    } else {
+        &[[4, 16, 16], [4, 64, 64], [4, 128, 128], [16, 128, 128]]
+    };
     let batches: &[usize] = if quick { &[1, 8] } else { &[1, 8, 64] };
-    let all = shapes.iter().flat_map(|&shape| batches.iter().map(move |&batch| Size { batch, shape }));
-    // The Burn path's intermediates of the largest case would not fit one binding of software Vulkan.
+    let all =
+        shapes.iter().flat_map(|&shape| batches.iter().map(move |&batch| Size { batch, shape }));
+    // The Burn path's intermediates of the largest case would not fit one binding of software
+    // Vulkan.
     all.filter(|s| s.batch * s.shape.iter().product::<usize>() <= 8 << 20).collect()
 }
 
 /// One operation's three paths, each checked against the others before it is timed.
-fn time(bencher: Bencher, size: Size, operation: &str, path: impl Fn(&Case)) {
+fn time(bencher: Bencher, size: Size, operation: Operation, path: impl Fn(&Case)) {
     let case = Case::new(compute(), size.batch, size.shape).unwrap_or_else(|e| panic!("{e:#}"));
     case.verify(operation).unwrap_or_else(|e| panic!("{e:#}"));
     bencher.bench_local(|| {
@@ -63,30 +73,39 @@ fn time(bencher: Bencher, size: Size, operation: &str, path: impl Fn(&Case)) {
 }
 
 macro_rules! operations {
-    ($($name:ident),*) => {$(
+    ($($name:ident: $operation:ident),*) => {$(
         #[divan::bench_group(sample_count = 10, sample_size = 1, max_time = 1)]
         mod $name {
             use super::*;
 
+            const OPERATION: Operation = Operation::$operation;
+
             #[divan::bench(args = sizes())]
             fn shader(bencher: Bencher, size: Size) {
-                time(bencher, size, stringify!($name), |case| drop(case.shader(stringify!($name)).expect("the device works")));
+                let run = |case: &Case| drop(case.shader(OPERATION).expect("the device works"));
+                time(bencher, size, OPERATION, run);
             }
 
             #[divan::bench(args = sizes())]
             fn reference(bencher: Bencher, size: Size) {
-                time(bencher, size, stringify!($name), |case| drop(case.reference(stringify!($name))));
+                time(bencher, size, OPERATION, |case| drop(case.reference(OPERATION)));
             }
 
             #[divan::bench(args = sizes())]
             fn burn(bencher: Bencher, size: Size) {
-                time(bencher, size, stringify!($name), |case| case.run_tensor_operations(stringify!($name)));
+                time(bencher, size, OPERATION, |case| case.run_tensor_operations(OPERATION));
             }
         }
     )*};
 }
 
-operations!(philox_noise, ddim_step, flow_step, log_ratio, policy_objective);
+operations!(
+    philox_noise: PhiloxNoise,
+    ddim_step: DdimStep,
+    flow_step: FlowStep,
+    log_ratio: LogRatio,
+    policy_objective: PolicyObjective
+);
 
 fn main() -> anyhow::Result<()> {
     divan::main();
@@ -95,9 +114,9 @@ fn main() -> anyhow::Result<()> {
     println!("{}", header());
     for size in sizes() {
         let case = Case::new(compute, size.batch, size.shape)?;
-        for operation in OPERATIONS {
+        for operation in Operation::ALL {
             case.verify(operation)?;
-            println!("{}", row(operation, &size.to_string(), case.times(operation)?));
+            println!("{}", row(operation.name(), &size.to_string(), case.times(operation)?));
         }
     }
     for (steps, samples) in [(20, 32), (50, 256)] {

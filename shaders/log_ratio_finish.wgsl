@@ -1,6 +1,7 @@
 // The end of log_ratio: partial sums to means over the dimensions. One workgroup a sample.
 
-@group(0) @binding(1) var<storage, read_write> partials: array<vec2<f32>>; // [batch, blocks, threads]
+// partials are [batch, blocks, threads].
+@group(0) @binding(1) var<storage, read_write> partials: array<vec2<f32>>;
 @group(0) @binding(2) var<storage, read_write> log_rho: array<vec2<f32>>;  // [batch]: log rho, KL
 
 @compute @workgroup_size(64)

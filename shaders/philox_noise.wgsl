@@ -1,4 +1,5 @@
-// Philox noise as a tensor: initial latents, and the test of the generator itself. Grid: (blocks, batch).
+// Philox noise as a tensor: initial latents, and the test of the generator itself. Grid: (blocks,
+// batch).
 
 @group(0) @binding(1) var<storage, read_write> noise: array<Lanes>; // [batch, dim]
 

@@ -1,6 +1,8 @@
-// The end of ddim_step and flow_step: partial sums of z^2 to log p, a mean over the dimensions. One workgroup a sample.
+// The end of ddim_step and flow_step: partial sums of z^2 to log p, a mean over the dimensions. One
+// workgroup a sample.
 
-@group(0) @binding(1) var<storage, read_write> partials: array<vec2<f32>>; // [batch, blocks, threads]
+// partials are [batch, blocks, threads].
+@group(0) @binding(1) var<storage, read_write> partials: array<vec2<f32>>;
 @group(0) @binding(2) var<storage, read_write> log_prob: array<f32>;       // [batch]
 
 @compute @workgroup_size(64)

@@ -1,41 +1,69 @@
-//! pcpo-wgpu aligns text-to-image diffusion and flow models with a reward by PCPO (Proportionate Credit Policy Optimization,
-//! Lee & Ye, ICLR 2026, arXiv 2509.25774) on any GPU that wgpu reaches, and on the CPU.
+//! pcpo-wgpu aligns text-to-image diffusion and flow models with a reward by PCPO (Proportionate
+//! Credit Policy Optimization, Lee & Ye, ICLR 2026, arXiv 2509.25774) on any GPU that wgpu reaches,
+//! and on the CPU.
 //!
-//! Read [`train`] first: it tells the whole story. ARCHITECTURE.md draws the flow of data and who may import whom.
+//! The program `pcpo-wgpu` does all of it from the command line. As a library the crate trains with
+//! a reward of one's own:
+//!
+//! ```no_run
+//! use pcpo_wgpu::{Job, Options, Reward, RgbImage, Silent, train};
+//!
+//! struct Brightness;
+//!
+//! impl Reward for Brightness {
+//!     fn score(&mut self, images: &[RgbImage], _: &[&str]) -> anyhow::Result<Vec<f64>> {
+//!         let mean = |i: &RgbImage| i.iter().map(|&v| f64::from(v)).sum::<f64>() / i.len() as f64;
+//!         Ok(images.iter().map(mean).collect())
+//!     }
+//! }
+//!
+//! let settings = Options { model: Some("emoji".into()), ..Default::default() }.resolve()?;
+//! let job = Job::new(settings, "runs/bright").with_reward("brightness", Brightness);
+//! println!("reward after: {}", train(job, &Silent)?.after);
+//! # anyhow::Ok(())
+//! ```
+//!
+//! Read the module `train` first: it tells the whole story. ARCHITECTURE.md draws the flow of data
+//! and who may import whom.
 
-pub mod adamw;
-pub mod artifacts;
-pub mod backward;
-pub mod bench;
-pub mod check;
-pub mod checkpoint;
+#![warn(missing_docs)]
+
+#[doc(hidden)]
 pub mod choice;
+#[doc(hidden)]
 pub mod cli;
-mod commands;
-pub mod credit;
-pub mod credit_table;
+#[doc(hidden)]
+pub mod config;
+#[doc(hidden)]
 pub mod device;
-pub mod dump;
-mod evaluation;
-pub mod files;
-pub mod inputs;
+#[doc(hidden)]
+pub mod estimate;
+#[doc(hidden)]
+pub mod io;
+#[doc(hidden)]
 pub mod lora;
-pub mod lora_io;
-pub mod memory;
-mod metrics;
+#[doc(hidden)]
 pub mod model;
+#[doc(hidden)]
 pub mod ops;
-pub mod options;
+#[doc(hidden)]
 pub mod philox;
-pub mod plan;
-mod prepare;
-pub mod progress;
+#[doc(hidden)]
 pub mod reward;
-pub mod rollout;
+#[doc(hidden)]
+pub mod sampling;
+#[doc(hidden)]
 pub mod schedule;
-mod self_test;
-pub mod settings;
-pub mod shapes;
+#[doc(hidden)]
+pub mod stop;
+#[doc(hidden)]
+pub mod tools;
+#[doc(hidden)]
 pub mod train;
-pub mod update;
-mod work;
+
+pub use image::RgbImage;
+
+pub use crate::config::{Options, Settings};
+pub use crate::model::Pipeline;
+pub use crate::reward::Reward;
+pub use crate::train::{Event, Job, Observer, Silent, Summary, train};

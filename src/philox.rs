@@ -1,10 +1,10 @@
-//! Counter-based Gaussian noise: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller, the CPU twin of
-//! `shaders/philox.wgsl`. A number depends on (seed, stream, image, step, element) and on nothing else, so a rollout
-//! replays in any batch layout and step noise is never stored.
+//! Counter-based Gaussian noise: Philox4x32-10 (Salmon et al., SC 2011) and Box-Muller, the CPU
+//! twin of `shaders/shared/philox.wgsl`. A number depends on (seed, stream, image, step, element)
+//! and on nothing else, so a rollout replays in any batch layout and step noise is never stored.
 //!
-//! Key = the two halves of the seed; counter = (element / 4, step, image, stream).
-//! WGSL promises little of its own `log`, `sin` and `cos`, so both sides use the polynomials below; each normal is
-//! within 2e-6 of the f64 formula.
+//! Key = the two halves of the seed; counter = (element / 4, step, image, stream). WGSL promises
+//! little of its own `log`, `sin` and `cos`, so both sides use the polynomials below; each normal
+//! is within 2e-6 of the f64 formula.
 
 /// What a number is for; streams never share counters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,12 @@ pub fn philox(key: [u32; 2], counter: [u32; 4]) -> [u32; 4] {
         }
         let p0 = u64::from(0xD251_1F53u32) * u64::from(c[0]);
         let p1 = u64::from(0xCD9E_8D57u32) * u64::from(c[2]);
-        c = [(p1 >> 32) as u32 ^ c[1] ^ k[0], p1 as u32, (p0 >> 32) as u32 ^ c[3] ^ k[1], p0 as u32];
+        c = [
+            (p1 >> 32) as u32 ^ c[1] ^ k[0],
+            p1 as u32,
+            (p0 >> 32) as u32 ^ c[3] ^ k[1],
+            p0 as u32,
+        ];
     }
     c
 }
@@ -48,9 +53,11 @@ pub fn words(seed: u64, stream: Stream, image: u32, step: u32, quad: u32) -> [u3
     philox(key(seed), [quad, step, image, stream as u32])
 }
 
-/// Natural logarithm of `x` in (0, 1], by exponent and an odd polynomial of (m - 1) / (m + 1); absolute error < 5e-7.
+/// Natural logarithm of `x` in (0, 1], by exponent and an odd polynomial of (m - 1) / (m + 1);
+/// absolute error < 5e-7.
 fn log(x: f32) -> f32 {
-    // The mantissa is brought into [sqrt(1/2), sqrt(2)) so that the polynomial's argument stays within 0.172.
+    // The mantissa is brought into [sqrt(1/2), sqrt(2)) so that the polynomial's argument stays
+    // within 0.172.
     let bits = x.to_bits();
     let e = (bits.wrapping_sub(0x3F35_04F3) as i32) >> 23;
     let m = f32::from_bits(bits.wrapping_sub((e << 23) as u32));
@@ -60,14 +67,17 @@ fn log(x: f32) -> f32 {
     e as f32 * std::f32::consts::LN_2 + p
 }
 
-/// (sin, cos) of 2 pi (u / 2^32): the quadrant from the top bits, Taylor polynomials on [-pi/4, pi/4].
+/// (sin, cos) of 2 pi (u / 2^32): the quadrant from the top bits, Taylor polynomials on [-pi/4,
+/// pi/4].
 fn sin_cos_turn(u: u32) -> (f32, f32) {
     let quadrant = u.wrapping_add(0x2000_0000) >> 30;
     let r = u.wrapping_sub(quadrant << 30) as i32;
     // r is a signed fraction of a turn in [-1/8, 1/8); 24 bits keep the conversion exact.
     let a = (r >> 6) as f32 * (std::f32::consts::TAU / 67_108_864.0);
     let z = a * a;
-    let s = a * (1.0 + z * (-1.666_666_7e-1 + z * (8.333_333e-3 + z * (-1.984_127e-4 + z * 2.755_732e-6))));
+    let s = a
+        * (1.0
+            + z * (-1.666_666_7e-1 + z * (8.333_333e-3 + z * (-1.984_127e-4 + z * 2.755_732e-6))));
     let c = 1.0 + z * (-0.5 + z * (4.166_666_6e-2 + z * (-1.388_888_9e-3 + z * 2.480_158_7e-5)));
     match quadrant {
         0 => (s, c),
@@ -77,7 +87,8 @@ fn sin_cos_turn(u: u32) -> (f32, f32) {
     }
 }
 
-/// Two standard normals from two words. The radius uses 23 bits plus one half, so that it is never infinite.
+/// Two standard normals from two words. The radius uses 23 bits plus one half, so that it is never
+/// infinite.
 pub fn box_muller(u: u32, v: u32) -> [f32; 2] {
     let radius = (-2.0 * log(((u >> 9) as f32 + 0.5) * (1.0 / 8_388_608.0))).max(0.0).sqrt();
     let (s, c) = sin_cos_turn(v);
@@ -111,4 +122,61 @@ pub fn choose(seed: u64, stream: Stream, image: u32, n: usize, k: usize) -> Vec<
     }
     all.truncate(k);
     all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn philox_gives_the_published_vectors() {
+        // Known answers of Salmon et al.'s Random123, philox4x32-10.
+        assert_eq!(philox([0, 0], [0; 4]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(
+            philox([u32::MAX; 2], [u32::MAX; 4]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
+        let pi = philox(
+            [0xa409_3822, 0x299f_31d0],
+            [0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344],
+        );
+        assert_eq!(pi, [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]);
+    }
+
+    #[test]
+    fn normals_are_within_2e_6_of_f64_and_standard() {
+        let mut worst = 0f64;
+        for quad in 0..50_000 {
+            let w = words(9, Stream::StepNoise, 3, 1, quad);
+            for pair in [[w[0], w[1]], [w[2], w[3]]] {
+                let u = (f64::from(pair[0] >> 9) + 0.5) / 8_388_608.0;
+                let angle = std::f64::consts::TAU * f64::from(pair[1]) / 4_294_967_296.0;
+                let radius = (-2.0 * u.ln()).sqrt();
+                let [x, y] = box_muller(pair[0], pair[1]);
+                worst = worst
+                    .max((f64::from(x) - radius * angle.cos()).abs())
+                    .max((f64::from(y) - radius * angle.sin()).abs());
+            }
+        }
+        assert!(worst < 2e-6, "{worst:e}");
+        let z = noise(9, Stream::StepNoise, 3, 1, 400_000);
+        let moment = |k: i32| z.iter().map(|&v| f64::from(v).powi(k)).sum::<f64>() / z.len() as f64;
+        assert!(
+            moment(1).abs() < 0.01
+                && (moment(2) - 1.0).abs() < 0.01
+                && (moment(4) - 3.0).abs() < 0.06
+        );
+    }
+
+    #[test]
+    fn normals_match_the_committed_vectors() {
+        let golden: Vec<f32> =
+            serde_json::from_str(include_str!("../tests/golden/philox.json")).unwrap();
+        let found = noise(0x0123_4567_89ab_cdef, Stream::StepNoise, 1000, 5, golden.len());
+        // f64 numbers of tests/golden/make_philox.py, an independent implementation.
+        assert!(
+            golden.iter().zip(&found).all(|(a, b)| (a - b).abs() < 2e-6),
+            "regenerate with tests/golden/make_philox.py?"
+        );
+    }
 }

@@ -4,14 +4,16 @@ use anyhow::Result;
 use burn::tensor::ops::AttentionModuleOptions;
 use burn::tensor::{Tensor, activation};
 
+use super::loader::Loader;
 use super::nn::{Linear, on_cpu};
-use super::weights::Loader;
 use crate::lora::Lora;
 
-/// Scores of one pass stay below this many elements (64 MiB): within every device's largest binding.
+/// Scores of one pass stay below this many elements (64 MiB): within every device's largest
+/// binding.
 const MAX_SCORES: usize = 1 << 24;
 
-/// softmax(q k^T / sqrt(d)) v over `[B, heads, T, d]`; `bias` `[1, 1, Tq, Tk]` is added to the scores.
+/// softmax(q k^T / sqrt(d)) v over `[B, heads, T, d]`; `bias` `[1, 1 or heads, Tq, Tk]` is added to
+/// the scores.
 ///
 /// Splits over batch, heads and queries where the scores would not fit one binding.
 pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<Tensor<4>>) -> Tensor<4> {
@@ -20,31 +22,53 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, bias: Option<Tensor<4
     if !q.is_autodiff() && !k.is_autodiff() && on_cpu(&q) {
         // The CPU backend has a fused kernel that never holds the scores; it records no gradient.
         let bias = bias.map(|x| x.expand([b, heads, tq, tk]));
-        return burn::tensor::module::attention(q, k, v, None, bias, AttentionModuleOptions::default());
+        let options = AttentionModuleOptions::default();
+        return burn::tensor::module::attention(q, k, v, None, bias, options);
     }
+    scaled_attention(q, k, v, bias, 1.0 / (d as f64).sqrt())
+}
+
+/// [`attention`] with a scale of one's own, which T5 leaves at 1.
+pub fn scaled_attention(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    bias: Option<Tensor<4>>,
+    scale: f64,
+) -> Tensor<4> {
+    let [b, heads, tq, _] = q.dims();
+    let tk = k.dims()[2];
     if b * heads * tq * tk > MAX_SCORES && b * heads * tq > 1 {
-        let (dim, n) = if b > 1 {
-            (0, b)
-        } else if heads > 1 {
-            (1, heads)
-        } else {
-            (2, tq)
-        };
-        let half = n / 2;
-        let cut = |t: &Tensor<4>, from: usize, len: usize| t.clone().narrow(dim, from, len);
-        let parts = [(0, half), (half, n - half)].map(|(from, len)| match dim {
-            // Queries alone: every one sees all keys. A bias has a row for each.
-            2 => attention(cut(&q, from, len), k.clone(), v.clone(), bias.as_ref().map(|x| cut(x, from, len))),
-            _ => attention(cut(&q, from, len), cut(&k, from, len), cut(&v, from, len), bias.clone()),
-        });
-        return Tensor::cat(parts.into(), dim);
+        return in_halves(q, k, v, bias, scale);
     }
-    let scores = q.matmul(k.swap_dims(2, 3)) * (1.0 / (d as f64).sqrt());
+    let scores = q.matmul(k.swap_dims(2, 3)) * scale;
     let scores = match bias {
         Some(bias) => scores + bias,
         None => scores,
     };
     activation::softmax(scores, 3).matmul(v)
+}
+
+/// Halves the work over the batch, over heads, or over queries, of which every one sees all keys.
+fn in_halves(
+    q: Tensor<4>,
+    k: Tensor<4>,
+    v: Tensor<4>,
+    bias: Option<Tensor<4>>,
+    scale: f64,
+) -> Tensor<4> {
+    let [b, heads, tq, _] = q.dims();
+    let dim = [b, heads, tq].iter().position(|&n| n > 1).expect("there is something to split");
+    let n = q.dims()[dim];
+    let half = n / 2;
+    let parts = [(0, half), (half, n - half)].map(|(from, len)| {
+        let cut = |t: &Tensor<4>| t.clone().narrow(dim, from, len);
+        // A bias that is one for all images or all heads is not cut.
+        let bias = bias.as_ref().map(|x| if x.dims()[dim] == n { cut(x) } else { x.clone() });
+        let (k, v) = if dim == 2 { (k.clone(), v.clone()) } else { (cut(&k), cut(&v)) };
+        scaled_attention(cut(&q), k, v, bias, scale)
+    });
+    Tensor::cat(parts.into(), dim)
 }
 
 /// diffusers' `Attention` without its norm: projections, heads, output projection.
@@ -58,7 +82,13 @@ pub struct Attention {
 
 impl Attention {
     /// `names` are the parts' names, `["to_q", "to_k", "to_v", "to_out.0"]` in today's diffusers.
-    pub fn load(l: &Loader, names: [&str; 4], width: usize, context: usize, heads: usize) -> Result<Self> {
+    pub fn load(
+        l: &Loader,
+        names: [&str; 4],
+        width: usize,
+        context: usize,
+        heads: usize,
+    ) -> Result<Self> {
         Ok(Self {
             heads,
             to_q: Linear::load(l, names[0], width, width)?,
@@ -91,5 +121,33 @@ impl Attention {
     /// The layers that a LoRA can target.
     pub fn linears(&self) -> [&Linear; 4] {
         [&self.to_q, &self.to_k, &self.to_v, &self.to_out]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::tensor::{host, upload};
+    use crate::philox::{Stream, noise};
+
+    /// However the work is split, over images, heads or queries, and whatever the bias is one for.
+    #[test]
+    fn attention_in_halves_is_attention() {
+        let device = burn::tensor::Device::flex();
+        let draw = |i: u32, shape: [usize; 4]| {
+            let values = noise(1, Stream::Evaluation, i, 0, shape.iter().product());
+            upload(&values, shape, &device)
+        };
+        for [b, heads, t] in [[3, 2, 5], [1, 3, 5], [1, 1, 5]] {
+            let [q, k, v] = [0, 1, 2].map(|i| draw(i, [b, heads, t, 4]));
+            for bias in [None, Some([1, 1, t, t]), Some([1, heads, t, t])] {
+                let bias = bias.map(|shape| draw(3, shape));
+                let whole = scaled_attention(q.clone(), k.clone(), v.clone(), bias.clone(), 1.0);
+                let halves = in_halves(q.clone(), k.clone(), v.clone(), bias, 1.0);
+                let (whole, halves) = (host(&whole), host(&halves));
+                let off = whole.iter().zip(&halves).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+                assert!(off < 1e-6, "{b} x {heads} x {t}: off by {off:e}");
+            }
+        }
     }
 }

@@ -1,23 +1,24 @@
-//! The building blocks of diffusers' UNet2DConditionModel and AutoencoderKL: `ResnetBlock2D`, `Transformer2DModel`,
-//! `Downsample2D` and `Upsample2D`.
+//! The building blocks that diffusers' networks share: `ResnetBlock2D`, `Transformer2DModel`,
+//! `Downsample2D`, `Upsample2D`, `TimestepEmbedding` and `FeedForward`.
 
 use anyhow::Result;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::attention::Attention;
+use super::loader::Loader;
 use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, gelu, gelu_tanh, silu};
-use super::weights::Loader;
 use crate::lora::Lora;
 
 /// How a `ResnetBlock2D` is built.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug)]
 pub struct ResnetSpec {
     pub groups: usize,
     pub eps: f64,
     pub activation: Activation,
     /// Width of the time embedding, where there is one.
     pub time: Option<usize>,
-    /// resnet_time_scale_shift = "scale_shift": the embedding scales and shifts instead of being added.
+    /// resnet_time_scale_shift = "scale_shift": the embedding scales and shifts instead of being
+    /// added.
     pub scale_shift: bool,
     pub output_scale: f64,
 }
@@ -40,19 +41,33 @@ impl Resnet {
             spec,
             norm1: GroupNorm::load(l, "norm1", spec.groups, cin, spec.eps)?,
             conv1: Conv2d::same(l, "conv1", cin, cout)?,
-            time_emb_proj: spec.time.map(|t| Linear::load(l, "time_emb_proj", t, time_width)).transpose()?,
+            time_emb_proj: spec
+                .time
+                .map(|t| Linear::load(l, "time_emb_proj", t, time_width))
+                .transpose()?,
             norm2: GroupNorm::load(l, "norm2", spec.groups, cout, spec.eps)?,
             conv2: Conv2d::same(l, "conv2", cout, cout)?,
-            shortcut: if cin == cout { None } else { Some(Conv2d::load(l, "conv_shortcut", cin, cout, 1, 1, 0)?) },
+            shortcut: if cin == cout {
+                None
+            } else {
+                Some(Conv2d::load(l, "conv_shortcut", cin, cout, 1, 1, 0)?)
+            },
         })
     }
 
     /// `x` `[B, cin, H, W]`, `time` `[B, width]` (after its own activation) -> `[B, cout, H, W]`.
-    pub fn forward(&self, x: Tensor<4>, time: Option<&Tensor<2>>, lora: Option<&Lora>) -> Tensor<4> {
+    pub fn forward(
+        &self,
+        x: Tensor<4>,
+        time: Option<&Tensor<2>>,
+        lora: Option<&Lora>,
+    ) -> Tensor<4> {
         let act = self.spec.activation;
         let mut h = self.conv1.forward(act.forward(self.norm1.forward(x.clone())));
         let time = match (&self.time_emb_proj, time) {
-            (Some(proj), Some(t)) => Some(proj.forward(t.clone(), lora).unsqueeze_dims::<4>(&[2, 3])),
+            (Some(proj), Some(t)) => {
+                Some(proj.forward(t.clone(), lora).unsqueeze_dims::<4>(&[2, 3]))
+            }
             _ => None,
         };
         match time {
@@ -84,7 +99,13 @@ struct TransformerBlock {
 const DIFFUSERS_ATTENTION: [&str; 4] = ["to_q", "to_k", "to_v", "to_out.0"];
 
 impl TransformerBlock {
-    fn load(l: &Loader, width: usize, context: usize, heads: usize, only_cross: bool) -> Result<Self> {
+    fn load(
+        l: &Loader,
+        width: usize,
+        context: usize,
+        heads: usize,
+        only_cross: bool,
+    ) -> Result<Self> {
         let norm = |n: &str| LayerNorm::load(l, n, width, 1e-5);
         let own = if only_cross { context } else { width };
         Ok(Self {
@@ -186,7 +207,8 @@ impl Transformer2d {
     }
 }
 
-/// diffusers' `Downsample2D`: a 3x3 convolution of stride 2; without padding the image grows right and below first.
+/// diffusers' `Downsample2D`: a 3x3 convolution of stride 2; without padding the image grows right
+/// and below first.
 pub struct Downsample {
     conv: Conv2d,
     pad: bool,
@@ -229,7 +251,8 @@ fn nearest(x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
     let device = x.device();
     let index = |from: usize, to: usize| {
         let ratio = from as f32 / to as f32;
-        let rows: Vec<i32> = (0..to).map(|i| ((i as f32 * ratio) as usize).min(from - 1) as i32).collect();
+        let rows: Vec<i32> =
+            (0..to).map(|i| ((i as f32 * ratio) as usize).min(from - 1) as i32).collect();
         Tensor::<1, Int>::from_data(TensorData::new(rows, [to]), &device)
     };
     x.select(2, index(h, oh)).select(3, index(w, ow))
@@ -255,11 +278,13 @@ impl TimeEmbedding {
         })
     }
 
-    /// Timesteps, one for each row -> `[B, out]`. The angles are f32 products, as in PyTorch: at t near 1000 another
-    /// order of rounding would differ in the fifth digit.
+    /// Timesteps, one for each row -> `[B, out]`. The angles are f32 products, as in PyTorch: at t
+    /// near 1000 another order of rounding would differ in the fifth digit.
     pub fn forward(&self, timesteps: &[f32], device: &burn::tensor::Device) -> Tensor<2> {
         let half = self.width / 2;
-        let freq = |i: usize| (-(10000f64.ln()) as f32 * i as f32 / (half as f64 - self.shift) as f32).exp();
+        let freq = |i: usize| {
+            (-(10000f64.ln()) as f32 * i as f32 / (half as f64 - self.shift) as f32).exp()
+        };
         let mut rows = Vec::with_capacity(timesteps.len() * self.width);
         for t in timesteps {
             let angles: Vec<f32> = (0..half).map(|i| t * freq(i)).collect();

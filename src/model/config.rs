@@ -7,6 +7,12 @@ use serde_json::Value;
 
 use super::nn::Activation;
 
+/// More layers, levels or heads than any network has: a number beyond is damage, and would be
+/// counted through.
+const MOST_PARTS: usize = 4096;
+/// A wider layer, a larger picture or a longer text than any network has.
+const MOST_WIDTH: usize = 1 << 24;
+
 /// One config.json with its path, for messages.
 pub struct Config {
     pub path: PathBuf,
@@ -17,24 +23,68 @@ impl Config {
     /// Reads `dir/config.json`.
     ///
     /// # Errors
-    /// When the file is missing or not JSON.
+    /// When the file is missing or not a JSON object.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        Ok(Self { json: crate::files::read_json(&path)?, path })
+        let json: Value = crate::io::read_json(&path)?;
+        ensure!(json.is_object(), "{}: is not a JSON object", path.display());
+        Ok(Self { json, path })
     }
 
+    /// The error that a field's value calls for.
     pub fn bad(&self, field: &str, what: &str) -> anyhow::Error {
         anyhow!("{}: {field} = {} {what}", self.path.display(), self.json[field])
     }
 
-    /// A non-negative integer with a default for an absent or null field.
+    fn whole(&self, field: &str, value: &Value, most: usize) -> Result<usize> {
+        let n = value.as_u64().ok_or_else(|| self.bad(field, "is not a whole number"))?;
+        let n = usize::try_from(n).ok().filter(|&n| n <= most);
+        n.ok_or_else(|| self.bad(field, &format!("is more than {most}: the file is damaged")))
+    }
+
+    /// A width, a size or an identifier, with a default for an absent or null field.
+    ///
+    /// # Errors
+    /// When it is not a whole number, or larger than any network's.
     pub fn size(&self, field: &str, default: usize) -> Result<usize> {
         match &self.json[field] {
             Value::Null => Ok(default),
-            v => v.as_u64().map(|n| n as usize).ok_or_else(|| self.bad(field, "is not a whole number")),
+            v => self.whole(field, v, MOST_WIDTH),
         }
     }
 
+    /// A width that has to be positive.
+    ///
+    /// # Errors
+    /// As [`Self::size`], and when it is 0.
+    pub fn width(&self, field: &str, default: usize) -> Result<usize> {
+        let n = self.size(field, default)?;
+        ensure!(n > 0, self.bad(field, "must be positive"));
+        Ok(n)
+    }
+
+    /// How many parts there are, at least one.
+    ///
+    /// # Errors
+    /// When it is not a whole number, 0, or larger than any network's.
+    pub fn count(&self, field: &str, default: usize) -> Result<usize> {
+        let n = self.count_or_none(field, default)?;
+        ensure!(n > 0, self.bad(field, "must be positive"));
+        Ok(n)
+    }
+
+    /// How many parts there are, which may be none.
+    ///
+    /// # Errors
+    /// When it is not a whole number, or larger than any network's.
+    pub fn count_or_none(&self, field: &str, default: usize) -> Result<usize> {
+        match &self.json[field] {
+            Value::Null => Ok(default),
+            v => self.whole(field, v, MOST_PARTS),
+        }
+    }
+
+    /// A number.
     pub fn float(&self, field: &str, default: f64) -> Result<f64> {
         match &self.json[field] {
             Value::Null => Ok(default),
@@ -42,6 +92,17 @@ impl Config {
         }
     }
 
+    /// A number that something is divided by.
+    ///
+    /// # Errors
+    /// When it is not a number, or not positive.
+    pub fn positive(&self, field: &str, default: f64) -> Result<f64> {
+        let value = self.float(field, default)?;
+        ensure!(value > 0.0, self.bad(field, "must be positive"));
+        Ok(value)
+    }
+
+    /// true or false.
     pub fn flag(&self, field: &str, default: bool) -> Result<bool> {
         match &self.json[field] {
             Value::Null => Ok(default),
@@ -49,6 +110,7 @@ impl Config {
         }
     }
 
+    /// A string.
     pub fn text(&self, field: &str, default: &str) -> Result<String> {
         match &self.json[field] {
             Value::Null => Ok(default.to_string()),
@@ -56,43 +118,54 @@ impl Config {
         }
     }
 
-    /// A list of strings.
+    /// A list of strings, one for each block: at least one.
     pub fn names(&self, field: &str, default: &[&str]) -> Result<Vec<String>> {
-        match &self.json[field] {
-            Value::Null => Ok(default.iter().map(|s| s.to_string()).collect()),
+        let bad = || self.bad(field, "is not a list of strings");
+        let names: Vec<String> = match &self.json[field] {
+            Value::Null => default.iter().map(|s| s.to_string()).collect(),
             Value::Array(list) => list
                 .iter()
-                .map(|v| v.as_str().map(str::to_string).ok_or_else(|| self.bad(field, "is not a list of strings")))
-                .collect(),
-            _ => Err(self.bad(field, "is not a list of strings")),
-        }
+                .map(|v| v.as_str().map(str::to_string).ok_or_else(bad))
+                .collect::<Result<_>>()?,
+            _ => return Err(bad()),
+        };
+        ensure!(!names.is_empty(), self.bad(field, "holds no block"));
+        ensure!(names.len() <= MOST_PARTS, self.bad(field, "holds more blocks than any network"));
+        Ok(names)
     }
 
     /// A list of whole numbers; empty for an absent field.
     pub fn list(&self, field: &str) -> Result<Vec<usize>> {
         match &self.json[field] {
             Value::Null => Ok(vec![]),
-            Value::Array(list) => list
-                .iter()
-                .map(|v| v.as_u64().map(|n| n as usize))
-                .collect::<Option<_>>()
-                .ok_or_else(|| self.bad(field, "is not a list of whole numbers")),
+            Value::Array(list) => list.iter().map(|v| self.whole(field, v, MOST_WIDTH)).collect(),
             _ => Err(self.bad(field, "is not a list of whole numbers")),
         }
     }
 
-    /// A positive number, or a list of `n` of them, one for each block.
-    pub fn sizes(&self, field: &str, n: usize, default: usize) -> Result<Vec<usize>> {
+    /// A positive width, or a list of `n` of them, one for each block; `default` is one for all or
+    /// the `n` themselves, and without a default the field has to be there.
+    pub fn widths(&self, field: &str, n: usize, default: &[usize]) -> Result<Vec<usize>> {
+        self.each(field, n, default, MOST_WIDTH)
+    }
+
+    /// A positive count, or a list of `n` of them, one for each block.
+    pub fn counts(&self, field: &str, n: usize, default: usize) -> Result<Vec<usize>> {
+        self.each(field, n, &[default], MOST_PARTS)
+    }
+
+    fn each(&self, field: &str, n: usize, default: &[usize], most: usize) -> Result<Vec<usize>> {
         let list = match &self.json[field] {
-            Value::Null => vec![default; n],
-            Value::Array(list) => list
-                .iter()
-                .map(|v| v.as_u64().map(|x| x as usize))
-                .collect::<Option<Vec<_>>>()
-                .ok_or_else(|| self.bad(field, "is not a list of whole numbers"))?,
-            v => vec![v.as_u64().ok_or_else(|| self.bad(field, "is not a whole number"))? as usize; n],
+            Value::Null if default.len() == 1 => vec![default[0]; n],
+            Value::Null if default.len() == n => default.to_vec(),
+            Value::Null => bail!(self.bad(field, &format!("must have {n} entries, one a block"))),
+            Value::Array(list) => {
+                list.iter().map(|v| self.whole(field, v, most)).collect::<Result<_>>()?
+            }
+            v => vec![self.whole(field, v, most)?; n],
         };
-        ensure!(list.len() == n, self.bad(field, &format!("has {} entries for {n} blocks", list.len())));
+        let entries = list.len();
+        ensure!(entries == n, self.bad(field, &format!("has {entries} entries for {n} blocks")));
         ensure!(list.iter().all(|&x| x > 0), self.bad(field, "must be positive"));
         Ok(list)
     }
@@ -102,13 +175,15 @@ impl Config {
         match &self.json[field] {
             Value::Null => Ok(vec![false; n]),
             Value::Bool(b) => Ok(vec![*b; n]),
-            Value::Array(list) if list.len() == n => {
-                list.iter().map(|v| v.as_bool().ok_or_else(|| self.bad(field, "is not a list of flags"))).collect()
-            }
+            Value::Array(list) if list.len() == n => list
+                .iter()
+                .map(|v| v.as_bool().ok_or_else(|| self.bad(field, "is not a list of flags")))
+                .collect(),
             _ => Err(self.bad(field, &format!("is not a flag or a list of {n}"))),
         }
     }
 
+    /// An activation by its name.
     pub fn activation(&self, field: &str, default: &str) -> Result<Activation> {
         match self.text(field, default)?.as_str() {
             "silu" | "swish" => Ok(Activation::Silu),
@@ -117,6 +192,20 @@ impl Config {
             "relu" => Ok(Activation::Relu),
             _ => Err(self.bad(field, "is not supported; silu, gelu, quick_gelu and relu are")),
         }
+    }
+
+    /// Checks that a number of groups divides all widths.
+    ///
+    /// # Errors
+    /// Names the width that it does not divide.
+    pub fn divides(&self, field: &str, part: usize, widths: &[usize]) -> Result<()> {
+        for &width in widths {
+            ensure!(
+                part > 0 && width.is_multiple_of(part),
+                self.bad(field, &format!("does not divide {width} channels"))
+            );
+        }
+        Ok(())
     }
 
     /// Refuses every field of `fields` whose value is neither absent, null, nor the one given.
@@ -132,4 +221,36 @@ impl Config {
         }
         Ok(())
     }
+}
+
+/// Sizes of one block for one row of its input, in elements: what the memory estimate counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct BlockShape {
+    /// Its input with everything that waits beside it (skip connections, text tokens): what
+    /// checkpointing keeps.
+    pub input: f64,
+    /// The stream that it works on.
+    pub stream: f64,
+    /// The widest tensor of its feed-forward.
+    pub wide: f64,
+    /// Attention scores.
+    pub scores: f64,
+}
+
+/// What a network is from outside, read from its configuration alone.
+pub trait NetworkConfig {
+    /// Shape of the latents that it was made for, `[C, H, W]`.
+    fn latent_shape(&self) -> [usize; 3];
+
+    /// Widths of the sequence and of the pooled embedding (0 without one) that it is conditioned
+    /// on.
+    fn context(&self) -> [usize; 2];
+
+    /// Whether guidance was distilled into it: one pass replaces the two of classifier-free
+    /// guidance.
+    fn distilled(&self) -> bool;
+
+    /// Its blocks for latents of a height and width and so many text tokens, in the order in which
+    /// they run.
+    fn block_shapes(&self, size: [usize; 2], text: usize) -> Vec<BlockShape>;
 }

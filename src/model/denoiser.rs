@@ -1,62 +1,17 @@
-//! What the sampler, the trainer and the checks see of a network: a chain of blocks. The sampler runs it from end to
-//! end; the update can differentiate it block by block, so that only one block's activations are held at a time.
+//! What the sampler, the trainer and the checks see of a network: a chain of blocks. The sampler
+//! runs it from end to end; the update can differentiate it block by block, so that only one
+//! block's activations are held at a time.
 
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use burn::tensor::Tensor;
 
-use super::nn::Linear;
-use crate::lora::Lora;
-
-/// What a denoiser is conditioned on, for B images.
-#[derive(Clone)]
-pub struct Conditioning {
-    /// Text tokens, `[B, T, D]`.
-    pub sequence: Tensor<3>,
-    /// Pooled text embedding, `[B, P]`, of the families that have one.
-    pub pooled: Option<Tensor<2>>,
-}
-
-impl Conditioning {
-    /// `n` rows from `start` on.
-    pub fn rows(&self, start: usize, n: usize) -> Self {
-        Self {
-            sequence: self.sequence.clone().narrow(0, start, n),
-            pooled: self.pooled.clone().map(|p| p.narrow(0, start, n)),
-        }
-    }
-
-    /// All rows of all parts, in order.
-    ///
-    /// # Panics
-    /// When there is no part, or some have a pooled embedding and others do not.
-    pub fn cat(parts: Vec<Self>) -> Self {
-        let pooled: Vec<Tensor<2>> = parts.iter().filter_map(|p| p.pooled.clone()).collect();
-        assert!(pooled.is_empty() || pooled.len() == parts.len(), "all parts are of one family");
-        Self {
-            sequence: Tensor::cat(parts.into_iter().map(|p| p.sequence).collect(), 0),
-            pooled: (!pooled.is_empty()).then(|| Tensor::cat(pooled, 0)),
-        }
-    }
-
-    /// Row `0` repeated.
-    pub fn repeat(&self, n: usize) -> Self {
-        Self {
-            sequence: self.sequence.clone().repeat_dim(0, n),
-            pooled: self.pooled.clone().map(|p| p.repeat_dim(0, n)),
-        }
-    }
-
-    /// Number of images.
-    pub fn len(&self) -> usize {
-        self.sequence.dims()[0]
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
+use super::conditioning::Conditioning;
+use super::reference::ReferenceTensors;
+use crate::device::tensor::read;
+use crate::io::tensors::HostTensor;
+use crate::lora::{LinearShape, Lora};
 
 /// The inputs of a network that are not its latents.
 #[derive(Clone, Copy)]
@@ -64,14 +19,16 @@ pub struct Inputs<'a> {
     /// One a row, 0..1000.
     pub timesteps: &'a [f32],
     pub cond: &'a Conditioning,
-    /// The guidance scale, one a row, that a distilled network (FLUX.1-dev) takes as an input; others ignore it.
+    /// The guidance scale, one a row, that a distilled network (FLUX.1-dev) takes as an input;
+    /// others ignore it.
     pub guidance: &'a [f32],
 }
 
 /// What flows from block to block.
 #[derive(Clone)]
-pub struct State {
-    /// The tensors that blocks change: image and text tokens as `[B, 1, T, D]`, or an image and its skip connections.
+pub struct Hidden {
+    /// The tensors that blocks change: image and text tokens as `[B, 1, T, D]`, or an image and its
+    /// skip connections.
     pub flow: Vec<Tensor<4>>,
     /// What all blocks read and none changes; it depends on nothing that is trained.
     pub fixed: Arc<Fixed>,
@@ -89,8 +46,8 @@ pub struct Fixed {
     pub size: [usize; 2],
 }
 
-impl State {
-    /// The state with other tensors.
+impl Hidden {
+    /// The same with other tensors.
     pub fn with(&self, flow: Vec<Tensor<4>>) -> Self {
         Self { flow, fixed: self.fixed.clone() }
     }
@@ -115,7 +72,10 @@ impl State {
             rotary: self.fixed.rotary.clone(),
             size: self.fixed.size,
         };
-        Self { flow: self.flow.iter().map(|t| t.clone().narrow(0, start, n)).collect(), fixed: Arc::new(fixed) }
+        Self {
+            flow: self.flow.iter().map(|t| t.clone().narrow(0, start, n)).collect(),
+            fixed: Arc::new(fixed),
+        }
     }
 }
 
@@ -136,48 +96,70 @@ pub trait Denoiser: Send + Sync {
     /// Tokens that it makes of a latent of a size: what dynamic shifting depends on.
     fn tokens(&self, size: [usize; 2]) -> usize;
 
-    /// Widths of the sequence and of the pooled embedding (0 without one) that it is conditioned on.
+    /// Widths of the sequence and of the pooled embedding (0 without one) that it is conditioned
+    /// on.
     fn context(&self) -> [usize; 2];
 
-    /// Whether guidance was distilled into it: one pass, with the scale as an input where it takes one, replaces the two
-    /// of classifier-free guidance.
+    /// Whether guidance was distilled into it: one pass, with the scale as an input where it takes
+    /// one, replaces the two of classifier-free guidance.
     fn distilled(&self) -> bool {
         false
     }
 
     /// The linear layers that a LoRA can target, in the order of the network.
-    fn linears(&self) -> Vec<&Linear>;
+    fn linears(&self) -> Vec<LinearShape>;
 
     /// Everything before the first block, for latents `[B, C, H, W]`.
-    fn start(&self, x: Tensor<4>, inputs: Inputs) -> State;
+    fn start(&self, x: Tensor<4>, inputs: Inputs) -> Hidden;
 
+    /// Number of blocks.
     fn blocks(&self) -> usize;
 
     /// Block `i`.
-    fn block(&self, i: usize, state: State, lora: Option<&Lora>) -> State;
+    fn block(&self, i: usize, hidden: Hidden, lora: Option<&Lora>) -> Hidden;
 
     /// Everything after the last block: the prediction, `[B, C, H, W]`.
-    fn finish(&self, state: State) -> Tensor<4>;
+    fn finish(&self, hidden: Hidden) -> Tensor<4>;
 
     /// From latents `[B, C, H, W]` to the prediction of the same shape.
     fn forward(&self, x: Tensor<4>, inputs: Inputs, lora: Option<&Lora>) -> Tensor<4> {
-        let state = (0..self.blocks()).fold(self.start(x, inputs), |state, i| self.block(i, state, lora));
-        self.finish(state)
+        let start = self.start(x, inputs);
+        self.finish((0..self.blocks()).fold(start, |hidden, i| self.block(i, hidden, lora)))
     }
+
+    /// The prediction for the inputs of a reference file, which are those of the class's own
+    /// `forward`; with its shape.
+    ///
+    /// # Errors
+    /// When an input is missing or does not fit.
+    fn forward_reference(
+        &self,
+        inputs: &ReferenceTensors,
+        lora: Option<&Lora>,
+    ) -> Result<HostTensor>;
 }
 
-/// Checks that text embeddings are of the widths that a network takes.
+/// The forward of a class that takes latents under `name` and timesteps from 0 to 1000.
 ///
 /// # Errors
-/// Names `source`, the file or folder that they come from.
-pub fn fits(net: &dyn Denoiser, widths: [usize; 2], source: &str) -> Result<()> {
-    let [sequence, pooled] = net.context();
+/// When an input is missing or does not fit the network.
+pub fn forward_of_latents(
+    net: &dyn Denoiser,
+    inputs: &ReferenceTensors,
+    name: &str,
+    lora: Option<&Lora>,
+) -> Result<HostTensor> {
+    let path = inputs.path().display();
+    let x = inputs.tensor::<4>(name)?;
+    let [rows, channels, h, w] = x.dims();
+    let own = net.latent_shape()[0];
     ensure!(
-        widths == [sequence, pooled],
-        "{source}: text embeddings are {} wide and pooled {}, the network takes {sequence} and {pooled}; \
-         the parts belong to different models",
-        widths[0],
-        widths[1]
+        channels == own,
+        "{path}: {name} has {channels} channels, the network takes latents of {own} channels"
     );
-    Ok(())
+    net.accepts([h, w]).with_context(|| format!("{path}: {name}"))?;
+    let timesteps = inputs.values("in.timestep", rows)?;
+    let cond = inputs.conditioning(rows, net.context())?;
+    let y = net.forward(x, Inputs { timesteps: &timesteps, cond: &cond, guidance: &[] }, lora);
+    Ok(HostTensor::new(name, y.dims(), read(&y)?))
 }

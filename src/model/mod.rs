@@ -1,21 +1,22 @@
-//! Models from diffusers folders: the networks, their weights and the tokenizers.
+//! Models from diffusers folders: the networks, their weights and their text encoders.
 
 pub mod attention;
 pub mod blocks;
-pub mod clip;
+pub mod conditioning;
 pub mod config;
 pub mod denoiser;
-pub mod dit;
-pub mod flux;
+pub mod family;
+pub mod loader;
 pub mod nn;
 pub mod pipeline;
-pub mod sd3;
-pub mod t5;
+pub mod reference;
 pub mod text;
-pub mod tokenizer;
+pub mod transformer;
 pub mod unet;
 pub mod vae;
-pub mod weights;
 
-pub use denoiser::{Conditioning, Denoiser, Inputs};
-pub use pipeline::{Family, Pipeline};
+pub use conditioning::Conditioning;
+pub use denoiser::{Denoiser, Inputs};
+pub use family::Family;
+pub use loader::Storage;
+pub use pipeline::Pipeline;

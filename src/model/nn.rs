@@ -1,20 +1,18 @@
-//! The layers that all networks share, with PyTorch's names and shapes. Weights stay in their storage type; every
-//! layer computes in f32.
+//! The layers that all networks share, with PyTorch's names and shapes. Weights stay in their
+//! storage type; every layer computes in f32.
 
 use anyhow::Result;
 use burn::tensor::module::{conv2d, linear};
 use burn::tensor::ops::ConvOptions;
 use burn::tensor::{DType, Tensor, activation};
 
-use super::weights::Loader;
-use crate::lora::Lora;
+use super::loader::{Loader, QUANTISED_BLOCK};
+use crate::lora::{LinearShape, Lora};
 
 /// `torch.nn.Linear`, with a LoRA where one is given for its name.
 pub struct Linear {
-    /// Full module name, as in the weight file: what LoRA targets select.
-    pub name: String,
-    pub inputs: usize,
-    pub outputs: usize,
+    /// Its full module name is what LoRA targets select.
+    pub shape: LinearShape,
     weight: Weight,
     bias: Option<Tensor<1>>,
 }
@@ -34,7 +32,8 @@ impl Linear {
     pub fn load(l: &Loader, part: &str, inputs: usize, outputs: usize) -> Result<Self> {
         let l = l.at(part);
         let shape = [outputs, inputs];
-        let weight = match l.storage.scheme().filter(|_| inputs.is_multiple_of(super::weights::QUANTISED_BLOCK)) {
+        let scheme = l.storage.scheme().filter(|_| inputs.is_multiple_of(QUANTISED_BLOCK));
+        let weight = match scheme {
             Some(scheme) => Weight::Quantised(l.tensor("weight", shape)?.quantize_dynamic(&scheme)),
             None => {
                 let weight = l.stored("weight", shape)?;
@@ -44,14 +43,16 @@ impl Linear {
             }
         };
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
-        Ok(Self { name: l.name("").trim_end_matches('.').to_string(), inputs, outputs, weight, bias })
+        let name = l.name("").trim_end_matches('.').to_string();
+        Ok(Self { shape: LinearShape { name, inputs, outputs }, weight, bias })
     }
 
     /// `[.., inputs] -> [.., outputs]`: x W + b, and + s (x A) B where `lora` has this layer.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, lora: Option<&Lora>) -> Tensor<D> {
-        let low = lora
-            .and_then(|l| l.get(&self.name))
-            .map(|pair| linear(linear(x.clone(), pair.a.clone(), None), pair.b.clone(), None) * pair.scale);
+        let low = lora.and_then(|l| l.get(&self.shape.name)).map(|pair| {
+            let down = linear(x.clone(), pair.a.clone(), None);
+            linear(down, pair.b.clone(), None) * pair.scale
+        });
         let weight = match &self.weight {
             Weight::Float(weight) => f32(weight),
             Weight::Quantised(weight) => weight.clone().dequantize().transpose(),
@@ -111,7 +112,12 @@ pub struct GroupNorm {
 impl GroupNorm {
     pub fn load(l: &Loader, part: &str, groups: usize, channels: usize, eps: f64) -> Result<Self> {
         let l = l.at(part);
-        Ok(Self { groups, eps, gamma: l.tensor("weight", [channels])?, beta: l.tensor("bias", [channels])? })
+        Ok(Self {
+            groups,
+            eps,
+            gamma: l.tensor("weight", [channels])?,
+            beta: l.tensor("bias", [channels])?,
+        })
     }
 
     /// `[B, C, H, W]`, normalised over each group of channels.
@@ -121,8 +127,10 @@ impl GroupNorm {
         let x = x.reshape([b, g, per * h * w]);
         let x = x.clone() - x.mean_dim(2);
         let rstd = (x.clone().square().mean_dim(2) + self.eps).sqrt().recip();
-        // The group's scale and gamma fold into one factor a channel: one pass over the image instead of two.
-        let scale = rstd.expand([b, g, per]).reshape([b, c, 1, 1]) * self.gamma.clone().reshape([1, c, 1, 1]);
+        // The group's scale and gamma fold into one factor a channel: one pass over the image
+        // instead of two.
+        let scale = rstd.expand([b, g, per]).reshape([b, c, 1, 1])
+            * self.gamma.clone().reshape([1, c, 1, 1]);
         x.reshape([b, c, h, w]) * scale + self.beta.clone().reshape([1, c, 1, 1])
     }
 }
@@ -193,14 +201,19 @@ pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     activation::silu(x)
 }
 
-/// x Phi(x), by erf. On a GPU Burn 0.22 differentiates its own `gelu` as if it were the tanh approximation, which puts
-/// the gradients of everything below off by up to 3e-3; its erf is differentiated exactly.
+/// x Phi(x), by erf. On a GPU Burn 0.22 differentiates its own `gelu` as if it were the tanh
+/// approximation, which puts the gradients of everything below off by up to 3e-3; its erf is
+/// differentiated exactly.
 pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if on_cpu(&x) { activation::gelu(x) } else { x.clone() * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5 }
+    if on_cpu(&x) {
+        activation::gelu(x)
+    } else {
+        x.clone() * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5
+    }
 }
 
-/// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). Burn's own takes the cube as a power, which has no derivative at
-/// negative numbers on every backend.
+/// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). Burn's own takes the cube as a power, which
+/// has no derivative at negative numbers on every backend.
 pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
     let root = (2.0 / std::f64::consts::PI).sqrt();
     let inner = x.clone() * (x.clone().square() * (0.044715 * root) + root);

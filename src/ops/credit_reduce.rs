@@ -1,20 +1,27 @@
-//! `credit_reduce`: the statistics of an update for each trained step: how log rho spreads, how much is clipped, and
-//! how much each step contributes to the gradient (|d loss / d log rho| times the step's weight).
+//! `credit_reduce`: the statistics of an update for each trained step: how log rho spreads, how
+//! much is clipped, and how much each step contributes to the gradient (|d loss / d log rho| times
+//! the step's weight).
 //!
-//! `[S, N, STATS]` and weights `[S]` -> one [`StepStats`] a step. Sums in a fixed order; accuracy 1e-5.
+//! `[S, N]` of [`SampleStats`] and weights `[S]` -> one [`StepStats`] a step. Sums in a fixed
+//! order; accuracy 1e-5.
 
 use anyhow::Result;
-use burn::tensor::{Tensor, TensorData};
-use serde::Serialize;
+use burn::tensor::Tensor;
+use bytemuck::{Pod, Zeroable};
+use serde::{Deserialize, Serialize};
 
-use super::gpu::{Kernel, Launch, buffer, kernel, output};
-use super::policy_objective::STATS;
-use crate::device::Compute;
+use super::kernels::kernel;
+use super::policy_objective::SampleStats;
+use crate::device::compute::Compute;
+use crate::device::gpu::{Kernel, Launch, buffer, output};
+use crate::device::tensor::{host, read, upload};
 
 pub(super) const REDUCE: Kernel = kernel!("credit_reduce");
 
-/// One step's statistics over the samples of an update.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+/// One step's statistics over the samples of an update; kept in sync with the struct of the same
+/// name in the shader.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable, Serialize, Deserialize)]
 pub struct StepStats {
     pub log_rho_mean: f32,
     /// Population standard deviation.
@@ -22,63 +29,55 @@ pub struct StepStats {
     pub loss: f32,
     pub clip_frac: f32,
     pub approx_kl: f32,
+    /// To the base policy.
     pub kl: f32,
     /// Mean |d loss / d log rho| times the credit weight.
     pub contribution: f32,
 }
 
-const COLUMNS: usize = 7;
+/// Numbers in a [`StepStats`].
+const COLUMNS: usize = size_of::<StepStats>() / size_of::<f32>();
 
 /// Reduces statistics `[S, N, STATS]` to one row a step.
 ///
 /// # Errors
 /// When the device fails while the table is read.
-pub fn credit_reduce(compute: &Compute, stats: &Tensor<3>, weights: &[f32]) -> Result<Vec<StepStats>> {
+pub fn credit_reduce(
+    compute: &Compute,
+    stats: &Tensor<3>,
+    weights: &[f32],
+) -> Result<Vec<StepStats>> {
     let [steps, samples, _] = stats.dims();
     let Some(gpu) = &compute.gpu else {
-        return Ok(reference(&super::host(stats), steps, weights));
+        return Ok(reference(bytemuck::cast_slice(&host(stats)), steps, weights));
     };
     let table = output([steps, COLUMNS], &compute.burn);
-    let weights = Tensor::<1>::from_data(TensorData::new(weights.to_vec(), [steps]), &compute.burn);
+    let weights = buffer(&upload(weights, [steps], &compute.burn));
+    let (stats, rows) = (buffer(stats), buffer(&table));
+    let bindings = vec![&stats, &weights, &rows];
+    let launch = Launch { kernel: REDUCE, bindings, grid: [steps as u32, 1] };
     let sizes = [steps as u32, samples as u32, 0, 0];
-    gpu.run(
-        bytemuck::bytes_of(&sizes),
-        1,
-        &[Launch {
-            kernel: REDUCE,
-            bindings: vec![&buffer(stats), &buffer(&weights), &buffer(&table)],
-            grid: [steps as u32, 1],
-        }],
-    )?;
-    let rows = super::read(&table)?;
-    Ok(rows.chunks_exact(COLUMNS).map(row).collect())
+    gpu.run(bytemuck::bytes_of(&sizes), 1, &[launch])?;
+    Ok(bytemuck::cast_slice(&read(&table)?).to_vec())
 }
 
-fn row(r: &[f32]) -> StepStats {
-    StepStats {
-        log_rho_mean: r[0],
-        log_rho_std: r[1],
-        loss: r[2],
-        clip_frac: r[3],
-        approx_kl: r[4],
-        kl: r[5],
-        contribution: r[6],
-    }
-}
-
-/// CPU reference.
-pub fn reference(stats: &[f32], steps: usize, weights: &[f32]) -> Vec<StepStats> {
-    let per_step = stats.len() / steps;
-    stats
-        .chunks_exact(per_step)
-        .zip(weights)
-        .map(|(step, weight)| {
-            let n = (per_step / STATS) as f64;
-            let mean = |column: usize| step.iter().skip(column).step_by(STATS).map(|&v| f64::from(v)).sum::<f64>() / n;
-            let log_rho = mean(0);
-            let variance = step.iter().step_by(STATS).map(|&v| (f64::from(v) - log_rho).powi(2)).sum::<f64>() / n;
-            let columns = [log_rho, variance.sqrt(), mean(1), mean(2), mean(3), mean(4), mean(5) * f64::from(*weight)];
-            row(&columns.map(|v| v as f32))
-        })
-        .collect()
+/// CPU reference: `stats` `[S, N]`.
+pub fn reference(stats: &[SampleStats], steps: usize, weights: &[f32]) -> Vec<StepStats> {
+    let samples = stats.len() / steps;
+    let row = |(step, weight): (&[SampleStats], &f32)| {
+        let mean =
+            |of: &dyn Fn(&SampleStats) -> f64| step.iter().map(of).sum::<f64>() / samples as f64;
+        let log_rho = mean(&|s| f64::from(s.log_rho));
+        let variance = mean(&|s| (f64::from(s.log_rho) - log_rho).powi(2));
+        StepStats {
+            log_rho_mean: log_rho as f32,
+            log_rho_std: variance.sqrt() as f32,
+            loss: mean(&|s| f64::from(s.loss)) as f32,
+            clip_frac: mean(&|s| f64::from(s.clipped)) as f32,
+            approx_kl: mean(&|s| f64::from(s.approx_kl)) as f32,
+            kl: mean(&|s| f64::from(s.kl)) as f32,
+            contribution: (mean(&|s| f64::from(s.push)) * f64::from(*weight)) as f32,
+        }
+    };
+    stats.chunks_exact(samples).zip(weights).map(row).collect()
 }

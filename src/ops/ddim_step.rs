@@ -1,17 +1,19 @@
-//! `ddim_step`: a DDIM step in one pass over the latent; see [`super::sampler_step`] for what every step does.
+//! `ddim_step`: a DDIM step in one pass over the latent; see [`super::sampler_step`] for what every
+//! step does.
 //!
 //! ```text
 //! mean = a x - b p   (+ sqrt(abar_prev) (clip(x0) - x0) where the scheduler clips samples)
 //! ```
-//! Source: Song et al. 2021, eq. 12; Lee & Ye 2026, section 3. [`crate::schedule::ddim`] makes a and b.
+//! Source: Song et al. 2021, eq. 12; Lee & Ye 2026, section 3. [`crate::schedule::ddim`] makes a
+//! and b.
 
 use anyhow::Result;
 use burn::tensor::Tensor;
 
-use super::gpu::{Kernel, kernel};
-use super::sampler_step::{Stepped, run};
-use super::{Coefficients, Guidance, NoiseKey};
-use crate::device::Compute;
+use super::context::StepContext;
+use super::kernels::kernel;
+use super::sampler_step::{Stepped, SteppedHost, run};
+use crate::device::gpu::Kernel;
 
 pub(super) const STEP: Kernel = kernel!("ddim_step", "common", "philox", "sampler_step");
 
@@ -22,27 +24,14 @@ pub(super) const STEP: Kernel = kernel!("ddim_step", "common", "philox", "sample
 ///
 /// # Panics
 /// When the shapes disagree: `[B, C, H, W]` against `[B or 2B, C, H, W]`.
-pub fn ddim_step(
-    compute: &Compute,
-    x: &Tensor<4>,
-    model_out: &Tensor<4>,
-    guidance: Guidance,
-    c: &Coefficients,
-    key: NoiseKey,
-) -> Result<Stepped> {
-    run((STEP, reference), compute, x, model_out, guidance, c, key)
+pub fn ddim_step(s: &StepContext, x: &Tensor<4>, model_out: &Tensor<4>) -> Result<Stepped> {
+    run(STEP, reference, s, x, model_out)
 }
 
-/// CPU reference: (x_prev `[B, D]`, prediction `[B, D]`, log p `[B]`).
-pub fn reference(
-    x: &[f32],
-    model_out: &[f32],
-    batch: usize,
-    guidance: Guidance,
-    c: &Coefficients,
-    key: NoiseKey,
-) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    super::sampler_step::reference(x, model_out, batch, guidance, c, key, |x, p| {
+/// CPU reference, for `batch` rows of latents and of network output.
+pub fn reference(s: &StepContext, x: &[f32], model_out: &[f32], batch: usize) -> SteppedHost {
+    let c = s.coefficients;
+    super::sampler_step::reference(s, x, model_out, batch, |x, p| {
         let mean = c.a * x - c.b * p;
         if c.clip >= 1e30 {
             return mean;

@@ -1,27 +1,48 @@
-//! `policy_objective`: from log rho, advantage and credit weight to the loss and its gradient with respect to the
-//! network's output. The gradient enters Burn's autodiff as `(output * gradient).sum().backward()`.
+//! `policy_objective`: from log rho, advantage and credit weight to the loss and its gradient with
+//! respect to the network's output. The gradient enters Burn's autodiff as `(output *
+//! gradient).sum().backward()`.
 //!
 //! ```text
-//! PPO-clip    max(-A rho, -A clip(rho, 1 - xi, 1 + xi))                 DDPO, DanceGRPO, Flow-GRPO
-//! log-ratio   max(-A (1 + log rho), -A clip(1 + log rho, 1 - xi, 1 + xi))   PCPO's ablation
-//! log-hinge   max(0, xi |A| - A log rho)                                PCPO
-//! d log rho / d p = -(w z + q w^2 D) / dim;    + beta w_native^2 (p - p_ref) / dim of the KL
+//! PPO-clip    max(-A rho, -A clip(rho, 1 - xi, 1 + xi))             DDPO, DanceGRPO, Flow-GRPO
+//! log-ratio   max(-A (1 + log rho), -A clip(1 + log rho, 1 - xi, 1 + xi))      PCPO's ablation
+//! log-hinge   max(0, xi |A| - A log rho)                            PCPO
+//! d log rho / d p = -(w z + q w^2 D) / dim;    + beta w_native^2 (p - p_base) / dim of the KL
 //! ```
-//! The objective is multiplied by the step's loss weight, everything by `scale`, one over the number of (sample, step) pairs of the update. Accuracy: 1e-5.
+//! The objective is multiplied by the step's loss weight, everything by `scale`, one over the
+//! number of (sample, step) pairs of the update. Accuracy: 1e-5.
 
 use anyhow::Result;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
+use bytemuck::{Pod, Zeroable};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
-use super::{Coefficients, Guidance, NoiseKey, Params, log_ratio};
-use crate::device::Compute;
+use super::context::{Guidance, Params, StepContext};
+use super::kernels::{kernel, width};
+use super::log_ratio::{self, HostPredictions, LogRatio, Predictions};
+use super::philox_noise;
+use crate::device::gpu::{Kernel, Launch, buffer, output};
+use crate::device::tensor::{host, upload};
 
-pub(super) const OBJECTIVE: Kernel = kernel!("policy_objective", "common");
+/// What each sample leaves in the statistics; kept in sync with the struct of the same name in
+/// `shaders/policy_objective.wgsl` and `shaders/credit_reduce.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct SampleStats {
+    pub log_rho: f32,
+    pub loss: f32,
+    /// 1 where the entry is clipped.
+    pub clipped: f32,
+    /// log rho^2 / 2
+    pub approx_kl: f32,
+    /// To the base policy.
+    pub kl: f32,
+    /// |d loss / d log rho|
+    pub push: f32,
+}
 
-/// Numbers that each sample leaves in the statistics: log rho, loss, clipped, 1/2 log rho^2, KL, |d loss / d log rho|.
-pub const STATS: usize = 6;
+/// Numbers in a [`SampleStats`].
+pub const STATS: usize = size_of::<SampleStats>() / size_of::<f32>();
 
 /// The surrogate that is minimised.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -30,6 +51,45 @@ pub enum Objective {
     PpoClip,
     LogRatio,
     LogHinge,
+}
+
+/// What an objective says of one (sample, step) pair; as in `shaders/shared/entry.wgsl`.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Entry {
+    pub loss: f32,
+    /// d loss / d log rho
+    pub slope: f32,
+    pub clipped: bool,
+}
+
+impl Objective {
+    /// The kernel with the objective's own file in it.
+    pub(super) fn kernel(self) -> Kernel {
+        match self {
+            Self::PpoClip => kernel!("policy_objective", "common", "entry"; "objectives/ppo_clip"),
+            Self::LogRatio => {
+                kernel!("policy_objective", "common", "entry"; "objectives/log_ratio")
+            }
+            Self::LogHinge => {
+                kernel!("policy_objective", "common", "entry"; "objectives/log_hinge")
+            }
+        }
+    }
+
+    /// Bounds of log rho beyond which an entry counts as clipped: PPO's in log space, since rho - 1
+    /// is off in its fourth digit at xi = 1e-4 in f32.
+    fn bounds(self, clip_range: f32) -> Bounds {
+        let xi = f64::from(clip_range);
+        match self {
+            Self::PpoClip => Bounds { hi: xi.ln_1p() as f32, lo: (-xi).ln_1p() as f32 },
+            Self::LogRatio | Self::LogHinge => Bounds { hi: clip_range, lo: -clip_range },
+        }
+    }
+}
+
+struct Bounds {
+    hi: f32,
+    lo: f32,
 }
 
 /// Through which branches of the guidance the gradient flows.
@@ -42,13 +102,23 @@ pub enum GuidanceGradient {
     Conditional,
 }
 
+impl GuidanceGradient {
+    /// Factor of the unconditional branch's gradient.
+    fn through_uncond(self) -> f32 {
+        match self {
+            Self::Both => 1.0,
+            Self::Conditional => 0.0,
+        }
+    }
+}
+
 /// The settings of the objective.
 #[derive(Clone, Copy, Debug)]
 pub struct Surrogate {
     pub objective: Objective,
-    /// Clip range xi.
-    pub xi: f32,
-    /// Weight of the KL to the reference.
+    /// xi
+    pub clip_range: f32,
+    /// Weight of the KL to the base policy.
     pub beta: f32,
     pub guidance_gradient: GuidanceGradient,
     /// One over the (sample, step) pairs of the update.
@@ -56,127 +126,130 @@ pub struct Surrogate {
 }
 
 impl Surrogate {
-    /// Bounds of log rho beyond which the entry counts as clipped: PPO's in log space, since rho - 1 is off in its
-    /// fourth digit at xi = 1e-4 in f32.
-    fn bounds(&self) -> (f32, f32) {
-        let xi = f64::from(self.xi);
-        match self.objective {
-            Objective::PpoClip => (xi.ln_1p() as f32, (-xi).ln_1p() as f32),
-            _ => (self.xi, -self.xi),
-        }
-    }
-
-    /// (loss, d loss / d log rho, clipped) of one entry.
-    pub fn entry(&self, log_rho: f32, advantage: f32) -> (f32, f32, bool) {
-        let (hi, lo) = self.bounds();
-        if self.objective == Objective::LogHinge {
-            let h = self.xi * advantage.abs() - advantage * log_rho;
-            return (h.max(0.0), if h > 0.0 { -advantage } else { 0.0 }, h < 0.0);
-        }
+    /// The objective of one (sample, step) pair, without loss weight, KL and scale.
+    pub fn entry(&self, log_rho: f32, advantage: f32) -> Entry {
+        let xi = self.clip_range;
+        let free = match self.objective {
+            Objective::LogHinge => {
+                let h = xi * advantage.abs() - advantage * log_rho;
+                let slope = if h > 0.0 { -advantage } else { 0.0 };
+                return Entry { loss: h.max(0.0), slope, clipped: h < 0.0 };
+            }
+            Objective::PpoClip => {
+                let rho = log_rho.exp();
+                Entry { loss: -advantage * rho, slope: -advantage * rho, clipped: false }
+            }
+            Objective::LogRatio => {
+                let loss = -advantage * (1.0 + log_rho);
+                Entry { loss, slope: -advantage, clipped: false }
+            }
+        };
+        let Bounds { hi, lo } = self.objective.bounds(xi);
         let clipped = log_rho > hi || log_rho < lo;
         if advantage > 0.0 && log_rho > hi {
-            return (-advantage * (1.0 + self.xi), 0.0, clipped);
+            return Entry { loss: -advantage * (1.0 + xi), slope: 0.0, clipped };
         }
         if advantage < 0.0 && log_rho < lo {
-            return (-advantage * (1.0 - self.xi), 0.0, clipped);
+            return Entry { loss: -advantage * (1.0 - xi), slope: 0.0, clipped };
         }
-        match self.objective {
-            Objective::PpoClip => (-advantage * log_rho.exp(), -advantage * log_rho.exp(), clipped),
-            _ => (-advantage * (1.0 + log_rho), -advantage, clipped),
-        }
+        Entry { clipped, ..free }
     }
 }
 
-/// The gradient `[B or 2B, C, H, W]` with respect to `model_out`, and the statistics `[B, STATS]`.
+/// What the operation gives.
+pub struct ObjectiveOutput {
+    /// The gradient with respect to the network's output, shaped as it is.
+    pub gradient: Tensor<4>,
+    /// A [`SampleStats`] of each sample, `[B, STATS]`.
+    pub stats: Tensor<2>,
+}
+
+/// The same on the host.
+pub struct HostObjective {
+    pub gradient: Vec<f32>,
+    pub stats: Vec<SampleStats>,
+}
+
+/// Loss, statistics and gradient of a batch at a step.
 ///
 /// # Errors
 /// When the device failed.
-#[allow(clippy::too_many_arguments)]
 pub fn policy_objective(
-    compute: &Compute,
+    s: &StepContext,
     surrogate: &Surrogate,
-    model_out: &Tensor<4>,
-    old: &Tensor<4>,
-    reference_out: Option<&Tensor<4>>,
+    p: &Predictions,
     advantage: &[f32],
-    guidance: Guidance,
-    c: &Coefficients,
-    key: NoiseKey,
-) -> Result<(Tensor<4>, Tensor<2>)> {
-    let (batch, dim) = (advantage.len(), old.dims()[1..].iter().product::<usize>());
-    let shape = model_out.dims();
-    let Some(gpu) = &compute.gpu else {
-        let reference_out = reference_out.map(super::host);
-        let (out, old) = (super::host(model_out), super::host(old));
-        let rows = log_ratio::reference(&out, &old, reference_out.as_deref(), batch, guidance, c, key).concat();
-        let (gradient, stats) =
-            reference(surrogate, &out, &old, reference_out.as_deref(), &rows, advantage, guidance, c, key);
-        return Ok((
-            Tensor::from_data(TensorData::new(gradient, shape), &compute.burn),
-            Tensor::from_data(TensorData::new(stats, [batch, STATS]), &compute.burn),
-        ));
+) -> Result<ObjectiveOutput> {
+    let (batch, dim) = (advantage.len(), p.old.dims()[1..].iter().product::<usize>());
+    let (shape, device) = (p.model_out.dims(), &s.compute.burn);
+    let Some(gpu) = &s.compute.gpu else {
+        let (out, old, base) = (host(p.model_out), host(p.old), p.base.map(host));
+        let p = HostPredictions { model_out: &out, old: &old, base: base.as_deref() };
+        let noise = philox_noise::reference(batch, dim, s.key);
+        let rows = log_ratio::reference(s, &p, &noise, batch);
+        let done = reference(s, surrogate, &p, &noise, &rows, advantage);
+        return Ok(ObjectiveOutput {
+            gradient: upload(&done.gradient, shape, device),
+            stats: upload(bytemuck::cast_slice(&done.stats), [batch, STATS], device),
+        });
     };
-    let (log_hi, log_lo) = surrogate.bounds();
+    let Bounds { hi, lo } = surrogate.objective.bounds(surrogate.clip_range);
     let params = Params {
-        objective: surrogate.objective as u32,
-        xi: surrogate.xi,
+        clip_range: surrogate.clip_range,
         scale: surrogate.scale,
         beta: surrogate.beta,
-        grad_uncond: if surrogate.guidance_gradient == GuidanceGradient::Both { 1.0 } else { 0.0 },
-        log_hi,
-        log_lo,
-        with_reference: reference_out.is_some().into(),
+        grad_uncond: surrogate.guidance_gradient.through_uncond(),
+        log_hi: hi,
+        log_lo: lo,
+        with_base: p.base.is_some().into(),
         with_direction: 1,
-        ..Params::new(batch, dim, guidance, c, key)
+        ..Params::new(batch, dim, s)
     };
-    let gradient = output(shape, &compute.burn);
-    let stats = output([batch, STATS], &compute.burn);
-    let advantage = Tensor::<1>::from_data(TensorData::new(advantage.to_vec(), [batch]), &compute.burn);
-    let (policy, old, advantage) = (buffer(model_out), buffer(old), buffer(&advantage));
-    let (partials, log_rho) = (policy.partials(&params), policy.pairs(&params));
-    let frozen = reference_out.map(buffer);
-    let frozen = frozen.as_ref().unwrap_or(&policy);
+    let gradient = output(shape, device);
+    let stats = output([batch, STATS], device);
+    let advantage = buffer(&upload(advantage, [batch], device));
+    let (policy, old) = (buffer(p.model_out), buffer(p.old));
+    let (sums, log_rho) = (params.partials(&policy), params.pairs(&policy));
+    let base = p.base.map(buffer);
+    let base = base.as_ref().unwrap_or(&policy);
     let (slope, rows) = (buffer(&gradient), buffer(&stats));
-    let [partial, finish] = log_ratio::launches(&params, [&policy, &old, frozen, &partials, &slope], &log_rho);
+    let inputs =
+        log_ratio::Inputs { policy: &policy, old: &old, base, partials: &sums, direction: &slope };
+    let [partial, finish] = log_ratio::launches(&params, &inputs, &log_rho);
     let objective = Launch {
-        kernel: OBJECTIVE,
-        bindings: vec![&policy, frozen, &log_rho, &advantage, &slope, &rows],
+        kernel: surrogate.objective.kernel(),
+        bindings: vec![&policy, base, &log_rho, &advantage, &slope, &rows],
         grid: [params.blocks, params.batch],
     };
     gpu.run(bytemuck::bytes_of(&params), width(dim), &[partial, finish, objective])?;
-    Ok((gradient, stats))
+    Ok(ObjectiveOutput { gradient, stats })
 }
 
-/// CPU reference: (gradient with respect to `model_out`, statistics `[B, STATS]`); `log_rho` is `[B, 2]`.
-#[allow(clippy::too_many_arguments)]
+/// CPU reference, with the step's noise `[B, D]` and each sample's log rho and KL.
 pub fn reference(
-    s: &Surrogate,
-    model_out: &[f32],
-    old: &[f32],
-    reference_out: Option<&[f32]>,
-    log_rho: &[f32],
+    s: &StepContext,
+    surrogate: &Surrogate,
+    p: &HostPredictions,
+    noise: &[f32],
+    rows: &[LogRatio],
     advantage: &[f32],
-    guidance: Guidance,
-    c: &Coefficients,
-    key: NoiseKey,
-) -> (Vec<f32>, Vec<f32>) {
-    let (n, dim) = (old.len(), old.len() / advantage.len());
-    let noise = super::philox::reference(advantage.len(), dim, key);
-    let second = (guidance.rows() - 1) * n;
-    let mut gradient = vec![0.0; model_out.len()];
-    let mut stats = Vec::with_capacity(advantage.len() * STATS);
-    let through_uncond = if s.guidance_gradient == GuidanceGradient::Both { 1.0 } else { 0.0 };
-    let penalty = s.beta * s.scale * c.w_native * c.w_native / dim as f32;
-    for (sample, (row, &adv)) in log_rho.chunks(2).zip(advantage).enumerate() {
-        let (loss, push, clipped) = s.entry(row[0], adv);
-        let policy = -push * c.loss_weight * s.scale / dim as f32;
+) -> HostObjective {
+    let (n, dim, c) = (p.old.len(), p.old.len() / advantage.len(), &s.coefficients);
+    let second = (s.guidance.rows() - 1) * n;
+    let mut gradient = vec![0.0; p.model_out.len()];
+    let mut stats = Vec::with_capacity(advantage.len());
+    let through_uncond = surrogate.guidance_gradient.through_uncond();
+    let penalty = surrogate.beta * surrogate.scale * c.w_native * c.w_native / dim as f32;
+    for (sample, (row, &adv)) in rows.iter().zip(advantage).enumerate() {
+        let entry = surrogate.entry(row.log_rho, adv);
+        let policy = -entry.slope * c.loss_weight * surrogate.scale / dim as f32;
         for i in sample * dim..(sample + 1) * dim {
-            let p = guidance.combine(model_out[i], model_out[i + second]);
-            let mut g = policy * c.w * (noise[i] + c.quadratic * c.w * (p - old[i]));
-            if let Some(r) = reference_out {
-                g += penalty * (p - guidance.combine(r[i], r[i + second]));
+            let now = s.guidance.combine(p.model_out[i], p.model_out[i + second]);
+            let mut g = policy * c.w * (noise[i] + c.quadratic * c.w * (now - p.old[i]));
+            if let Some(base) = p.base {
+                g += penalty * (now - s.guidance.combine(base[i], base[i + second]));
             }
-            match guidance {
+            match s.guidance {
                 Guidance::Off => gradient[i] = g,
                 Guidance::Scale(scale) => {
                     gradient[i] = through_uncond * (1.0 - scale) * g;
@@ -184,9 +257,14 @@ pub fn reference(
                 }
             }
         }
-        let clipped = f32::from(u8::from(clipped));
-        let (loss, push) = (c.loss_weight * loss, c.loss_weight * push.abs());
-        stats.extend([row[0], loss + s.beta * row[1], clipped, 0.5 * row[0] * row[0], row[1], push]);
+        stats.push(SampleStats {
+            log_rho: row.log_rho,
+            loss: c.loss_weight * entry.loss + surrogate.beta * row.kl,
+            clipped: f32::from(u8::from(entry.clipped)),
+            approx_kl: 0.5 * row.log_rho * row.log_rho,
+            kl: row.kl,
+            push: c.loss_weight * entry.slope.abs(),
+        });
     }
-    (gradient, stats)
+    HostObjective { gradient, stats }
 }

@@ -1,22 +1,21 @@
-//! What `ddim_step` and `flow_step` share: guidance, a mean that is the sampler's own, noise, x_prev and the
-//! log-probability in one pass over the latent.
+//! What `ddim_step` and `flow_step` share: guidance, a mean that is the sampler's own, noise,
+//! x_prev and the log-probability in one pass over the latent.
 //!
 //! ```text
 //! p      = u + g (c - u)                                    prediction after guidance
 //! x_prev = mean(x, p) + sigma z,   z = philox(seed, image, step, element)
 //! log p  = -mean(z^2) / 2 - log sigma - log sqrt(2 pi)      a mean over the D = C H W dimensions
 //! ```
-//! Shapes: x `[B, C, H, W]`, network output `[B or 2B, ..]`. Accuracy: within 1e-5 of f64, relative to the larger of 1
-//! and the value. No gradient: sampling is not differentiated.
+//! Shapes: x `[B, C, H, W]`, network output `[B or 2B, ..]`. Accuracy: within 1e-5 of f64, relative
+//! to the larger of 1 and the value. No gradient: sampling is not differentiated.
 
 use anyhow::Result;
-use burn::tensor::{Tensor, TensorData};
+use burn::tensor::Tensor;
 
-use super::ddim_step::ddim_step;
-use super::flow_step::flow_step;
-use super::gpu::{Kernel, Launch, buffer, kernel, output, width};
-use super::{Coefficients, Guidance, NoiseKey, Params};
-use crate::device::Compute;
+use super::context::{Params, StepContext};
+use super::kernels::{kernel, width};
+use crate::device::gpu::{Kernel, Launch, buffer, output};
+use crate::device::tensor::{host, upload};
 
 pub(super) const LOG_PROB: Kernel = kernel!("step_log_prob", "common", "partials_sum");
 
@@ -30,27 +29,21 @@ pub struct Stepped {
     pub log_prob: Tensor<1>,
 }
 
-/// The step of the family that the coefficients belong to.
-///
-/// # Errors
-/// When the device failed.
-pub fn sampler_step(
-    compute: &Compute,
-    x: &Tensor<4>,
-    model_out: &Tensor<4>,
-    guidance: Guidance,
-    c: &Coefficients,
-    key: NoiseKey,
-) -> Result<Stepped> {
-    let step = if c.flow { flow_step } else { ddim_step };
-    step(compute, x, model_out, guidance, c, key)
+/// The same on the host.
+pub struct SteppedHost {
+    /// `[B, D]`
+    pub x_prev: Vec<f32>,
+    /// `[B, D]`
+    pub prediction: Vec<f32>,
+    /// `[B]`
+    pub log_prob: Vec<f32>,
 }
 
-/// A family's CPU reference: (x, network output, batch, guidance, coefficients, key) to (x_prev, prediction, log p).
-pub(super) type Reference =
-    fn(&[f32], &[f32], usize, Guidance, &Coefficients, NoiseKey) -> (Vec<f32>, Vec<f32>, Vec<f32>);
+/// A CPU reference: (context, x, network output, batch).
+pub(super) type Reference = fn(&StepContext, &[f32], &[f32], usize) -> SteppedHost;
 
-/// One step for a batch, by a family's kernel or on the CPU its reference; `model_out` holds the unconditional rows first where guidance is on.
+/// One step for a batch, by a kernel or on the CPU by its reference; `model_out` holds the
+/// unconditional rows first where guidance is on.
 ///
 /// # Errors
 /// When the device failed.
@@ -58,67 +51,60 @@ pub(super) type Reference =
 /// # Panics
 /// When the shapes disagree: `[B, C, H, W]` against `[B or 2B, C, H, W]`.
 pub(super) fn run(
-    (kernel, reference): (Kernel, Reference),
-    compute: &Compute,
+    kernel: Kernel,
+    reference: Reference,
+    s: &StepContext,
     x: &Tensor<4>,
     model_out: &Tensor<4>,
-    guidance: Guidance,
-    c: &Coefficients,
-    key: NoiseKey,
 ) -> Result<Stepped> {
     let shape = x.dims();
     let (batch, dim) = (shape[0], shape[1..].iter().product::<usize>());
-    assert_eq!(
-        model_out.dims(),
-        [batch * guidance.rows(), shape[1], shape[2], shape[3]],
-        "network output against latents"
-    );
-    let Some(gpu) = &compute.gpu else {
-        let (x, out) = (super::host(x), super::host(model_out));
-        let (x_prev, prediction, log_prob) = reference(&x, &out, batch, guidance, c, key);
-        let tensor = |v: Vec<f32>| Tensor::from_data(TensorData::new(v, shape), &compute.burn);
-        let log_prob = Tensor::from_data(TensorData::new(log_prob, [batch]), &compute.burn);
-        return Ok(Stepped { x_prev: tensor(x_prev), prediction: tensor(prediction), log_prob });
+    let expected = [batch * s.guidance.rows(), shape[1], shape[2], shape[3]];
+    assert_eq!(model_out.dims(), expected, "network output against latents");
+    let device = &s.compute.burn;
+    let Some(gpu) = &s.compute.gpu else {
+        let done = reference(s, &host(x), &host(model_out), batch);
+        return Ok(Stepped {
+            x_prev: upload(&done.x_prev, shape, device),
+            prediction: upload(&done.prediction, shape, device),
+            log_prob: upload(&done.log_prob, [batch], device),
+        });
     };
-    let params = Params::new(batch, dim, guidance, c, key);
-    let (x_prev, prediction) = (output(shape, &compute.burn), output(shape, &compute.burn));
-    let log_prob = output([batch], &compute.burn);
+    let params = Params::new(batch, dim, s);
+    let (x_prev, prediction) = (output(shape, device), output(shape, device));
+    let log_prob = output([batch], device);
     let x = buffer(x);
-    let partials = x.partials(&params);
-    gpu.run(
-        bytemuck::bytes_of(&params),
-        width(dim),
-        &[
-            Launch {
-                kernel,
-                bindings: vec![&x, &buffer(model_out), &buffer(&x_prev), &buffer(&prediction), &partials],
-                grid: [params.blocks, params.batch],
-            },
-            Launch { kernel: LOG_PROB, bindings: vec![&partials, &buffer(&log_prob)], grid: [params.batch, 1] },
-        ],
-    )?;
+    let sums = params.partials(&x);
+    let (out, next, p) = (buffer(model_out), buffer(&x_prev), buffer(&prediction));
+    let step = Launch {
+        kernel,
+        bindings: vec![&x, &out, &next, &p, &sums],
+        grid: [params.blocks, params.batch],
+    };
+    let rows = buffer(&log_prob);
+    let finish = Launch { kernel: LOG_PROB, bindings: vec![&sums, &rows], grid: [params.batch, 1] };
+    gpu.run(bytemuck::bytes_of(&params), width(dim), &[step, finish])?;
     Ok(Stepped { x_prev, prediction, log_prob })
 }
 
-/// (x_prev `[B, D]`, prediction `[B, D]`, log p `[B]`) with `mean` of (x, prediction).
+/// The CPU reference with `mean` of (x, prediction).
 pub(super) fn reference(
+    s: &StepContext,
     x: &[f32],
     model_out: &[f32],
     batch: usize,
-    guidance: Guidance,
-    c: &Coefficients,
-    key: NoiseKey,
     mean: impl Fn(f32, f32) -> f32,
-) -> (Vec<f32>, Vec<f32>, Vec<f32>) {
-    let dim = x.len() / batch;
-    let noise = match c.sigma > 0.0 {
-        true => super::philox::reference(batch, dim, key),
-        false => vec![0.0; x.len()],
+) -> SteppedHost {
+    let (dim, c) = (x.len() / batch, &s.coefficients);
+    let noise = if c.sigma > 0.0 {
+        super::philox_noise::reference(batch, dim, s.key)
+    } else {
+        vec![0.0; x.len()]
     };
-    let conditional = &model_out[(guidance.rows() - 1) * x.len()..];
+    let conditional = &model_out[(s.guidance.rows() - 1) * x.len()..];
     let (mut x_prev, mut prediction) = (Vec::with_capacity(x.len()), Vec::with_capacity(x.len()));
     for i in 0..x.len() {
-        let p = guidance.combine(model_out[i], conditional[i]);
+        let p = s.guidance.combine(model_out[i], conditional[i]);
         prediction.push(p);
         x_prev.push(mean(x[i], p) + c.sigma * noise[i]);
     }
@@ -126,5 +112,6 @@ pub(super) fn reference(
         let squares: f64 = z.iter().map(|z| f64::from(z * z)).sum();
         (-0.5 * squares / dim as f64 - f64::from(c.log_norm)) as f32
     });
-    (x_prev, prediction, log_prob.collect())
+    let log_prob = log_prob.collect();
+    SteppedHost { x_prev, prediction, log_prob }
 }

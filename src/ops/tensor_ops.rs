@@ -1,10 +1,12 @@
-//! The hot path's mathematics as plain Burn tensor operations: what one would write without shaders. Benchmarks
-//! compare against it on the same device. The update is given its noise ready made, as a trainer would have stored it.
+//! The hot path's mathematics as plain Burn tensor operations: what one would write without
+//! shaders. Benchmarks compare against it on the same device. The update is given its noise ready
+//! made, as a trainer would have stored it.
 
 use burn::tensor::{Distribution, Tensor};
 
+use super::context::{Coefficients, Guidance};
 use super::policy_objective::{GuidanceGradient, Objective, Surrogate};
-use super::{Coefficients, Guidance};
+use super::sampler_step::Stepped;
 
 fn combine(out: &Tensor<4>, guidance: Guidance) -> Tensor<4> {
     match guidance {
@@ -22,20 +24,20 @@ fn sample_mean(x: Tensor<4>) -> Tensor<1> {
     x.reshape([b as i32, -1]).mean_dim(1).reshape([b])
 }
 
-/// See [`super::sampler_step`]: (x_prev, prediction, log p). `z` is ready-made noise; without it Burn draws its own.
+/// See [`super::sampler_step`]. `z` is ready-made noise; without it Burn draws its own.
 pub fn sampler_step(
     x: &Tensor<4>,
     out: &Tensor<4>,
     z: Option<&Tensor<4>>,
     guidance: Guidance,
     c: &Coefficients,
-) -> (Tensor<4>, Tensor<4>, Tensor<1>) {
+) -> Stepped {
     let p = combine(out, guidance);
     let mean = x.clone() * c.a - p.clone() * c.b;
     let z = z.cloned().unwrap_or_else(|| x.random_like(Distribution::Normal(0.0, 1.0)));
     let x_prev = mean.clone() + z * c.sigma;
     let squares = (x_prev.clone() - mean).square() / (-2.0 * c.sigma * c.sigma);
-    (x_prev, p, sample_mean(squares) - c.log_norm)
+    Stepped { x_prev, prediction: p, log_prob: sample_mean(squares) - c.log_norm }
 }
 
 /// See [`super::credit_reduce`]: `[S, 7]` of statistics `[S, N, STATS]` and weights `[S]`.
@@ -51,12 +53,32 @@ pub fn credit_reduce(stats: &Tensor<3>, weights: &Tensor<1>) -> Tensor<2> {
 }
 
 /// See [`super::log_ratio`]: log rho `[B]`.
-pub fn log_ratio(out: &Tensor<4>, old: &Tensor<4>, z: &Tensor<4>, guidance: Guidance, c: &Coefficients) -> Tensor<1> {
+pub fn log_ratio(
+    out: &Tensor<4>,
+    old: &Tensor<4>,
+    z: &Tensor<4>,
+    guidance: Guidance,
+    c: &Coefficients,
+) -> Tensor<1> {
     let wd = (combine(out, guidance) - old.clone()) * c.w;
     -sample_mean(wd.clone() * z.clone() + wd.square() * 0.5)
 }
 
-/// See [`super::policy_objective`], without KL: (gradient, loss `[B]`).
+/// The slope of -A rho in log rho, which is `slope` of the free loss where it is not clipped on its
+/// side, and 0 elsewhere.
+fn clipped(
+    rho: Tensor<1>,
+    advantage: &Tensor<1>,
+    xi: f32,
+    slope: impl Fn(Tensor<1>) -> Tensor<1>,
+) -> Tensor<1> {
+    let free = -advantage.clone() * rho.clone();
+    let bound = -advantage.clone() * rho.clamp(1.0 - xi, 1.0 + xi);
+    let active = free.clone().greater_equal(bound).float();
+    slope(free) * active
+}
+
+/// See [`super::policy_objective`], without KL: the gradient with respect to `out`.
 pub fn policy_objective(
     s: &Surrogate,
     out: &Tensor<4>,
@@ -65,33 +87,27 @@ pub fn policy_objective(
     advantage: &Tensor<1>,
     guidance: Guidance,
     c: &Coefficients,
-) -> (Tensor<4>, Tensor<1>) {
+) -> Tensor<4> {
     let lr = log_ratio(out, old, z, guidance, c);
-    let (loss, push) = match s.objective {
+    let push = match s.objective {
         Objective::LogHinge => {
-            let h = advantage.clone().abs() * s.xi - advantage.clone() * lr;
-            let active = h.clone().greater_elem(0.0).float();
-            (h.clamp_min(0.0), -advantage.clone() * active)
+            let h = advantage.clone().abs() * s.clip_range - advantage.clone() * lr;
+            let active = h.greater_elem(0.0).float();
+            -advantage.clone() * active
         }
-        _ => {
-            let rho = if s.objective == Objective::PpoClip { lr.exp() } else { lr + 1.0 };
-            let free = -advantage.clone() * rho.clone();
-            let bound = -advantage.clone() * rho.clone().clamp(1.0 - s.xi, 1.0 + s.xi);
-            let active = free.clone().greater_equal(bound.clone()).float();
-            let slope = if s.objective == Objective::PpoClip { free.clone() } else { -advantage.clone() };
-            (free.max_pair(bound), slope * active)
-        }
+        Objective::PpoClip => clipped(lr.exp(), advantage, s.clip_range, |free| free),
+        Objective::LogRatio => clipped(lr + 1.0, advantage, s.clip_range, |_| -advantage.clone()),
     };
     let dim = old.dims()[1..].iter().product::<usize>() as f32;
     let d = combine(out, guidance) - old.clone();
-    let b = loss.dims()[0];
+    let b = push.dims()[0];
     let g = (z.clone() * c.w + d * (c.w * c.w)) * push.reshape([b, 1, 1, 1]) * (-s.scale / dim);
-    let gradient = match guidance {
+    match guidance {
         Guidance::Off => g,
         Guidance::Scale(scale) => {
-            let through = if s.guidance_gradient == GuidanceGradient::Both { 1.0 - scale } else { 0.0 };
+            let through =
+                if s.guidance_gradient == GuidanceGradient::Both { 1.0 - scale } else { 0.0 };
             Tensor::cat(vec![g.clone() * through, g * scale], 0)
         }
-    };
-    (gradient, loss)
+    }
 }

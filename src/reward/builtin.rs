@@ -4,9 +4,10 @@ use anyhow::{Context, Result, bail};
 use image::codecs::jpeg::JpegEncoder;
 use image::{ExtendedColorType, RgbImage};
 
-use super::Reward;
+use super::score::Reward;
 
-/// Size in kB of the image as JPEG of quality 95; negative for compressibility (DDPO, Black et al. 2023).
+/// Size in kB of the image as JPEG of quality 95; negative for compressibility (DDPO, Black et al.
+/// 2023).
 pub struct Jpeg {
     pub sign: f64,
 }
@@ -33,7 +34,12 @@ impl Reward for Symmetry {
             let mut sum = 0u64;
             for (x, y, pixel) in image.enumerate_pixels() {
                 let mirrored = image.get_pixel(image.width() - 1 - x, y);
-                sum += pixel.0.iter().zip(mirrored.0).map(|(a, b)| u64::from(a.abs_diff(b))).sum::<u64>();
+                sum += pixel
+                    .0
+                    .iter()
+                    .zip(mirrored.0)
+                    .map(|(a, b)| u64::from(a.abs_diff(b)))
+                    .sum::<u64>();
             }
             -(sum as f64) / (255.0 * image.as_raw().len() as f64)
         };
@@ -41,7 +47,8 @@ impl Reward for Symmetry {
     }
 }
 
-/// Minus the mean distance of the pixels to a colour, over the largest distance there is: in [-1, 0].
+/// Minus the mean distance of the pixels to a colour, over the largest distance there is: in [-1,
+/// 0].
 pub struct Color {
     rgb: [f64; 3],
 }
@@ -76,7 +83,11 @@ impl Reward for Color {
     fn score(&mut self, images: &[RgbImage], _prompts: &[&str]) -> Result<Vec<f64>> {
         let score = |image: &RgbImage| {
             let distance = |p: &image::Rgb<u8>| {
-                p.0.iter().zip(self.rgb).map(|(&v, c)| (f64::from(v) - c).powi(2)).sum::<f64>().sqrt()
+                p.0.iter()
+                    .zip(self.rgb)
+                    .map(|(&v, c)| (f64::from(v) - c).powi(2))
+                    .sum::<f64>()
+                    .sqrt()
             };
             let sum: f64 = image.pixels().map(distance).sum();
             -sum / (f64::from(image.width() * image.height()) * 255.0 * 3f64.sqrt())

@@ -1,5 +1,6 @@
-//! `command:PROGRAM`: a program that reads one JSON object a line, `{"image": PATH, "prompt": TEXT}`, and answers each
-//! with one line that holds a number. It is started once and stays, so that it loads its model once.
+//! `command:PROGRAM`: a program that reads one JSON object a line, `{"image": PATH, "prompt":
+//! TEXT}`, and answers each with one line that holds a number. It is started once and stays, so
+//! that it loads its model once.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
@@ -10,8 +11,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::RgbImage;
 
-use super::Reward;
-use crate::progress::check_stop;
+use super::score::Reward;
+use crate::stop;
 
 /// How often a wait for an answer looks whether the user wants to stop.
 const LOOK: Duration = Duration::from_millis(100);
@@ -31,25 +32,50 @@ pub struct Command {
 impl Command {
     /// Starts the program through the system's shell.
     pub fn start(program: &str) -> Result<Self> {
-        ensure!(!program.trim().is_empty(), "--reward command: has no program; write command:PROGRAM ARGUMENTS");
-        let (shell, flag) = if cfg!(windows) { ("cmd", "/C") } else { ("sh", "-c") };
-        let mut command = std::process::Command::new(shell);
-        command.args([flag, program]).stdin(Stdio::piped()).stdout(Stdio::piped());
-        // A group of its own: Ctrl-C is for the run, which needs the program to its end.
-        #[cfg(unix)]
-        std::os::unix::process::CommandExt::process_group(&mut command, 0);
-        let mut child = command.spawn().with_context(|| format!("--reward command:{program}: cannot be started"))?;
+        ensure!(
+            !program.trim().is_empty(),
+            "--reward command: has no program; write command:PROGRAM ARGUMENTS"
+        );
+        let mut command = shell(program);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("--reward command:{program}: cannot be started"))?;
         let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
         let (send, answers) = channel();
         // Ends with the program's output, or when nobody listens any more.
-        std::thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line)));
+        std::thread::spawn(move || {
+            stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line))
+        });
         let folder = tempfile::tempdir().context("a folder for the reward program's images")?;
         Ok(Self { program: program.into(), child, stdin, answers: Mutex::new(answers), folder })
     }
 }
 
-/// Waits for the program to end by itself, for a while, then ends it. Its status, if it ended by itself.
+/// The system's shell with the program as its only command, in a group of its own: Ctrl-C is for
+/// the run, which needs the program to its end.
+#[cfg(unix)]
+fn shell(program: &str) -> std::process::Command {
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", program]);
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    command
+}
+
+#[cfg(windows)]
+fn shell(program: &str) -> std::process::Command {
+    use std::os::windows::process::CommandExt;
+    const CREATE_NEW_PROCESS_GROUP: u32 = 0x200;
+    let mut command = std::process::Command::new("cmd");
+    // With /S cmd drops the outer quotes and takes what is between them as it stands; quoting by
+    // the C runtime's rules, which `arg` does, would put backslashes into it.
+    command.raw_arg(format!("/S /C \"{program}\"")).creation_flags(CREATE_NEW_PROCESS_GROUP);
+    command
+}
+
+/// Waits for the program to end by itself, for a while, then ends it. Its status, if it ended by
+/// itself.
 fn end(child: &mut Child) -> Option<ExitStatus> {
     let start = Instant::now();
     while start.elapsed() < GRACE {
@@ -71,6 +97,14 @@ fn kill(child: &mut Child) {
     unsafe {
         libc::kill(-(child.id() as i32), libc::SIGKILL);
     }
+    // Ending cmd alone would leave what it started.
+    #[cfg(windows)]
+    {
+        let id = child.id().to_string();
+        let mut tree = std::process::Command::new("taskkill");
+        let tree = tree.args(["/T", "/F", "/PID", &id]).stdout(Stdio::null()).stderr(Stdio::null());
+        let _ = tree.status();
+    }
     let _ = child.kill();
 }
 
@@ -84,15 +118,18 @@ impl Reward for Command {
         }
         if let Ok(line) = self.answers.get_mut().expect("no thread panics with it").try_recv() {
             bail!(
-                "--reward command:{}: answered {:?} without being asked; it must write one line for each line it reads",
+                "--reward command:{}: answered {:?} without being asked; it must write one line \
+                 for each line it reads",
                 self.program,
                 line.trim()
             );
         }
         let stdin = self.stdin.as_mut().expect("a program that died is not asked again");
-        // Written from a thread: a program that answers while it reads must not find both pipes full.
+        // Written from a thread: a program that answers while it reads must not find both pipes
+        // full.
         let answers = std::thread::scope(|scope| {
-            let writer = scope.spawn(|| stdin.write_all(lines.as_bytes()).and_then(|()| stdin.flush()));
+            let writer =
+                scope.spawn(|| stdin.write_all(lines.as_bytes()).and_then(|()| stdin.flush()));
             let (mut answers, mut status) = (Vec::new(), None);
             while answers.len() < images.len() {
                 match self.answers.get_mut().expect("no thread panics with it").recv_timeout(LOOK) {
@@ -103,7 +140,7 @@ impl Reward for Command {
                         break;
                     }
                     Err(RecvTimeoutError::Timeout) => {
-                        if let Err(stopped) = check_stop() {
+                        if let Err(stopped) = stop::check() {
                             kill(&mut self.child);
                             return Err(stopped);
                         }
@@ -113,19 +150,26 @@ impl Reward for Command {
             let _ = writer.join().expect("the writer does not panic");
             Ok(match status {
                 None => Ok(answers),
-                Some(status) => Err(status.map_or("it closed its output".to_string(), |s| s.to_string())),
+                Some(status) => {
+                    Err(status.map_or("it closed its output".to_string(), |s| s.to_string()))
+                }
             })
         })?;
         let answers = answers.map_err(|status| {
             anyhow!(
-                "--reward command:{}: the program ended without an answer ({status}); run it by hand to see why",
+                "--reward command:{}: the program ended without an answer ({status}); run it by \
+                 hand to see why",
                 self.program
             )
         })?;
         let number = |answer: &String| {
             let value = answer.trim().parse::<f64>().ok().filter(|v| v.is_finite());
             value.ok_or_else(|| {
-                anyhow!("--reward command:{}: answered {:?}, which is not a number", self.program, answer.trim())
+                anyhow!(
+                    "--reward command:{}: answered {:?}, which is not a number",
+                    self.program,
+                    answer.trim()
+                )
             })
         };
         answers.iter().map(number).collect()

@@ -1,18 +1,56 @@
-//! Rewards: a picture and its prompt to a number, higher is better. The set is open; [`parse`] names what there is.
+//! Rewards: a picture and its prompt to a number, higher is better. The set is open: [`REWARDS`]
+//! lists what `--reward` names, and a library's user brings an own [`Reward`].
 
 mod builtin;
 mod command;
+mod score;
 
-use anyhow::{Result, bail};
-use image::RgbImage;
+use anyhow::{Result, anyhow, ensure};
 
-/// Scores images.
-pub trait Reward: Send + Sync {
-    /// One number for each image, in order; `prompts[i]` belongs to `images[i]`.
-    ///
-    /// # Errors
-    /// When a score cannot be had, or is not finite.
-    fn score(&mut self, images: &[RgbImage], prompts: &[&str]) -> Result<Vec<f64>>;
+pub use self::score::{Reward, score};
+
+/// A reward that `--reward` can name.
+pub struct Named {
+    pub name: &'static str,
+    /// What stands behind the colon, for people.
+    pub argument: Option<&'static str>,
+    /// Makes it of what stands behind the colon.
+    open: fn(&str) -> Result<Box<dyn Reward>>,
+}
+
+/// What `--reward` can name; help texts and errors list it from here.
+pub const REWARDS: [Named; 5] = [
+    Named {
+        name: "jpeg-compressibility",
+        argument: None,
+        open: |_| Ok(Box::new(builtin::Jpeg { sign: -1.0 })),
+    },
+    Named {
+        name: "jpeg-incompressibility",
+        argument: None,
+        open: |_| Ok(Box::new(builtin::Jpeg { sign: 1.0 })),
+    },
+    Named { name: "symmetry", argument: None, open: |_| Ok(Box::new(builtin::Symmetry)) },
+    Named {
+        name: "color",
+        argument: Some("NAME"),
+        open: |name| Ok(Box::new(builtin::Color::named(name)?)),
+    },
+    Named {
+        name: "command",
+        argument: Some("PROGRAM"),
+        open: |program| Ok(Box::new(command::Command::start(program)?)),
+    },
+];
+
+/// All rewards in one line: `a, b and c:ARGUMENT`.
+pub fn list() -> String {
+    let mut all: Vec<String> = REWARDS
+        .iter()
+        .map(|r| r.argument.map_or(r.name.to_string(), |a| format!("{}:{a}", r.name)))
+        .collect();
+    let last = all.pop().unwrap_or_default();
+    format!("{} and {last}", all.join(", "))
 }
 
 /// Makes the reward that `--reward` names.
@@ -20,16 +58,15 @@ pub trait Reward: Send + Sync {
 /// # Errors
 /// Names the value and what is supported.
 pub fn parse(spec: &str) -> Result<Box<dyn Reward>> {
-    let (name, argument) = spec.split_once(':').unwrap_or((spec, ""));
-    Ok(match name {
-        "jpeg-compressibility" => Box::new(builtin::Jpeg { sign: -1.0 }),
-        "jpeg-incompressibility" => Box::new(builtin::Jpeg { sign: 1.0 }),
-        "symmetry" => Box::new(builtin::Symmetry),
-        "color" => Box::new(builtin::Color::named(argument)?),
-        "command" => Box::new(command::Command::start(argument)?),
-        _ => bail!(
-            "--reward {spec}: unknown; jpeg-compressibility, jpeg-incompressibility, symmetry, color:NAME and \
-             command:PROGRAM are there"
-        ),
-    })
+    let (name, argument) = match spec.split_once(':') {
+        Some((name, argument)) => (name, Some(argument)),
+        None => (spec, None),
+    };
+    let found = REWARDS.iter().find(|r| r.name == name);
+    let named = found.ok_or_else(|| anyhow!("--reward {spec}: unknown; {} are there", list()))?;
+    ensure!(
+        argument.is_none() || named.argument.is_some(),
+        "--reward {spec}: {name} takes nothing behind a colon; write --reward {name}"
+    );
+    (named.open)(argument.unwrap_or_default())
 }

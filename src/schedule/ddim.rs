@@ -1,12 +1,15 @@
 //! The DDIM sampler of diffusion models.
 //!
-//! Follows diffusers' `DDIMScheduler.from_config`: any scheduler's config gives the betas, absent fields take DDIM's
-//! defaults. Formulas: Song et al. 2021, eq. 12 and 16; Lee & Ye 2026, proposition 1.
+//! Follows diffusers' `DDIMScheduler.from_config`: any scheduler's config gives the betas, absent
+//! fields take DDIM's defaults. Formulas: Song et al. 2021, eq. 12 and 16; Lee & Ye 2026,
+//! proposition 1.
 
 use anyhow::{Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Family, Prediction, Step, flag, number};
+use super::fields::{flag, number, whole};
+use super::sampler::Prediction;
+use super::step::{Mean, Step, StepKind};
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Spacing {
@@ -30,17 +33,27 @@ pub struct Ddim {
 fn betas(config: &Value, n: usize) -> Result<Vec<f64>> {
     if let Some(list) = config["trained_betas"].as_array() {
         let betas: Vec<f64> = list.iter().filter_map(Value::as_f64).collect();
-        ensure!(betas.len() == n, "scheduler_config.json: trained_betas has {} entries, not {n}", betas.len());
+        ensure!(
+            betas.len() == n,
+            "scheduler_config.json: trained_betas has {} entries, not {n}",
+            betas.len()
+        );
         return Ok(betas);
     }
     let (start, end) = (number(config, "beta_start", 0.0001)?, number(config, "beta_end", 0.02)?);
     let ramp = |i: usize| i as f64 / (n - 1).max(1) as f64;
     Ok(match config["beta_schedule"].as_str().unwrap_or("linear") {
         "linear" => (0..n).map(|i| start + (end - start) * ramp(i)).collect(),
-        "scaled_linear" => (0..n).map(|i| (start.sqrt() + (end.sqrt() - start.sqrt()) * ramp(i)).powi(2)).collect(),
+        "scaled_linear" => {
+            (0..n).map(|i| (start.sqrt() + (end.sqrt() - start.sqrt()) * ramp(i)).powi(2)).collect()
+        }
         "squaredcos_cap_v2" => {
             let bar = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
-            (0..n).map(|i| (1.0 - bar((i + 1) as f64 / n as f64) / bar(i as f64 / n as f64)).min(0.999)).collect()
+            (0..n)
+                .map(|i| {
+                    (1.0 - bar((i + 1) as f64 / n as f64) / bar(i as f64 / n as f64)).min(0.999)
+                })
+                .collect()
         }
         other => bail!(
             "scheduler_config.json: beta_schedule = {other:?} is not supported; \
@@ -50,7 +63,8 @@ fn betas(config: &Value, n: usize) -> Result<Vec<f64>> {
 }
 
 impl Ddim {
-    /// Stable Diffusion 1.x: scaled-linear betas 0.00085..0.012 over 1000 steps, leading spacing, offset 1.
+    /// Stable Diffusion 1.x: scaled-linear betas 0.00085..0.012 over 1000 steps, leading spacing,
+    /// offset 1.
     pub fn stable_diffusion() -> Self {
         let config = serde_json::json!({
             "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -64,7 +78,7 @@ impl Ddim {
     /// # Errors
     /// Names the field whose value is of the wrong type or not supported.
     pub fn from_config(config: &Value) -> Result<Self> {
-        let n = number(config, "num_train_timesteps", 1000.0)? as usize;
+        let n = whole(config, "num_train_timesteps", 1000)?;
         ensure!(n > 0, "scheduler_config.json: num_train_timesteps = {n} must be positive");
         let mut product = 1.0;
         let mut alpha_bar: Vec<f64> = betas(config, n)?
@@ -77,7 +91,8 @@ impl Ddim {
         if flag(config, "rescale_betas_zero_snr", false)? {
             let root: Vec<f64> = alpha_bar.iter().map(|a| a.sqrt()).collect();
             let (first, last) = (root[0], root[n - 1]);
-            alpha_bar = root.iter().map(|r| ((r - last) * first / (first - last)).powi(2)).collect();
+            alpha_bar =
+                root.iter().map(|r| ((r - last) * first / (first - last)).powi(2)).collect();
         }
         if flag(config, "thresholding", false)? {
             bail!("scheduler_config.json: thresholding = true is not supported; set it to false");
@@ -86,7 +101,8 @@ impl Ddim {
             "epsilon" => Prediction::Epsilon,
             "v_prediction" => Prediction::V,
             other => bail!(
-                "scheduler_config.json: prediction_type = {other:?} is not supported; epsilon and v_prediction are"
+                "scheduler_config.json: prediction_type = {other:?} is not supported; epsilon and \
+                 v_prediction are"
             ),
         };
         let spacing = match config["timestep_spacing"].as_str().unwrap_or("leading") {
@@ -95,12 +111,19 @@ impl Ddim {
             "trailing" => Spacing::Trailing,
             other => bail!("scheduler_config.json: timestep_spacing = {other:?} is not supported"),
         };
-        let clip = match flag(config, "clip_sample", true)? {
-            true => number(config, "clip_sample_range", 1.0)?,
-            false => f64::INFINITY,
+        let clip = if flag(config, "clip_sample", true)? {
+            number(config, "clip_sample_range", 1.0)?
+        } else {
+            f64::INFINITY
         };
-        let final_alpha_bar = if flag(config, "set_alpha_to_one", true)? { 1.0 } else { alpha_bar[0] };
-        let steps_offset = number(config, "steps_offset", 0.0)? as usize;
+        let final_alpha_bar =
+            if flag(config, "set_alpha_to_one", true)? { 1.0 } else { alpha_bar[0] };
+        let steps_offset = whole(config, "steps_offset", 0)?;
+        ensure!(
+            alpha_bar.iter().all(|bar| (0.0..=1.0).contains(bar)),
+            "scheduler_config.json: beta_start, beta_end and trained_betas must give betas between \
+             0 and 1"
+        );
         Ok(Self { alpha_bar, prediction, final_alpha_bar, steps_offset, spacing, clip })
     }
 
@@ -115,8 +138,12 @@ impl Ddim {
         let steps: Vec<usize> = match self.spacing {
             Spacing::Leading => (0..n).rev().map(|i| i * (train / n) + self.steps_offset).collect(),
             Spacing::Linspace if n == 1 => vec![0],
-            Spacing::Linspace => (0..n).rev().map(|i| even(i as f64 * (train - 1) as f64 / (n - 1) as f64)).collect(),
-            Spacing::Trailing => (0..n).map(|i| even(train as f64 - i as f64 * train as f64 / n as f64) - 1).collect(),
+            Spacing::Linspace => {
+                (0..n).rev().map(|i| even(i as f64 * (train - 1) as f64 / (n - 1) as f64)).collect()
+            }
+            Spacing::Trailing => (0..n)
+                .map(|i| even(train as f64 - i as f64 * train as f64 / n as f64) - 1)
+                .collect(),
         };
         ensure!(
             steps[0] < train,
@@ -131,10 +158,14 @@ impl Ddim {
     /// # Errors
     /// When `n` or `eta` is out of range.
     pub fn steps(&self, n: usize, eta: f64) -> Result<Vec<Step>> {
-        ensure!((0.0..=1.0).contains(&eta), "--eta {eta}: must lie between 0 (deterministic) and 1 (DDPM)");
+        ensure!(
+            (0.0..=1.0).contains(&eta),
+            "--eta {eta}: must lie between 0 (deterministic) and 1 (DDPM)"
+        );
         let stride = self.alpha_bar.len() / n.max(1);
-        let step = |t| Step { share: 1.0 / n as f64, ..self.step(t, stride, eta) };
-        Ok(self.timesteps(n)?.into_iter().map(step).collect())
+        let share = 1.0 / n as f64;
+        let step = |(index, t)| Step { index, share, ..self.step(t, stride, eta) };
+        Ok(self.timesteps(n)?.into_iter().enumerate().map(step).collect())
     }
 
     fn step(&self, t: usize, stride: usize, eta: f64) -> Step {
@@ -144,29 +175,35 @@ impl Ddim {
         self.with_sigma(t as f64, bar, prev, eta * variance.max(0.0).sqrt())
     }
 
-    /// The step with another deviation; the mean's coefficients follow it.
+    /// The step with another deviation, which the mean's coefficients follow; its place is for the
+    /// caller to set.
     pub fn with_sigma(&self, t: f64, bar: f64, prev: f64, sigma: f64) -> Step {
         let (c1, c2) = (c1(bar, prev), c2(prev, sigma));
         // In v the mean stays finite where alpha_bar is 0 (zero terminal SNR); in eps it does not.
         let coefficients = |c2: f64| match self.prediction {
             Prediction::V => {
                 let (signal, noise) = (bar.sqrt(), (1.0 - bar).sqrt());
-                [prev.sqrt() * signal + c2 * noise, prev.sqrt() * noise - c2 * signal]
+                Mean { a: prev.sqrt() * signal + c2 * noise, b: prev.sqrt() * noise - c2 * signal }
             }
-            _ => [(prev / bar).sqrt(), c1 - c2],
+            Prediction::Epsilon | Prediction::Velocity => {
+                Mean { a: (prev / bar).sqrt(), b: c1 - c2 }
+            }
         };
         let (unit, x0_x, x0_p) = match self.prediction {
             Prediction::V => (bar.sqrt(), bar.sqrt(), (1.0 - bar).sqrt()),
-            _ => (1.0, 1.0 / bar.sqrt(), ((1.0 - bar) / bar).sqrt()),
+            Prediction::Epsilon | Prediction::Velocity => {
+                (1.0, 1.0 / bar.sqrt(), ((1.0 - bar) / bar).sqrt())
+            }
         };
-        let [a, b] = coefficients(c2);
+        let Mean { a, b } = coefficients(c2);
         let w = if sigma > 0.0 { (c1 - c2) / sigma } else { 0.0 };
         Step {
+            index: 0,
             t,
             a,
             b,
             sigma,
-            quiet: coefficients(self::c2(prev, 0.0)),
+            deterministic: coefficients(self::c2(prev, 0.0)),
             share: 1.0,
             w_native: w,
             w_total: w,
@@ -174,7 +211,13 @@ impl Ddim {
             quadratic: 1.0,
             loss_weight: 1.0,
             unit,
-            family: Family::Diffusion { alpha_bar: bar, alpha_bar_prev: prev, x0_x, x0_p, clip: self.clip },
+            kind: StepKind::Diffusion {
+                alpha_bar: bar,
+                alpha_bar_prev: prev,
+                x0_x,
+                x0_p,
+                clip: self.clip,
+            },
         }
     }
 }

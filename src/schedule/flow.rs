@@ -1,38 +1,34 @@
-//! Samplers of flow models (rectified flow): x = (1 - t) x0 + t z, and the network predicts v = z - x0.
+//! Samplers of flow models (rectified flow): x = (1 - t) x0 + t z, and the network predicts v = z -
+//! x0.
 //!
 //! ```text
 //! SDE    mean = x (1 - s^2 dt / 2t) - v (1 + s^2 (1 - t) / 2t) dt,   deviation s sqrt(dt)
-//!        DanceGRPO s = eta;   Flow-GRPO s = eta sqrt(t / (1 - t)), and at t = 1 with the next time in place of t in 1 - t
-//! CPS    x' = (1 - t') (x - t v) + t' cos(eta pi/2) (x + (1 - t) v) + t' sin(eta pi/2) z,   t' = t - dt
+//!        DanceGRPO s = eta;   Flow-GRPO s = eta sqrt(t / (1 - t)), and at t = 1 with the next time
+//!        in place of t in 1 - t
+//! CPS    x' = (1 - t') (x - t v) + t' cos(eta pi/2) (x + (1 - t) v) + t' sin(eta pi/2) z
+//!        t' = t - dt
 //! ODE    x' = x - v dt
 //! ```
-//! Sources: Xue et al. 2025 (DanceGRPO), Liu et al. 2025 (Flow-GRPO), Wang & Yu 2025 (Flow-CPS, arXiv 2509.05952). CPS
-//! is a Gaussian step with a mean that is linear in v, so its log rho has the exact form of the others with
-//! w = b / sigma. Its authors leave the division by sigma^2 out of their log-probability; here it is the density's own.
+//! Sources: Xue et al. 2025 (DanceGRPO), Liu et al. 2025 (Flow-GRPO), Wang & Yu 2025 (Flow-CPS,
+//! arXiv 2509.05952). CPS is a Gaussian step with a mean that is linear in v, so its log rho has
+//! the exact form of the others with w = b / sigma. Its authors leave the division by sigma^2 out
+//! of their log-probability; here it is the density's own.
 
 use std::f64::consts::FRAC_PI_2;
 
 use anyhow::{Result, bail, ensure};
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use super::{Family, Sampler, Sampling, Step, flag, number};
-
-/// How the times from 1 to 0 are spaced.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Grid {
-    /// The trainers': N equal intervals from 1 to 0, shifted once (METHOD 6b). Published zetas belong to it.
-    Shifted,
-    /// The pipelines': FlowMatchEulerDiscreteScheduler's, which for SD3 shifts twice and ends in a jump to 0.
-    Diffusers,
-}
+use super::fields::{flag, number, whole};
+use super::grid::Grid;
+use super::sampler::{Sampler, Sampling};
+use super::step::{Mean, Step, StepKind};
 
 /// Which pipeline's way diffusers' grid is made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Spacing {
-    /// StableDiffusion3Pipeline: equal intervals between the scheduler's own largest and smallest time.
+    /// StableDiffusion3Pipeline: equal intervals between the scheduler's own largest and smallest
+    /// time.
     Scheduler,
     /// FluxPipeline: it hands the scheduler N times from 1 to 1/N.
     Pipeline,
@@ -59,10 +55,17 @@ pub struct Flow {
     pub spacing: Spacing,
 }
 
+/// Whether a time is that of pure noise, 1. Times are sums and quotients: one that is off by
+/// rounding is the same time.
+fn is_start(t: f64) -> bool {
+    1.0 - t < 1e-9
+}
+
 impl Flow {
     /// A plain shift without a config file, as the trainers use it.
     pub fn shifted(shift: f64) -> Self {
-        Self::from_config(&serde_json::json!({ "shift": shift })).expect("a constant config is valid")
+        Self::from_config(&serde_json::json!({ "shift": shift }))
+            .expect("a constant config is valid")
     }
 
     /// Reads a FlowMatchEulerDiscreteScheduler's `scheduler_config.json`.
@@ -70,9 +73,13 @@ impl Flow {
     /// # Errors
     /// Names the field whose value is of the wrong type or not supported.
     pub fn from_config(config: &Value) -> Result<Self> {
-        for field in
-            ["invert_sigmas", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "stochastic_sampling"]
-        {
+        for field in [
+            "invert_sigmas",
+            "use_karras_sigmas",
+            "use_exponential_sigmas",
+            "use_beta_sigmas",
+            "stochastic_sampling",
+        ] {
             if flag(config, field, false)? {
                 bail!("scheduler_config.json: {field} = true is not supported; set it to false");
             }
@@ -81,28 +88,41 @@ impl Flow {
             "exponential" => Dynamic::Exponential,
             "linear" => Dynamic::Linear,
             other => {
-                bail!("scheduler_config.json: time_shift_type = {other:?} is not supported; exponential and linear are")
+                bail!(
+                    "scheduler_config.json: time_shift_type = {other:?} is not supported; \
+                     exponential and linear are"
+                )
             }
         };
         let shift = number(config, "shift", 1.0)?;
-        let train_timesteps = number(config, "num_train_timesteps", 1000.0)?;
+        let train_timesteps = whole(config, "num_train_timesteps", 1000)? as f64;
         ensure!(shift > 0.0, "scheduler_config.json: shift = {shift} must be positive");
         ensure!(
             train_timesteps >= 1.0,
             "scheduler_config.json: num_train_timesteps = {train_timesteps} must be positive"
+        );
+        let lengths = [
+            number(config, "base_image_seq_len", 256.0)?,
+            number(config, "max_image_seq_len", 4096.0)?,
+        ];
+        ensure!(
+            lengths[0] != lengths[1],
+            "scheduler_config.json: max_image_seq_len = {} must differ from base_image_seq_len",
+            lengths[1]
         );
         Ok(Self {
             shift,
             train_timesteps,
             dynamic: flag(config, "use_dynamic_shifting", false)?.then_some(kind),
             shifts: [number(config, "base_shift", 0.5)?, number(config, "max_shift", 1.15)?],
-            lengths: [number(config, "base_image_seq_len", 256.0)?, number(config, "max_image_seq_len", 4096.0)?],
+            lengths,
             terminal: Some(number(config, "shift_terminal", 0.0)?).filter(|&t| t > 0.0),
             spacing: Spacing::Scheduler,
         })
     }
 
-    /// mu of dynamic shifting: a straight line through the token counts of the smallest and the largest image.
+    /// mu of dynamic shifting: a straight line through the token counts of the smallest and the
+    /// largest image.
     pub fn mu(&self, tokens: usize) -> f64 {
         let slope = (self.shifts[1] - self.shifts[0]) / (self.lengths[1] - self.lengths[0]);
         self.shifts[0] + slope * (tokens as f64 - self.lengths[0])
@@ -110,7 +130,10 @@ impl Flow {
 
     /// The shift of a run, of a time in (0, 1].
     fn warp(&self, s: &Sampling, time: f64) -> f64 {
-        let by = |shift: f64| shift * time / (1.0 + (shift - 1.0) * time);
+        // The time 1 stays 1 to the bit, which s / (1 + (s - 1)) does not give at every shift.
+        let by = |shift: f64| {
+            if time == 1.0 { 1.0 } else { shift * time / (1.0 + (shift - 1.0) * time) }
+        };
         match (s.shift, self.dynamic) {
             (Some(shift), _) => by(shift),
             (None, None) => by(self.shift),
@@ -135,7 +158,9 @@ impl Flow {
             ensure!(shift.is_finite() && shift > 0.0, "--shift {shift}: must be a positive number");
         }
         let ramp = |first: f64, last: f64| {
-            (0..n).map(move |i| if n == 1 { first } else { first + (last - first) * i as f64 / (n - 1) as f64 })
+            (0..n).map(move |i| {
+                if n == 1 { first } else { first + (last - first) * i as f64 / (n - 1) as f64 }
+            })
         };
         let mut times: Vec<f64> = match (s.grid, self.spacing) {
             (Grid::Shifted, _) => (0..n).map(|i| 1.0 - i as f64 / n as f64).collect(),
@@ -144,7 +169,11 @@ impl Flow {
                 // The scheduler's own smallest time is shifted already, unless shifting is dynamic.
                 let least = 1.0 / self.train_timesteps;
                 let shift = s.shift.unwrap_or(self.shift);
-                let least = if self.dynamic.is_some() { least } else { shift * least / (1.0 + (shift - 1.0) * least) };
+                let least = if self.dynamic.is_some() {
+                    least
+                } else {
+                    shift * least / (1.0 + (shift - 1.0) * least)
+                };
                 ramp(1.0, least).collect()
             }
         };
@@ -164,34 +193,43 @@ impl Flow {
     pub fn steps(&self, s: &Sampling) -> Result<Vec<Step>> {
         let eta = s.eta;
         ensure!(eta.is_finite() && eta >= 0.0, "--eta {eta}: must be zero or positive");
-        ensure!(s.sampler != Sampler::Cps || eta <= 1.0, "--eta {eta}: must lie between 0 and 1 for --sampler cps");
+        ensure!(
+            s.sampler != Sampler::Cps || eta <= 1.0,
+            "--eta {eta}: must lie between 0 and 1 for --sampler cps"
+        );
         let times = self.times(s)?;
         let step = |i: usize| -> Step {
             let (t, next) = (times[i], times[i + 1]);
             let dt = t - next;
-            let quiet = [1.0, dt];
+            let deterministic = Mean { a: 1.0, b: dt };
             let sde = |noise: f64| {
                 let half = noise * noise / (2.0 * t);
-                ([1.0 - half * dt, (1.0 + half * (1.0 - t)) * dt], noise * dt.sqrt())
+                let mean = Mean { a: 1.0 - half * dt, b: (1.0 + half * (1.0 - t)) * dt };
+                (mean, noise * dt.sqrt())
             };
-            let ([a, b], sigma) = match s.sampler {
-                _ if eta == 0.0 => (quiet, 0.0),
+            let (Mean { a, b }, sigma) = match s.sampler {
+                _ if eta == 0.0 => (deterministic, 0.0),
                 Sampler::Dance => sde(eta),
-                // At t = 1 the noise would be infinite; the published sampler takes the next time inside 1 - t.
-                Sampler::FlowGrpo => sde(eta * (t / (1.0 - if t < 1.0 { t } else { next })).sqrt()),
+                // At t = 1 the noise would be infinite; the published sampler takes the next time
+                // inside 1 - t.
+                Sampler::FlowGrpo => {
+                    sde(eta * (t / (1.0 - if is_start(t) { next } else { t })).sqrt())
+                }
                 Sampler::Cps => {
                     let (sin, cos) = (eta * FRAC_PI_2).sin_cos();
-                    ([1.0 - next + next * cos, (1.0 - next) * t - next * cos * (1.0 - t)], next * sin)
+                    let b = (1.0 - next) * t - next * cos * (1.0 - t);
+                    (Mean { a: 1.0 - next + next * cos, b }, next * sin)
                 }
-                Sampler::Ode | Sampler::Ddim => (quiet, 0.0),
+                Sampler::Ode | Sampler::Ddim => (deterministic, 0.0),
             };
             let w = if sigma > 0.0 { b / sigma } else { 0.0 };
             Step {
+                index: i,
                 t: t * self.train_timesteps,
                 a,
                 b,
                 sigma,
-                quiet,
+                deterministic,
                 share: dt,
                 w_native: w,
                 w_total: w,
@@ -199,14 +237,41 @@ impl Flow {
                 quadratic: 1.0,
                 loss_weight: 1.0,
                 unit: 1.0,
-                family: Family::Flow { t, dt },
+                kind: StepKind::Flow { t, dt },
             }
         };
         let mut steps: Vec<Step> = (0..s.steps).map(step).collect();
-        // The published zeta counts the second step's weight for the first, whose noise is not the formula's.
-        if s.sampler == Sampler::FlowGrpo && steps.len() > 1 && times[0] >= 1.0 {
+        // The published zeta counts the second step's weight for the first, whose noise is not the
+        // formula's.
+        if s.sampler == Sampler::FlowGrpo && steps.len() > 1 && is_start(times[0]) {
             steps[0].w_total = steps[1].w_native;
         }
         Ok(steps)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// s / (1 + (s - 1)) is not 1 to the bit at every shift; the noise of the first step must not
+    /// see that.
+    #[test]
+    fn flow_grpos_first_step_is_that_of_t_1_at_every_shift() {
+        for shift in (1..60).map(|i| 0.1 * f64::from(i)) {
+            for grid in [Grid::Shifted, Grid::Diffusers] {
+                let flow = Flow::shifted(1.0);
+                let sampler = Sampler::FlowGrpo;
+                let s =
+                    Sampling { sampler, steps: 10, eta: 0.7, grid, shift: Some(shift), tokens: 0 };
+                let times = flow.times(&s).unwrap();
+                let first = flow.steps(&s).unwrap()[0];
+                assert_eq!(times[0], 1.0, "shift {shift}");
+                let dt = 1.0 - times[1];
+                let exact = 0.7 * (1.0 / (1.0 - times[1])).sqrt() * dt.sqrt();
+                let off = (first.sigma - exact).abs();
+                assert!(off < 1e-12, "shift {shift}: {} is not {exact}", first.sigma);
+            }
+        }
     }
 }

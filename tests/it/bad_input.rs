@@ -1,9 +1,10 @@
 //! Bad input: one error line that names the culprit, exit code 2, nothing on disk.
 
-use std::path::Path;
+use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
+use pcpo_wgpu::io::weights::Weights;
 
 use crate::command_line::program;
-use crate::support::{emoji, golden};
+use crate::support::{error_of, golden};
 
 /// Runs `train` with a new folder; the error must hold all `words`, and no folder may be left.
 fn refused(args: &[&str], words: &[&str]) {
@@ -12,7 +13,7 @@ fn refused(args: &[&str], words: &[&str]) {
     let mut all = vec!["train", "--device", "cpu", "--out", out.to_str().unwrap()];
     all.extend(args);
     let output = program(&all);
-    let error = String::from_utf8_lossy(&output.stderr).into_owned();
+    let error = error_of(&output);
     assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
     assert_eq!(error.lines().filter(|l| l.starts_with("error: ")).count(), 1, "{args:?}: {error}");
     assert!(!error.contains("panicked") && !error.contains("backtrace"), "{args:?}: {error}");
@@ -40,12 +41,24 @@ fn settings() {
     refused(&["--target-modules", "to_x"], &["--target-modules to_x"]);
     refused(&["--device", "no such gpu"], &["no such gpu"]);
     refused(
-        &["--train-window", "true", "--model", "tests/golden/simple", "--reward", "symmetry", "--prompt", "a"],
+        &[
+            "--train-window",
+            "true",
+            "--model",
+            "tests/golden/simple",
+            "--reward",
+            "symmetry",
+            "--prompt",
+            "a",
+        ],
         &["--train-window", "--train-steps"],
     );
     refused(&["--credit", "native", "--credit-total", "trained"], &["--credit-total"]);
     refused(&["--grid", "diffusers"], &["--grid", "flow"]);
-    refused(&["--advantage", "per-prompt", "--tracker-size", "8"], &["--tracker-min-count 16", "--tracker-size 8"]);
+    refused(
+        &["--advantage", "per-prompt", "--tracker-size", "8"],
+        &["--tracker-min-count 16", "--tracker-size 8"],
+    );
 }
 
 #[test]
@@ -80,7 +93,10 @@ fn settings_of_the_other_family() {
 fn files() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
-    refused(&["--model", &path("missing"), "--reward", "symmetry", "--prompt", "a"], &["--model", "missing"]);
+    refused(
+        &["--model", &path("missing"), "--reward", "symmetry", "--prompt", "a"],
+        &["--model", "missing"],
+    );
     refused(&["--prompts", &path("none.txt")], &["none.txt"]);
     std::fs::write(path("empty.txt"), "\n\n").unwrap();
     refused(&["--prompts", &path("empty.txt")], &["empty.txt", "no prompt"]);
@@ -97,88 +113,14 @@ fn files() {
 #[test]
 fn a_reward_program_that_dies_or_answers_nonsense() {
     let small = ["--steps", "2", "--train-steps", "1", "--epochs", "1"];
-    let with = |reward: &'static str, words: &[&str]| refused(&[&small[..], &["--reward", reward]].concat(), words);
+    let with = |reward: &'static str, words: &[&str]| {
+        refused(&[&small[..], &["--reward", reward]].concat(), words)
+    };
     with("command:exit 3", &["command:exit 3", "ended without an answer"]);
     with("command:", &["no program"]);
     with("command:while read l; do echo nan; done", &["not a number"]);
     with("command:while read l; do echo 1; echo 2; done", &["without being asked"]);
     with("command:exec >&-; exec sleep 600", &["ended without an answer", "closed its output"]);
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target)
-        } else {
-            std::fs::copy(entry.path(), target).map(drop).unwrap()
-        }
-    }
-}
-
-/// The embedded model with one change.
-fn damaged(change: impl Fn(&Path), words: &[&str]) {
-    let dir = tempfile::tempdir().unwrap();
-    let model = dir.path().join("model");
-    copy(&emoji(), &model);
-    change(&model);
-    refused(
-        &["--model", model.to_str().unwrap(), "--reward", "symmetry", "--prompt", "a", "--images-per-epoch", "8"],
-        words,
-    );
-}
-
-#[test]
-fn damaged_models() {
-    let weights = |m: &Path| m.join("unet/diffusion_pytorch_model.safetensors");
-    let edit = |path: &Path, from: &str, to: &str| {
-        let text = std::fs::read_to_string(path).unwrap();
-        assert!(text.contains(from), "{from} is in the file");
-        std::fs::write(path, text.replace(from, to)).unwrap();
-    };
-    damaged(|m| std::fs::remove_file(weights(m)).unwrap(), &["unet", "no weights"]);
-    damaged(
-        |m| {
-            let bytes = std::fs::read(weights(m)).unwrap();
-            std::fs::write(weights(m), &bytes[..bytes.len() / 2]).unwrap();
-        },
-        &["diffusion_pytorch_model.safetensors", "not a valid safetensors"],
-    );
-    damaged(|m| std::fs::write(weights(m), [0xff; 64]).unwrap(), &["diffusion_pytorch_model.safetensors"]);
-    damaged(
-        |m| {
-            let mut bytes = std::fs::read(weights(m)).unwrap();
-            let last = bytes.len() - 2;
-            bytes[last..].copy_from_slice(&half::f16::NAN.to_le_bytes());
-            std::fs::write(weights(m), bytes).unwrap();
-        },
-        &["NaN", "damaged"],
-    );
-    damaged(
-        |m| edit(&m.join("unet/config.json"), "\"norm_num_groups\": 16", "\"norm_num_groups\": 5"),
-        &["norm_num_groups = 5"],
-    );
-    damaged(|m| edit(&m.join("unet/config.json"), "    128\n", "    64\n"), &["shape", "[64"]);
-    damaged(
-        |m| edit(&m.join("unet/config.json"), "\"DownBlock2D\"", "\"AttnDownBlock2D\""),
-        &["down_block_types", "AttnDownBlock2D"],
-    );
-    damaged(
-        |m| edit(&m.join("unet/config.json"), "\"class_embed_type\": null", "\"class_embed_type\": \"timestep\""),
-        &["class_embed_type"],
-    );
-    damaged(
-        |m| edit(&m.join("scheduler/scheduler_config.json"), "scaled_linear", "sigmoid"),
-        &["beta_schedule", "sigmoid"],
-    );
-    damaged(
-        |m| edit(&m.join("scheduler/scheduler_config.json"), "\"clip_sample\": false", "\"clip_sample\": true"),
-        &["clip_sample"],
-    );
-    damaged(|m| std::fs::write(m.join("vae/config.json"), "{").unwrap(), &["vae", "config.json", "JSON"]);
-    damaged(|m| std::fs::remove_dir_all(m.join("tokenizer")).unwrap(), &["tokenizer"]);
 }
 
 #[test]
@@ -187,31 +129,37 @@ fn an_occupied_folder_is_not_written_to() {
     std::fs::write(dir.path().join("mine.txt"), "x").unwrap();
     let output = program(&["train", "--device", "cpu", "--out", dir.path().to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("--resume"));
+    assert!(error_of(&output).contains("--resume"));
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
-/// No file may grow beyond some kilobytes, as on a full disk: before the first checkpoint nothing stays, after it the run
-/// does, and goes on once there is room.
+/// No file may grow beyond some kilobytes, as on a full disk: before the first checkpoint nothing
+/// stays, after it the run does, and goes on once there is room.
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk() {
     let dir = tempfile::tempdir().unwrap();
     let (fresh, begun) = (dir.path().join("fresh"), dir.path().join("begun"));
-    let small = ["--device", "cpu", "--steps", "2", "--train-steps", "1", "--images-per-epoch", "8"];
+    let small =
+        ["--device", "cpu", "--steps", "2", "--train-steps", "1", "--images-per-epoch", "8"];
     let full = |args: &[&str]| {
-        let script = format!("trap '' XFSZ; ulimit -f 64; exec {} train \"$@\"", env!("CARGO_BIN_EXE_pcpo-wgpu"));
+        let script = format!(
+            "trap '' XFSZ; ulimit -f 64; exec {} train \"$@\"",
+            env!("CARGO_BIN_EXE_pcpo-wgpu")
+        );
         let mut command = std::process::Command::new("sh");
         command.args(["-c", &script, "sh"]).args(args).current_dir(env!("CARGO_MANIFEST_DIR"));
         let output = command.output().unwrap();
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let error = error_of(&output);
         assert_eq!(output.status.code(), Some(2), "{error}");
         assert!(error.contains("cannot be written") && error.contains("disk full"), "{error}");
         error
     };
     full(&[&["--out", fresh.to_str().unwrap(), "--epochs", "1"], &small[..]].concat());
     assert!(!fresh.exists(), "a folder is left");
-    let begin = program(&[&["train", "--out", begun.to_str().unwrap(), "--epochs", "1"], &small[..]].concat());
+    let begin = program(
+        &[&["train", "--out", begun.to_str().unwrap(), "--epochs", "1"], &small[..]].concat(),
+    );
     assert!(begin.status.success(), "{begin:?}");
     let adapter = std::fs::read(begun.join("adapter.safetensors")).unwrap();
     let error = full(&["--resume", begun.to_str().unwrap(), "--epochs", "2"]);
@@ -228,13 +176,17 @@ fn places_that_cannot_be_written_to() {
     std::fs::write(&file, "x").unwrap();
     let below = file.join("x");
     refused(&["--dump-update", below.to_str().unwrap()], &["--dump-update", "file/x"]);
-    refused(&["--dump-update", "u.safetensors:100000"], &["--dump-update 100000", "updates 1 to 60"]);
+    refused(
+        &["--dump-update", "u.safetensors:100000"],
+        &["--dump-update 100000", "updates 1 to 60"],
+    );
     let sample = ["sample", "--device", "cpu", "--prompt", "a", "--steps", "1", "--out"];
-    for args in
-        [vec![below.to_str().unwrap()], vec![dir.path().to_str().unwrap(), "--save-latents", below.to_str().unwrap()]]
-    {
+    for args in [
+        vec![below.to_str().unwrap()],
+        vec![dir.path().to_str().unwrap(), "--save-latents", below.to_str().unwrap()],
+    ] {
         let output = program(&[&sample[..], &args].concat());
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let error = error_of(&output);
         assert!(output.status.code() == Some(2) && error.contains("file/x"), "{error}");
     }
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is written");
@@ -242,10 +194,22 @@ fn places_that_cannot_be_written_to() {
     let (own, made) = (dir.path().join("own"), dir.path().join("a/b/c"));
     std::fs::create_dir(&own).unwrap();
     for out in [&own, &made] {
-        let output = program(&["train", "--device", "cpu", "--reward", "beauty", "--out", out.to_str().unwrap()]);
+        let output = program(&[
+            "train",
+            "--device",
+            "cpu",
+            "--reward",
+            "beauty",
+            "--out",
+            out.to_str().unwrap(),
+        ]);
         assert_eq!(output.status.code(), Some(2));
     }
-    assert!(own.is_dir() && std::fs::read_dir(&own).unwrap().count() == 0 && !dir.path().join("a").exists());
+    assert!(
+        own.is_dir()
+            && std::fs::read_dir(&own).unwrap().count() == 0
+            && !dir.path().join("a").exists()
+    );
 }
 
 /// Tensors of another shape than a model takes.
@@ -255,42 +219,52 @@ fn tensors_of_the_wrong_shape() {
     let path = |name: &str| dir.path().join(name);
     let failed = |args: &[&str], words: &[&str]| {
         let output = program(args);
-        let error = String::from_utf8_lossy(&output.stderr).into_owned();
+        let error = error_of(&output);
         assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
         assert!(!error.contains("panicked"), "{args:?}: {error}");
         words.iter().for_each(|w| assert!(error.contains(w), "{args:?}: {w:?} is not in {error}"));
     };
-    let write = |name: &str, tensors: &[(String, Vec<usize>, Vec<f32>)]| {
-        pcpo_wgpu::files::write_tensors(&path(name), tensors, &[]).unwrap();
+    let write = |name: &str, tensors: &[HostTensor]| {
+        write_tensors(&path(name), tensors, &[]).unwrap();
         path(name).to_str().unwrap().to_string()
     };
     for shape in [vec![1, 4, 0, 0], vec![1, 3, 16, 16], vec![2, 4, 16, 16], vec![4, 16, 16]] {
         let n = shape.iter().product();
-        let file = write("latents.safetensors", &[("latents".into(), shape, vec![0.0; n])]);
-        failed(&["sample", "--device", "cpu", "--prompt", "a", "--steps", "1", "--latents", &file], &["--latents"]);
+        let file = write("latents.safetensors", &[HostTensor::new("latents", shape, vec![0.0; n])]);
+        failed(
+            &["sample", "--device", "cpu", "--prompt", "a", "--steps", "1", "--latents", &file],
+            &["--latents"],
+        );
     }
     let lora = |rank: usize| {
         let layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q";
         let matrix = |side: &str, shape: Vec<usize>| {
             let n = shape.iter().product();
-            (format!("{layer}.lora_{side}.weight"), shape, vec![0.1; n])
+            HostTensor::new(format!("{layer}.lora_{side}.weight"), shape, vec![0.1; n])
         };
         write("lora.safetensors", &[matrix("A", vec![rank, 128]), matrix("B", vec![128, rank])])
     };
-    failed(&["sample", "--device", "cpu", "--prompt", "a", "--steps", "1", "--lora", &lora(0)], &["lora.safetensors"]);
+    failed(
+        &["sample", "--device", "cpu", "--prompt", "a", "--steps", "1", "--lora", &lora(0)],
+        &["lora.safetensors"],
+    );
     // A reference of another model, and one with noise.
     let golden = golden("simple");
-    let weights = pcpo_wgpu::model::weights::Weights::open_file(&golden.join("reference.safetensors")).unwrap();
-    let (values, shape) = weights.f32("in.latents").unwrap();
+    let weights = Weights::open_file(&golden.join("reference.safetensors")).unwrap();
+    let HostTensor { values, shape, .. } = weights.f32("in.latents").unwrap();
     let narrow = vec![shape[0], shape[1] / 2, shape[2], shape[3]];
     let half = values[..values.len() / 2].to_vec();
     let run = std::fs::read_to_string(golden.join("reference.json")).unwrap();
     for (latents, json, word) in [
-        (("in.latents".to_string(), narrow, half), run.clone(), "channels"),
-        (("in.latents".to_string(), shape, values), run.replace("\"eta\": 0.0", "\"eta\": 1.0"), "eta = 1"),
+        (HostTensor::new("in.latents", narrow, half), run.clone(), "channels"),
+        (
+            HostTensor::new("in.latents", shape, values),
+            run.replace("\"eta\": 0.0", "\"eta\": 1.0"),
+            "eta = 1",
+        ),
     ] {
         let out = weights.f32("out.latents").unwrap();
-        let file = write("reference.safetensors", &[latents, ("out.latents".into(), out.1, out.0)]);
+        let file = write("reference.safetensors", &[latents, out]);
         std::fs::write(path("reference.json"), json).unwrap();
         let model = golden.to_str().unwrap();
         failed(&["check", "--device", "cpu", "--model", model, "--reference", &file], &[word]);

@@ -2,6 +2,9 @@
 
 use std::process::{Child, Command, Output, Stdio};
 
+use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
+use pcpo_wgpu::io::weights::Weights;
+
 use crate::support::{emoji, golden};
 
 /// Starts the program beside the test.
@@ -29,7 +32,8 @@ fn text(output: &Output) -> String {
 fn credit_prints_the_promised_json() {
     let output = program(&["credit", "--sampler", "ddim", "--steps", "50", "--json"]);
     let json: serde_json::Value = serde_json::from_str(&text(&output)).unwrap();
-    let golden: serde_json::Value = serde_json::from_str(include_str!("../golden/credit_weights.json")).unwrap();
+    let golden: serde_json::Value =
+        serde_json::from_str(include_str!("../golden/credit_weights.json")).unwrap();
     assert_eq!(
         (json["sampler"].as_str(), json["steps"].as_u64(), json["eta"].as_f64()),
         (Some("ddim"), Some(50), Some(1.0))
@@ -37,10 +41,13 @@ fn credit_prints_the_promised_json() {
     let rows = json["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 50);
     for (row, g) in rows.iter().zip(golden[0]["rows"].as_array().unwrap()) {
-        let close = |a: &str, b: &str| (row[a].as_f64().unwrap() - g[b].as_f64().unwrap()).abs() < 1e-9;
+        let close =
+            |a: &str, b: &str| (row[a].as_f64().unwrap() - g[b].as_f64().unwrap()).abs() < 1e-9;
         assert_eq!(row["t"], g["t"]);
         assert!(
-            close("sigma", "sigma_ddpm") && close("w_native", "w_native") && close("sigma_released", "sigma_released")
+            close("sigma", "sigma_ddpm")
+                && close("w_native", "w_native")
+                && close("sigma_released", "sigma_released")
         );
         assert!((row["w_proportionate"].as_f64().unwrap() - 0.516_900_2).abs() < 1e-6);
         assert!((row["w_released"].as_f64().unwrap() - 0.516_899_7).abs() < 1e-6);
@@ -49,7 +56,9 @@ fn credit_prints_the_promised_json() {
     let other = golden_folder("nomid");
     let other: serde_json::Value =
         serde_json::from_str(&text(&program(&["credit", "--model", &other, "--json"]))).unwrap();
-    assert!(other["rows"][0]["w_proportionate"].is_number() && other["rows"][0]["w_released"].is_null());
+    assert!(
+        other["rows"][0]["w_proportionate"].is_number() && other["rows"][0]["w_released"].is_null()
+    );
     assert!(text(&program(&["credit", "--eta", "0"])).contains("no step has noise"));
     let few = program(&["credit", "--steps", "10", "--json"]);
     assert!(!text(&few).contains("released"));
@@ -57,12 +66,24 @@ fn credit_prints_the_promised_json() {
 
 #[test]
 fn credit_of_a_flow_prints_the_promised_json() {
-    let golden: serde_json::Value = serde_json::from_str(include_str!("../golden/credit_weights.json")).unwrap();
+    let golden: serde_json::Value =
+        serde_json::from_str(include_str!("../golden/credit_weights.json")).unwrap();
     for (sampler, kind) in [("dance", "flow-dance"), ("flow-grpo", "flow-flow-grpo")] {
         let table = golden.as_array().unwrap().iter().find(|g| g["kind"] == kind).unwrap();
         let text_of = |name: &str| table[name].to_string();
         let (steps, eta, shift) = (text_of("steps"), text_of("eta"), text_of("shift"));
-        let args = ["credit", "--sampler", sampler, "--steps", &steps, "--eta", &eta, "--shift", &shift, "--json"];
+        let args = [
+            "credit",
+            "--sampler",
+            sampler,
+            "--steps",
+            &steps,
+            "--eta",
+            &eta,
+            "--shift",
+            &shift,
+            "--json",
+        ];
         let json: serde_json::Value = serde_json::from_str(&text(&program(&args))).unwrap();
         assert_eq!(json["sampler"], sampler);
         let close = |a: &serde_json::Value, b: &serde_json::Value| {
@@ -74,7 +95,12 @@ fn credit_of_a_flow_prints_the_promised_json() {
         assert_eq!(rows.len() as u64, json["steps"].as_u64().unwrap());
         for (row, g) in rows.iter().zip(table["rows"].as_array().unwrap()) {
             for field in ["t", "dt", "sigma", "w_native", "w_proportionate"] {
-                assert!(close(&row[field], &g[field]), "{sampler}: {field} {} is not {}", row[field], g[field]);
+                assert!(
+                    close(&row[field], &g[field]),
+                    "{sampler}: {field} {} is not {}",
+                    row[field],
+                    g[field]
+                );
             }
         }
     }
@@ -96,8 +122,17 @@ fn plan_reads_every_kind_of_folder() {
     for model in models {
         let small = ["--resolution", "32"];
         let flux = model.file_name().unwrap().to_str().unwrap().starts_with("flux");
-        let args =
-            ["plan", "--device", "cpu", "--reward", "symmetry", "--prompt", "a", "--model", model.to_str().unwrap()];
+        let args = [
+            "plan",
+            "--device",
+            "cpu",
+            "--reward",
+            "symmetry",
+            "--prompt",
+            "a",
+            "--model",
+            model.to_str().unwrap(),
+        ];
         let output = program(&[&args[..], if flux { &small } else { &[] }].concat());
         assert!(text(&output).contains("peak "), "{}: {output:?}", model.display());
     }
@@ -107,9 +142,14 @@ fn plan_reads_every_kind_of_folder() {
 fn credit_draws_a_plot() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("plot.png");
-    assert!(program(&["credit", "--steps", "20", "--plot", path.to_str().unwrap()]).status.success());
+    assert!(
+        program(&["credit", "--steps", "20", "--plot", path.to_str().unwrap()]).status.success()
+    );
     let image = image::open(path).unwrap().to_rgb8();
-    assert!(image.pixels().any(|p| p.0 == [120, 150, 200]) && image.pixels().any(|p| p.0 == [200, 60, 40]));
+    assert!(
+        image.pixels().any(|p| p.0 == [120, 150, 200])
+            && image.pixels().any(|p| p.0 == [200, 60, 40])
+    );
 }
 
 #[test]
@@ -138,18 +178,18 @@ fn check_exits_with_1_past_the_tolerance_and_at_values_that_are_not_finite() {
     let spoiled = tempfile::tempdir().unwrap();
     let path = spoiled.path().join("reference.safetensors");
     std::fs::copy(dir.join("reference.json"), spoiled.path().join("reference.json")).unwrap();
-    let weights = pcpo_wgpu::model::weights::Weights::open_file(&reference).unwrap();
+    let weights = Weights::open_file(&reference).unwrap();
     let tensors: Vec<_> = weights
         .names()
         .map(|n| {
-            let (mut values, shape) = weights.raw(n).unwrap();
+            let mut tensor = weights.raw(n).unwrap();
             if n == "out.prediction" {
-                values[0] = f32::NAN;
+                tensor.values[0] = f32::NAN;
             }
-            (n.to_string(), shape, values)
+            tensor
         })
         .collect();
-    pcpo_wgpu::files::write_tensors(&path, &tensors, &[]).unwrap();
+    write_tensors(&path, &tensors, &[]).unwrap();
     assert_eq!(run(&path, "1e-3").status.code(), Some(1));
 }
 
@@ -157,7 +197,9 @@ fn check_exits_with_1_past_the_tolerance_and_at_values_that_are_not_finite() {
 fn check_accepts_a_lone_component() {
     let dir = golden("simple");
     let reference = dir.join("reference.safetensors");
-    for (part, line) in [("unet", "prediction"), ("vae", "image"), ("text_encoder", "encoder_hidden_states")] {
+    for (part, line) in
+        [("unet", "prediction"), ("vae", "image"), ("text_encoder", "encoder_hidden_states")]
+    {
         let output = program(&[
             "check",
             "--device",
@@ -176,11 +218,12 @@ fn check_accepts_a_lone_component() {
 fn sample_repeats_from_saved_latents() {
     let dir = tempfile::tempdir().unwrap();
     let path = |name: &str| dir.path().join(name).to_str().unwrap().to_string();
-    let start: Vec<f32> = pcpo_wgpu::philox::noise(1, pcpo_wgpu::philox::Stream::Evaluation, 0, 0, 2 * 1024);
+    let start: Vec<f32> =
+        pcpo_wgpu::philox::noise(1, pcpo_wgpu::philox::Stream::Evaluation, 0, 0, 2 * 1024);
     let shape = vec![2, 4, 16, 16];
-    pcpo_wgpu::files::write_tensors(
+    write_tensors(
         std::path::Path::new(&path("in.safetensors")),
-        &[("latents".into(), shape, start)],
+        &[HostTensor::new("latents", shape, start)],
         &[],
     )
     .unwrap();
@@ -221,8 +264,19 @@ fn a_flow_samples_with_the_ode_by_default() {
     let dir = tempfile::tempdir().unwrap();
     let run = |name: &str, extra: &[&str]| {
         let (out, saved) = (dir.path().join(name), dir.path().join(format!("{name}.safetensors")));
-        let fixed = ["sample", "--device", "cpu", "--model", "emoji-flow", "--prompt", "red apple", "--steps", "4"];
-        let files = ["--max-sequence-length", "16", "--out", out.to_str().unwrap(), "--save-latents"];
+        let fixed = [
+            "sample",
+            "--device",
+            "cpu",
+            "--model",
+            "emoji-flow",
+            "--prompt",
+            "red apple",
+            "--steps",
+            "4",
+        ];
+        let files =
+            ["--max-sequence-length", "16", "--out", out.to_str().unwrap(), "--save-latents"];
         let output = program(&[&fixed[..], &files, &[saved.to_str().unwrap()], extra].concat());
         assert!(output.status.success(), "{output:?}");
         assert!(out.join("00000.png").is_file());

@@ -1,9 +1,8 @@
 //! Schedules and credit rules against the f64 golden numbers of the method.
 
-use pcpo_wgpu::credit::{Credit, apply, proportionate, zeta};
-use pcpo_wgpu::schedule::ddim::Ddim;
+use pcpo_wgpu::schedule::credit::{Credit, apply, proportionate, zeta};
 use pcpo_wgpu::schedule::flow::Spacing;
-use pcpo_wgpu::schedule::{Family, Flow, Grid, Sampler, Sampling, Schedule, Step};
+use pcpo_wgpu::schedule::{Ddim, Flow, Grid, Sampler, Sampling, Schedule, Step, StepKind};
 use serde_json::Value;
 
 fn golden() -> Vec<Value> {
@@ -14,7 +13,10 @@ fn golden() -> Vec<Value> {
 
 fn close(found: f64, expected: &Value, what: &str) {
     let expected = expected.as_f64().unwrap();
-    assert!((found - expected).abs() <= 1e-10 * expected.abs().max(1e-3), "{what}: {found} is not {expected}");
+    assert!(
+        (found - expected).abs() <= 1e-10 * expected.abs().max(1e-3),
+        "{what}: {found} is not {expected}"
+    );
 }
 
 fn mean_native(steps: &[Step]) -> f64 {
@@ -33,22 +35,32 @@ fn native_weights_match_the_golden_numbers() {
         assert_eq!(steps.len(), rows.len());
         for (step, row) in steps.iter().zip(rows) {
             assert_eq!(step.t as u64, row["t"].as_u64().unwrap());
-            let Family::Diffusion { alpha_bar, .. } = step.family else { panic!("a diffusion step") };
+            let StepKind::Diffusion { alpha_bar, .. } = step.kind else {
+                panic!("a diffusion step")
+            };
             close(alpha_bar, &row["alpha_bar"], "alpha_bar");
             close(step.sigma, &row["sigma_ddpm"], "sigma");
             close(step.w_native, &row["w_native"], "w_native");
-            close(step.b, &Value::from(row["c1"].as_f64().unwrap() - row["c2_ddpm"].as_f64().unwrap()), "c1 - c2");
+            close(
+                step.b,
+                &Value::from(row["c1"].as_f64().unwrap() - row["c2_ddpm"].as_f64().unwrap()),
+                "c1 - c2",
+            );
         }
         close(mean_native(&steps), &table["mean_w_native"], "the mean weight");
     }
 }
 
-/// The papers turn v into eps first; the kernels work in units of the prediction. It is one and the same step.
+/// The papers turn v into eps first; the kernels work in units of the prediction. It is one and the
+/// same step.
 #[test]
 fn a_step_in_v_is_the_step_in_eps() {
     let json = |prediction: &str| {
-        serde_json::json!({ "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
-            "steps_offset": 1, "set_alpha_to_one": false, "clip_sample": false, "prediction_type": prediction })
+        serde_json::json!({
+            "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "steps_offset": 1, "set_alpha_to_one": false, "clip_sample": false,
+            "prediction_type": prediction,
+        })
     };
     let steps = |prediction| {
         let schedule = Ddim::from_config(&json(prediction)).unwrap();
@@ -57,7 +69,7 @@ fn a_step_in_v_is_the_step_in_eps() {
     };
     let (x, v, v_old, z) = (0.7f64, -0.4f64, -0.41f64, 1.3f64);
     for (e, p) in steps("epsilon").iter().zip(&steps("v_prediction")) {
-        let Family::Diffusion { alpha_bar: bar, .. } = e.family else { panic!("a diffusion step") };
+        let StepKind::Diffusion { alpha_bar: bar, .. } = e.kind else { panic!("a diffusion step") };
         let eps = |v: f64| bar.sqrt() * v + (1.0 - bar).sqrt() * x;
         let (in_eps, in_v) = (e.a * x - e.b * eps(v), p.a * x - p.b * v);
         assert!((in_eps - in_v).abs() < 1e-12, "the mean at {}: {in_eps} and {in_v}", e.t);
@@ -75,7 +87,9 @@ fn proportionate_credit_is_the_native_mean_at_any_number_of_steps() {
     for n in [7, 10, 20, 50, 333] {
         let native = schedule.steps(n, 1.0).unwrap();
         let mean = mean_native(&native);
-        let steps = apply(Credit::Proportionate, &Schedule::Ddim(schedule.clone()), native.clone(), None).unwrap();
+        let steps =
+            apply(Credit::Proportionate, &Schedule::Ddim(schedule.clone()), native.clone(), None)
+                .unwrap();
         for (p, s) in steps.iter().zip(&native) {
             assert!((p.weight - mean).abs() < 1e-12 * mean);
             assert_eq!((p.sigma, p.w_native), (s.sigma, s.w_native));
@@ -87,15 +101,25 @@ fn proportionate_credit_is_the_native_mean_at_any_number_of_steps() {
 fn released_credit_has_the_published_sampler_and_constant_at_50_steps_only() {
     let schedule = Ddim::stable_diffusion();
     let table = &golden()[0];
-    let steps =
-        apply(Credit::Released, &Schedule::Ddim(schedule.clone()), schedule.steps(50, 1.0).unwrap(), None).unwrap();
+    let steps = apply(
+        Credit::Released,
+        &Schedule::Ddim(schedule.clone()),
+        schedule.steps(50, 1.0).unwrap(),
+        None,
+    )
+    .unwrap();
     for (step, row) in steps.iter().zip(table["rows"].as_array().unwrap()) {
         close(step.sigma, &row["sigma_released"], "sigma_released");
         close(step.w_native, &row["w_released_true"], "the sampler's true weight");
         assert!((step.weight - 0.516_899_7).abs() < 1e-6);
     }
-    let error =
-        apply(Credit::Released, &Schedule::Ddim(schedule.clone()), schedule.steps(20, 1.0).unwrap(), None).unwrap_err();
+    let error = apply(
+        Credit::Released,
+        &Schedule::Ddim(schedule.clone()),
+        schedule.steps(20, 1.0).unwrap(),
+        None,
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("proportionate"), "{error}");
 }
 
@@ -108,7 +132,12 @@ fn a_step_without_noise_is_not_trained() {
 
 fn flow_tables() -> Vec<Value> {
     let all: Value = serde_json::from_str(include_str!("../golden/credit_weights.json")).unwrap();
-    all.as_array().unwrap().iter().filter(|g| g["kind"].as_str().unwrap().starts_with("flow-")).cloned().collect()
+    all.as_array()
+        .unwrap()
+        .iter()
+        .filter(|g| g["kind"].as_str().unwrap().starts_with("flow-"))
+        .cloned()
+        .collect()
 }
 
 fn flow_sampling(sampler: Sampler, steps: usize, eta: f64, shift: f64) -> Sampling {
@@ -121,16 +150,22 @@ fn flow_steps_and_their_credit_match_the_golden_numbers() {
     let tables = flow_tables();
     assert_eq!(tables.len(), 3);
     for table in tables {
-        let sampler = if table["kind"] == "flow-dance" { Sampler::Dance } else { Sampler::FlowGrpo };
+        let sampler =
+            if table["kind"] == "flow-dance" { Sampler::Dance } else { Sampler::FlowGrpo };
         let number = |name: &str| table[name].as_f64().unwrap();
         let n = table["steps"].as_u64().unwrap() as usize;
-        let native = schedule.steps(&flow_sampling(sampler, n, number("eta"), number("shift"))).unwrap();
+        let native =
+            schedule.steps(&flow_sampling(sampler, n, number("eta"), number("shift"))).unwrap();
         close(zeta(&native), &table["zeta"], "zeta");
         let steps = apply(Credit::Proportionate, &schedule, native, None).unwrap();
         for (step, row) in steps.iter().zip(table["rows"].as_array().unwrap()) {
-            let Family::Flow { t, dt } = step.family else { panic!("a flow step") };
+            let StepKind::Flow { t, dt } = step.kind else { panic!("a flow step") };
             close(t, &row["t"], "t");
-            close(step.t, &Value::from(1000.0 * row["t"].as_f64().unwrap()), "the network's timestep");
+            close(
+                step.t,
+                &Value::from(1000.0 * row["t"].as_f64().unwrap()),
+                "the network's timestep",
+            );
             close(dt, &row["dt"], "dt");
             close(step.sigma / dt.sqrt(), &row["sigma"], "sigma");
             close(step.w_native, &row["w_native"], "w_native");
@@ -143,7 +178,8 @@ fn flow_steps_and_their_credit_match_the_golden_numbers() {
 #[test]
 fn published_zetas() {
     let schedule = Schedule::Flow(Flow::shifted(3.0));
-    let zeta_of = |sampler, n, eta| zeta(&schedule.steps(&flow_sampling(sampler, n, eta, 3.0)).unwrap());
+    let zeta_of =
+        |sampler, n, eta| zeta(&schedule.steps(&flow_sampling(sampler, n, eta, 3.0)).unwrap());
     // PCPO gives 13.343 for DanceGRPO and 4.315 for Flow-GRPO.
     assert!((zeta_of(Sampler::Dance, 16, 0.3) - 13.343190914766362).abs() < 1e-10);
     assert!((zeta_of(Sampler::FlowGrpo, 10, 0.7) - 4.3152134639895925).abs() < 1e-10);
@@ -170,11 +206,13 @@ fn credit_over_the_trained_steps_keeps_their_total() {
     proportionate(&mut trained, total);
     let sum = |f: fn(&Step) -> f64, steps: &[Step]| steps.iter().map(f).sum::<f64>();
     assert!((sum(|s| s.weight, &trained) - sum(|s| s.w_native, &native[2..5])).abs() < 1e-12);
-    assert!((trained[0].weight / trained[1].weight - trained[0].share / trained[1].share).abs() < 1e-12);
+    assert!(
+        (trained[0].weight / trained[1].weight - trained[0].share / trained[1].share).abs() < 1e-12
+    );
 }
 
-/// diffusers' own grids (tests/golden/make_schedule_golden.py): SD3's, which shifts twice, FLUX's with dynamic shifting,
-/// and the linear kind of it.
+/// diffusers' own grids (tests/golden/make_schedule_golden.py): SD3's, which shifts twice, FLUX's
+/// with dynamic shifting, and the linear kind of it.
 #[test]
 fn grids_match_diffusers_scheduler() {
     let all: Value = serde_json::from_str(include_str!("../golden/flow_grids.json")).unwrap();
@@ -187,7 +225,14 @@ fn grids_match_diffusers_scheduler() {
         }
         let steps = entry["steps"].as_u64().unwrap() as usize;
         let tokens = entry["image_seq_len"].as_u64().unwrap_or(0) as usize;
-        let sampling = Sampling { sampler: Sampler::Ode, steps, eta: 0.0, grid: Grid::Diffusers, shift: None, tokens };
+        let sampling = Sampling {
+            sampler: Sampler::Ode,
+            steps,
+            eta: 0.0,
+            grid: Grid::Diffusers,
+            shift: None,
+            tokens,
+        };
         let times = flow.times(&sampling).unwrap();
         let expected = entry["sigmas"].as_array().unwrap();
         assert_eq!(times.len(), expected.len(), "{}", entry["name"]);
@@ -197,7 +242,12 @@ fn grids_match_diffusers_scheduler() {
         }
         let network = flow.steps(&sampling).unwrap();
         for (step, e) in network.iter().zip(entry["timesteps"].as_array().unwrap()) {
-            assert!((step.t - e.as_f64().unwrap()).abs() < 3e-4, "{}: timestep {} is not {e}", entry["name"], step.t);
+            assert!(
+                (step.t - e.as_f64().unwrap()).abs() < 3e-4,
+                "{}: timestep {} is not {e}",
+                entry["name"],
+                step.t
+            );
         }
     }
 }
@@ -223,7 +273,18 @@ fn flow_samplers_lead_to_the_ode_as_noise_goes_to_zero() {
 fn a_sampler_of_the_other_family_is_refused() {
     let flow = Schedule::Flow(Flow::shifted(3.0));
     let ddim = Schedule::Ddim(Ddim::stable_diffusion());
-    let sampling = |sampler| Sampling { sampler, steps: 10, eta: 0.5, grid: Grid::Shifted, shift: None, tokens: 0 };
-    assert!(flow.steps(&sampling(Sampler::Ddim)).unwrap_err().to_string().contains("--sampler ddim"));
-    assert!(ddim.steps(&sampling(Sampler::Dance)).unwrap_err().to_string().contains("--sampler dance"));
+    let sampling = |sampler| Sampling {
+        sampler,
+        steps: 10,
+        eta: 0.5,
+        grid: Grid::Shifted,
+        shift: None,
+        tokens: 0,
+    };
+    assert!(
+        flow.steps(&sampling(Sampler::Ddim)).unwrap_err().to_string().contains("--sampler ddim")
+    );
+    assert!(
+        ddim.steps(&sampling(Sampler::Dance)).unwrap_err().to_string().contains("--sampler dance")
+    );
 }

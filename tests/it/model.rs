@@ -1,16 +1,20 @@
-//! The networks against diffusers 0.42.1 (tests/golden/make_golden.py), on the CPU device and on the GPU.
+//! The networks against diffusers 0.42.1 (tests/golden/make_golden.py), on the CPU device and on
+//! the GPU.
 
-use pcpo_wgpu::check::check;
 use pcpo_wgpu::device::Compute;
-use pcpo_wgpu::model::weights::Storage;
+use pcpo_wgpu::model::Storage;
+use pcpo_wgpu::tools::check::check;
 
 use crate::support::{cpu, golden, gpu};
 
-/// Folders, and how many comparisons each allows: a diffusion model's prediction, text, latents, image and encode; of a
-/// flow four embeddings (two for FLUX, which has no negative prompt); a lone transformer's prediction.
-const DIFFUSION: [(&str, usize); 5] = [("sd15", 5), ("sd21", 5), ("odd", 5), ("nomid", 5), ("simple", 5)];
+/// Folders, and how many comparisons each allows: a diffusion model's prediction, text, latents,
+/// image and encode; of a flow four embeddings (two for FLUX, which has no negative prompt); a lone
+/// transformer's prediction.
+const DIFFUSION: [(&str, usize); 5] =
+    [("sd15", 5), ("sd21", 5), ("odd", 5), ("nomid", 5), ("simple", 5)];
 const SD3: [(&str, usize); 4] = [("sd3", 8), ("sd35m", 8), ("sd35l", 1), ("sd3odd", 1)];
-const FLUX: [(&str, usize); 4] = [("flux-dev", 6), ("flux-schnell", 6), ("flux-rope", 1), ("flux-wide", 1)];
+const FLUX: [(&str, usize); 4] =
+    [("flux-dev", 6), ("flux-schnell", 6), ("flux-rope", 1), ("flux-wide", 1)];
 
 fn parity(compute: &Compute, folders: &[(&str, usize)]) {
     for &(folder, comparisons) in folders {
@@ -21,7 +25,8 @@ fn parity(compute: &Compute, folders: &[(&str, usize)]) {
             println!("{folder} {} {:.2e}", line.name, line.error);
             assert!(
                 line.error < 1e-4,
-                "{folder}: {} is off by {:.2e}; regenerate with tests/golden/make_golden.py or make_flow_golden.py?",
+                "{folder}: {} is off by {:.2e}; regenerate with tests/golden/make_golden.py or \
+                 make_flow_golden.py?",
                 line.name,
                 line.error
             );

@@ -13,7 +13,9 @@ fn flat(rgb: [u8; 3]) -> RgbImage {
 
 /// Busy and without symmetry.
 fn busy() -> RgbImage {
-    RgbImage::from_fn(16, 16, |x, y| Rgb([(x * 97 + y * 31) as u8, (x * y * 53) as u8, (x * 13) as u8]))
+    RgbImage::from_fn(16, 16, |x, y| {
+        Rgb([(x * 97 + y * 31) as u8, (x * y * 53) as u8, (x * 13) as u8])
+    })
 }
 
 #[test]
@@ -43,7 +45,8 @@ fn color_is_the_mean_distance_in_rgb_over_the_largest() {
 
 #[test]
 fn symmetry_is_the_mean_difference_to_the_mirror_image() {
-    let mirrored = RgbImage::from_fn(17, 5, |x, _| Rgb([(x as i32 - 8).unsigned_abs() as u8 * 10; 3]));
+    let mirrored =
+        RgbImage::from_fn(17, 5, |x, _| Rgb([(x as i32 - 8).unsigned_abs() as u8 * 10; 3]));
     let halves = RgbImage::from_fn(16, 4, |x, _| Rgb([if x < 8 { 0 } else { 255 }; 3]));
     let found = scores("symmetry", &[mirrored, halves, busy()]);
     assert_eq!(found[..2], [0.0, -1.0]);

@@ -1,10 +1,9 @@
 //! What the presets and the layers of settings resolve to.
 
-use pcpo_wgpu::credit::Credit;
-use pcpo_wgpu::ops::group_advantage::Advantage;
+use pcpo_wgpu::config::{InitialNoise, Options, Preset, Settings};
+use pcpo_wgpu::ops::advantage::Advantage;
 use pcpo_wgpu::ops::policy_objective::Objective;
-use pcpo_wgpu::options::{InitialNoise, Options, Preset};
-use pcpo_wgpu::settings::Settings;
+use pcpo_wgpu::schedule::credit::Credit;
 
 use crate::support::golden;
 
@@ -20,23 +19,43 @@ fn options() -> Options {
 #[test]
 fn presets_are_those_of_the_papers() {
     let resolve = |preset| Options { preset, ..options() }.resolve().unwrap();
-    let row = |s: &Settings| (s.objective, s.credit, s.initial_noise, s.advantage, s.train_last_step);
-    let (ddpo, grpo, pcpo) = (resolve(Some(Preset::Ddpo)), resolve(Some(Preset::Grpo)), resolve(Some(Preset::Pcpo)));
-    assert_eq!(row(&ddpo), (Objective::PpoClip, Credit::Native, InitialNoise::Own, Advantage::PerPrompt, true));
+    let row =
+        |s: &Settings| (s.objective, s.credit, s.initial_noise, s.advantage, s.train_last_step);
+    let (ddpo, grpo, pcpo) =
+        (resolve(Some(Preset::Ddpo)), resolve(Some(Preset::Grpo)), resolve(Some(Preset::Pcpo)));
+    assert_eq!(
+        row(&ddpo),
+        (Objective::PpoClip, Credit::Native, InitialNoise::Own, Advantage::PerPrompt, true)
+    );
     assert_eq!((ddpo.tracker_size, ddpo.tracker_min_count), (32, 16));
-    assert_eq!(row(&grpo), (Objective::PpoClip, Credit::Native, InitialNoise::Shared, Advantage::Group, false));
-    assert_eq!(row(&pcpo), (Objective::LogHinge, Credit::Proportionate, InitialNoise::Shared, Advantage::Group, false));
+    assert_eq!(
+        row(&grpo),
+        (Objective::PpoClip, Credit::Native, InitialNoise::Shared, Advantage::Group, false)
+    );
+    assert_eq!(
+        row(&pcpo),
+        (Objective::LogHinge, Credit::Proportionate, InitialNoise::Shared, Advantage::Group, false)
+    );
     assert!([&ddpo, &grpo, &pcpo].iter().all(|s| s.updates_per_epoch == 2 && s.kl_beta == 0.0));
     // grpo and pcpo differ in objective and credit only; pcpo is the default.
-    let as_grpo =
-        Settings { preset: Preset::Grpo, objective: Objective::PpoClip, credit: Credit::Native, ..pcpo.clone() };
+    let as_grpo = Settings {
+        preset: Preset::Grpo,
+        objective: Objective::PpoClip,
+        credit: Credit::Native,
+        ..pcpo.clone()
+    };
     assert_eq!(toml::to_string(&as_grpo).unwrap(), toml::to_string(&grpo).unwrap());
     assert_eq!(toml::to_string(&resolve(None)).unwrap(), toml::to_string(&pcpo).unwrap());
 }
 
 #[test]
 fn flags_win_over_the_file_which_wins_over_the_preset() {
-    let file = Options { preset: Some(Preset::Ddpo), train_last_step: Some(false), epochs: Some(7), ..options() };
+    let file = Options {
+        preset: Some(Preset::Ddpo),
+        train_last_step: Some(false),
+        epochs: Some(7),
+        ..options()
+    };
     let flags = Options { epochs: Some(3), ..Default::default() };
     let s = flags.over(&file).unwrap().resolve().unwrap();
     assert_eq!((s.epochs, s.train_last_step, s.objective), (3, false, Objective::PpoClip));

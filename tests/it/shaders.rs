@@ -2,21 +2,22 @@
 
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-use pcpo_wgpu::ops::gpu::KERNELS;
+use pcpo_wgpu::ops::registry::kernels;
 
 #[test]
 fn every_shader_translates_for_msl_hlsl_and_spirv() {
-    for (kernel, width) in KERNELS.into_iter().flat_map(|k| [(k, 1), (k, 4)]) {
+    for (kernel, width) in kernels().into_iter().flat_map(|k| [(k, 1), (k, 4)]) {
         let name = format!("{} of width {width}", kernel.name);
         let source = (kernel.source)(width);
-        let module =
-            naga::front::wgsl::parse_str(&source).unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
+        let module = naga::front::wgsl::parse_str(&source)
+            .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
         let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
             .validate(&module)
             .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
         let options = msl::Options { fake_missing_bindings: true, ..Default::default() };
-        let (metal, _) = msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
-            .unwrap_or_else(|e| panic!("{name}: MSL: {e}"));
+        let (metal, _) =
+            msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
+                .unwrap_or_else(|e| panic!("{name}: MSL: {e}"));
         assert!(metal.contains("kernel void"), "{name}: MSL has no kernel");
         let mut text = String::new();
         hlsl::Writer::new(
@@ -40,13 +41,20 @@ fn every_shader_translates_for_msl_hlsl_and_spirv() {
 #[test]
 fn every_file_in_shaders_is_used() {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
-    for entry in std::fs::read_dir(dir).unwrap() {
-        let path = entry.unwrap().path();
-        let text = std::fs::read_to_string(&path).unwrap();
-        assert!(
-            KERNELS.iter().any(|k| [1, 4].iter().any(|&w| (k.source)(w).contains(&text))),
-            "{} belongs to no kernel",
-            path.display()
-        );
+    let sources: Vec<String> =
+        kernels().iter().flat_map(|k| [1, 4].map(|width| (k.source)(width))).collect();
+    let mut files = 0;
+    for folder in [dir.clone(), dir.join("shared"), dir.join("objectives")] {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                continue;
+            }
+            files += 1;
+            let text = std::fs::read_to_string(&path).unwrap();
+            let used = sources.iter().any(|source| source.contains(&text));
+            assert!(used, "{} belongs to no kernel", path.display());
+        }
     }
+    assert!(files >= 16, "{files} files");
 }

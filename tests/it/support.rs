@@ -1,9 +1,11 @@
 //! What tests share: paths and devices.
 
 use std::path::PathBuf;
+use std::process::Output;
 use std::sync::OnceLock;
 
-use pcpo_wgpu::device::{Compute, adapters, open};
+use pcpo_wgpu::device::adapters::adapters;
+use pcpo_wgpu::device::{Compute, open};
 
 pub fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -17,7 +19,8 @@ pub fn cpu() -> Compute {
     Compute::cpu()
 }
 
-/// The GPU that tests run on: PCPO_TEST_DEVICE, or software Vulkan, or where there is none the first adapter.
+/// The GPU that tests run on: PCPO_TEST_DEVICE, or software Vulkan, or where there is none the
+/// first adapter.
 pub fn gpu_name() -> String {
     let lavapipe = || adapters().iter().any(|a| a.info.name.to_lowercase().contains("llvmpipe"));
     let found = || if lavapipe() { "lavapipe" } else { "0" }.to_string();
@@ -30,8 +33,13 @@ pub fn gpu() -> Compute {
     let wanted = gpu_name();
     let hint = "install a Vulkan driver (Debian: mesa-vulkan-drivers), or set PCPO_TEST_DEVICE";
     GPU.get_or_init(|| {
-        pcpo_wgpu::ops::gpu::poison_outputs();
+        pcpo_wgpu::device::gpu::poison_outputs();
         open(&wanted).unwrap_or_else(|e| panic!("{e:#}; {hint}"))
     })
     .clone()
+}
+
+/// What a program said on stderr.
+pub fn error_of(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stderr).into_owned()
 }

@@ -1,42 +1,56 @@
-//! The gradient of a whole update against PyTorch's: tests/golden/update holds five dumps, three of a UNet, one of an SD3 and
-//! one of a FLUX transformer, and what scripts/verify_update.py made of them with diffusers and peft.
+//! The gradient of a whole update against PyTorch's: tests/golden/update holds six dumps, four of a
+//! UNet, one of an SD3 and one of a FLUX transformer, and what scripts/verify_update.py made of
+//! them with diffusers and peft.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use burn::tensor::{Tensor, TensorData};
-use pcpo_wgpu::check::largest_error;
-use pcpo_wgpu::credit::{Credit, apply};
+use burn::tensor::Tensor;
 use pcpo_wgpu::device::Compute;
-use pcpo_wgpu::lora_io::load;
+use pcpo_wgpu::device::tensor::{read, upload};
+use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
+use pcpo_wgpu::io::weights::Weights;
+use pcpo_wgpu::lora::formats::{Format, load, tensors};
 use pcpo_wgpu::model::pipeline::load_schedule;
-use pcpo_wgpu::model::weights::{Storage, Weights};
-use pcpo_wgpu::model::{Conditioning, Family};
+use pcpo_wgpu::model::{Conditioning, Family, Storage};
 use pcpo_wgpu::ops::policy_objective::{GuidanceGradient, Objective, Surrogate};
-use pcpo_wgpu::rollout::{Denoise, Guided, Visit};
+use pcpo_wgpu::sampling::policy::{GuidanceMode, Policy, PromptPair};
+use pcpo_wgpu::sampling::trajectory::{Noise, Transition};
+use pcpo_wgpu::schedule::credit::{Credit, apply};
 use pcpo_wgpu::schedule::{Grid, Sampler, Sampling, Step};
-use pcpo_wgpu::update::{Batch, batch_gradient};
+use pcpo_wgpu::tools::errors::largest_error;
+use pcpo_wgpu::train::update::{GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient};
 
 use crate::support::{cpu, emoji, golden, gpu};
 
 /// A dump, the model that it is of, and the settings that its file does not hold.
+#[derive(Clone)]
 struct Case {
     name: &'static str,
     model: PathBuf,
     objective: Objective,
     beta: f32,
     guidance: f64,
+    gradient: GuidanceGradient,
     sampling: Sampling,
     credit: Credit,
 }
 
-fn cases() -> [Case; 5] {
+fn cases() -> [Case; 6] {
     let ddim = |name, objective, beta, credit| Case {
         name,
         model: emoji(),
         objective,
         beta,
         guidance: 3.0,
-        sampling: Sampling { sampler: Sampler::Ddim, steps: 8, eta: 1.0, grid: Grid::Shifted, shift: None, tokens: 0 },
+        gradient: GuidanceGradient::Both,
+        sampling: Sampling {
+            sampler: Sampler::Ddim,
+            steps: 8,
+            eta: 1.0,
+            grid: Grid::Shifted,
+            shift: None,
+            tokens: 0,
+        },
         credit,
     };
     let flow = |name, model, objective, beta, credit, sampler: Sampler| Case {
@@ -45,6 +59,7 @@ fn cases() -> [Case; 5] {
         objective,
         beta,
         guidance: if model == "sd3" { 4.5 } else { 3.5 },
+        gradient: GuidanceGradient::Both,
         sampling: Sampling {
             sampler,
             steps: 6,
@@ -60,111 +75,186 @@ fn cases() -> [Case; 5] {
         ddim("ppo", Objective::PpoClip, 0.0, Credit::Native),
         ddim("hinge", Objective::LogHinge, 0.05, Credit::Proportionate),
         Case { guidance: 1.0, ..ddim("native", Objective::LogHinge, 0.0, Credit::Native) },
-        flow("sd3-hinge", "sd3", Objective::LogHinge, 0.05, Credit::Proportionate, Sampler::FlowGrpo),
+        Case {
+            gradient: GuidanceGradient::Conditional,
+            ..ddim("conditional", Objective::LogHinge, 0.05, Credit::Proportionate)
+        },
+        flow(
+            "sd3-hinge",
+            "sd3",
+            Objective::LogHinge,
+            0.05,
+            Credit::Proportionate,
+            Sampler::FlowGrpo,
+        ),
         flow("flux-guard", "flux-dev", Objective::PpoClip, 0.0, Credit::Guard, Sampler::Dance),
     ]
 }
 
-/// A matrix's key and its gradient.
-type Gradients = Vec<(String, Vec<f32>)>;
+/// How a dump is replayed.
+#[derive(Clone, Copy)]
+struct Replay<'a> {
+    compute: &'a Compute,
+    storage: Storage,
+    /// Rows that a block is differentiated for at a time, where it is block by block.
+    rows_at_once: Option<usize>,
+    /// Images of a batch at most.
+    batch: usize,
+}
 
-/// Replays a dump in batches of at most `rows` images; returns the gradient of every matrix.
-fn replay(compute: &Compute, case: &Case, by_block: Option<usize>, rows: usize) -> Gradients {
-    let name = case.name;
-    let dump = Weights::open_file(&golden(&format!("update/{name}.safetensors"))).unwrap();
+impl<'a> Replay<'a> {
+    fn on(compute: &'a Compute) -> Self {
+        Self { compute, storage: Storage::F32, rows_at_once: None, batch: usize::MAX }
+    }
+}
+
+/// A dump's tensors.
+struct Dump {
+    file: Weights,
+}
+
+impl Dump {
+    fn open(name: &str) -> Self {
+        Self { file: Weights::open_file(&golden(&format!("update/{name}.safetensors"))).unwrap() }
+    }
+
+    fn values(&self, name: &str) -> Vec<f32> {
+        self.file.f32(name).unwrap().values
+    }
+
+    fn metadata(&self, name: &str) -> String {
+        self.file.required_metadata(name).unwrap()
+    }
+
+    /// Embeddings of the images `first` to `first + n`.
+    fn conditioning(
+        &self,
+        compute: &Compute,
+        prefix: &str,
+        first: usize,
+        n: usize,
+    ) -> Conditioning {
+        let rows = |name: &str| {
+            let shape = self.file.shape(name).unwrap()[1..].to_vec();
+            (self.file.rows(name, first..first + n, &shape).unwrap(), shape)
+        };
+        let (values, shape) = rows(&format!("{prefix}prompt_embeds"));
+        let sequence = upload(&values, [n, shape[0], shape[1]], &compute.burn);
+        let name = format!("{prefix}pooled_prompt_embeds");
+        let pooled = self.file.has(&name).then(|| {
+            let (values, shape) = rows(&name);
+            upload(&values, [n, shape[0]], &compute.burn)
+        });
+        Conditioning { sequence, pooled }
+    }
+
+    /// The dump holds its adapter under `lora.`: rewritten as a file of its own, with its alpha.
+    fn write_adapter(&self, path: &Path, network: &str) {
+        let names = self.file.names().filter(|n| n.starts_with("lora."));
+        let own = |n: &str| {
+            let t = self.file.f32(n).unwrap();
+            HostTensor { name: n.trim_start_matches("lora.").to_string(), ..t }
+        };
+        let tensors: Vec<HostTensor> = names.map(own).collect();
+        let alpha = format!("{{\"{network}.lora_alpha\": {}}}", self.metadata("lora_alpha"));
+        write_tensors(path, &tensors, &[("lora_adapter_metadata", alpha)]).unwrap();
+    }
+
+    /// The trained steps, which have to have the dump's weights.
+    fn trained(&self, case: &Case) -> Vec<Step> {
+        let schedule = load_schedule(&case.model).unwrap();
+        let native = schedule.steps(&case.sampling).unwrap();
+        let all = apply(case.credit, &schedule, native, None).unwrap();
+        let steps = self.values("timesteps").into_iter().zip(self.values("weights"));
+        steps
+            .map(|(t, weight)| {
+                let step = all.iter().find(|s| (s.t - f64::from(t)).abs() < 1e-3).unwrap();
+                let off = (step.weight - f64::from(weight)).abs();
+                assert!(off < 1e-6 * step.weight, "{}: the weight at {t}", case.name);
+                *step
+            })
+            .collect()
+    }
+}
+
+/// The gradient of every matrix.
+type Gradients = Vec<HostTensor>;
+
+/// Replays a dump.
+fn replay(case: &Case, how: Replay) -> Gradients {
+    let compute = how.compute;
+    let dump = Dump::open(case.name);
     let family = Family::of(&case.model).unwrap();
-    let net = family.load(&case.model, &compute.burn, Storage::F32).unwrap();
-    // The dump holds the adapter under `lora.`: rewritten as a file of its own, with its alpha.
+    let net = family.load(&case.model, &compute.burn, how.storage).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("adapter.safetensors");
-    let own = |n: &str| {
-        let (values, shape) = dump.f32(n).unwrap();
-        (n.trim_start_matches("lora.").to_string(), shape, values)
-    };
-    let tensors: Vec<_> = dump.names().filter(|n| n.starts_with("lora.")).map(own).collect();
-    let alpha = format!("{{\"{}.lora_alpha\": {}}}", family.network(), dump.metadata("lora_alpha").unwrap());
-    pcpo_wgpu::files::write_tensors(&file, &tensors, &[("lora_adapter_metadata", alpha)]).unwrap();
+    dump.write_adapter(&file, family.network());
     let adapter = load(&file, &net.linears()).unwrap();
-    let conditioning = |sequence: &str, pooled: &str| {
-        let (values, shape) = dump.f32(sequence).unwrap();
-        let pooled = dump.has(pooled).then(|| {
-            let (values, shape) = dump.f32(pooled).unwrap();
-            Tensor::<2>::from_data(TensorData::new(values, shape), &compute.burn)
-        });
-        Conditioning { sequence: Tensor::from_data(TensorData::new(values, shape), &compute.burn), pooled }
-    };
-    let ((latents, shape), (old, _)) = (dump.f32("latents").unwrap(), dump.f32("eps_old").unwrap());
+    let lora = adapter.to_device(&compute.burn);
+    let trained = dump.trained(case);
+    let shape = dump.file.shape("latents").unwrap().to_vec();
+    let [c, h, w] = [shape[2], shape[3], shape[4]];
+    let (latents, old) = (dump.values("latents"), dump.values("eps_old"));
     // Images first to first + n of step s.
-    let size: usize = shape[2..].iter().product();
     let part = |values: &[f32], s: usize, first: usize, n: usize| {
-        let start = (s * shape[1] + first) * size;
-        values[start..start + n * size].to_vec()
+        let start = (s * shape[1] + first) * c * h * w;
+        values[start..start + n * c * h * w].to_vec()
     };
-    let schedule = load_schedule(&case.model).unwrap();
-    let all = apply(case.credit, &schedule, schedule.steps(&case.sampling).unwrap(), None).unwrap();
-    let timesteps = dump.f32("timesteps").unwrap().0;
-    let trained: Vec<(usize, Step)> = timesteps
-        .iter()
-        .zip(dump.f32("weights").unwrap().0)
-        .map(|(&t, weight)| {
-            let i = all.iter().position(|s| (s.t - f64::from(t)).abs() < 1e-3).unwrap();
-            assert!((all[i].weight - f64::from(weight)).abs() < 1e-6 * all[i].weight, "{name}: the weight at {t}");
-            (i, all[i])
-        })
-        .collect();
-    let advantages = dump.f32("advantages").unwrap().0;
-    let cond = conditioning("prompt_embeds", "pooled_prompt_embeds");
-    let uncond = conditioning("negative_prompt_embeds", "negative_pooled_prompt_embeds");
+    let advantages = dump.values("advantages");
     let surrogate = Surrogate {
         objective: case.objective,
-        xi: dump.metadata("clip_range").unwrap().parse().unwrap(),
+        clip_range: dump.metadata("clip_range").parse().unwrap(),
         beta: case.beta,
-        guidance_gradient: GuidanceGradient::Both,
+        guidance_gradient: case.gradient,
         scale: 1.0 / (advantages.len() * trained.len()) as f32,
     };
-    let guidance = Guided::new(&*net, case.guidance);
-    // The second update of the first epoch.
-    let first_image: u32 = dump.metadata("first_image").unwrap().parse().unwrap();
-    let seed: u64 = dump.metadata("seed").map_or(0, |s| s.parse().unwrap());
-    let mut sum: Option<Vec<Vec<f32>>> = None;
-    for first in (0..advantages.len()).step_by(rows.min(advantages.len())) {
-        let n = rows.min(advantages.len() - first);
-        let (cond, uncond) = (cond.rows(first, n), uncond.rows(first, n));
-        let visit = |s| Visit { x: part(&latents, s, first, n), old: part(&old, s, first, n) };
-        let batch = Batch {
-            first,
-            first_image: first_image + first as u32,
-            shape: [n, shape[2], shape[3], shape[4]],
-            visits: (0..trained.len()).map(visit).collect(),
+    let first_image: u32 = dump.metadata("first_image").parse().unwrap();
+    let seed: u64 = dump.file.metadata("seed").unwrap().map_or(0, |s| s.parse().unwrap());
+    let mut sum = UpdateGradient::default();
+    for first in (0..advantages.len()).step_by(how.batch.min(advantages.len())) {
+        let n = how.batch.min(advantages.len() - first);
+        let prompts = PromptPair {
+            cond: dump.conditioning(compute, "", first, n),
+            uncond: dump.conditioning(compute, "negative_", first, n),
         };
-        let policy = Denoise { compute, net: &*net, lora: None, guidance, cond: &cond, uncond: &uncond };
-        let how = (&advantages[first..first + n], seed, by_block);
-        let found = batch_gradient(&policy, &adapter, &batch, &trained, &surrogate, how, || Ok(())).unwrap().gradients;
-        sum = Some(match sum {
-            None => found,
-            Some(sum) => {
-                let add = |(a, b): (Vec<f32>, Vec<f32>)| a.iter().zip(b).map(|(a, b)| a + b).collect();
-                sum.into_iter().zip(found).map(add).collect()
-            }
-        });
+        let transition = |s| Transition {
+            x: part(&latents, s, first, n),
+            old_prediction: part(&old, s, first, n),
+        };
+        let batch = TrajectoryBatch {
+            images: first..first + n,
+            noise: Noise { seed, first_image: first_image + first as u32 },
+            shape: [n, c, h, w],
+            transitions: (0..trained.len()).map(transition).collect(),
+        };
+        let guidance = GuidanceMode::new(&*net, case.guidance);
+        let policy = Policy { compute, net: &*net, lora: Some(&lora), guidance, prompts: &prompts };
+        let options = GradientOptions {
+            surrogate: &surrogate,
+            advantage: &advantages[first..first + n],
+            rows_at_once: how.rows_at_once,
+        };
+        sum.add(batch_gradient(&policy, &adapter, &batch, &trained, &options, &|| {}).unwrap());
     }
     let mut gradient = adapter.clone();
-    gradient.parameters().into_iter().zip(sum.unwrap()).for_each(|(p, g)| *p = g);
-    let named = pcpo_wgpu::lora_io::tensors(&gradient, pcpo_wgpu::lora_io::Format::Diffusers, family);
-    named.into_iter().map(|(key, _, values)| (key, values)).collect()
+    gradient.parameters_mut().zip(sum.gradients).for_each(|(p, g)| *p = g);
+    tensors(&gradient, Format::Diffusers, family.network())
 }
 
 /// The largest error of a matrix, relative to the largest entry of what is expected.
 fn worst(name: &str, found: &Gradients, expected: impl Fn(&str) -> Vec<f32>) -> f64 {
     let mut worst = 0f64;
     let mut silent = 0;
-    for (key, values) in found {
+    for HostTensor { name: key, values, .. } in found {
         let expected = expected(key);
         let scale = expected.iter().fold(0f64, |m, v| m.max(f64::from(v.abs())));
         if scale == 0.0 {
             // The last block's text queries lead nowhere.
             silent += 1;
-            assert!(key.contains("add_q_proj") && values.iter().all(|v| *v == 0.0), "{key} has no gradient");
+            assert!(
+                key.contains("add_q_proj") && values.iter().all(|v| *v == 0.0),
+                "{key} has no gradient"
+            );
             continue;
         }
         assert_eq!(values.len(), expected.len(), "{key}");
@@ -174,17 +264,27 @@ fn worst(name: &str, found: &Gradients, expected: impl Fn(&str) -> Vec<f32>) -> 
     worst
 }
 
+fn torch(case: &Case) -> impl Fn(&str) -> Vec<f32> {
+    let dump = Dump::open(&format!("{}-torch", case.name));
+    move |key| dump.values(key)
+}
+
+/// Another replay's gradients.
+fn those_of(gradients: &Gradients) -> impl Fn(&str) -> Vec<f32> {
+    |key| gradients.iter().find(|t| t.name == key).unwrap().values.clone()
+}
+
 #[test]
 fn gradients_of_an_update_are_those_of_pytorch() {
     for compute in [cpu(), gpu()] {
         for case in cases() {
             // At once; block by block with all rows; with three at a time, of eight or four.
-            for by_block in [None, Some(64), Some(3)] {
-                let torch = Weights::open_file(&golden(&format!("update/{}-torch.safetensors", case.name))).unwrap();
-                let found = replay(&compute, &case, by_block, usize::MAX);
-                let worst = worst(case.name, &found, |key| torch.f32(key).unwrap().0);
-                println!("{} on {}, block by block {by_block:?}: {worst:.1e}", case.name, compute.name);
-                assert!(worst < 1e-3, "{} on {}: off by {worst:e}", case.name, compute.name);
+            for rows_at_once in [None, Some(64), Some(3)] {
+                let found = replay(&case, Replay { rows_at_once, ..Replay::on(&compute) });
+                let worst = worst(case.name, &found, torch(&case));
+                let what = format!("{} on {}, {rows_at_once:?} rows", case.name, compute.name);
+                println!("{what}: {worst:.1e}");
+                assert!(worst < 1e-3, "{what}: off by {worst:e}");
             }
         }
     }
@@ -195,13 +295,68 @@ fn gradients_of_an_update_are_those_of_pytorch() {
 fn the_size_of_a_batch_never_changes_the_update() {
     let compute = cpu();
     for case in cases() {
-        let whole = replay(&compute, &case, None, usize::MAX);
-        for rows in [1, 3] {
-            let parts = replay(&compute, &case, None, rows);
-            let of = |key: &str| whole.iter().find(|(k, _)| k == key).unwrap().1.clone();
-            let worst = worst(case.name, &parts, of);
-            println!("{} in batches of {rows}: {worst:.1e}", case.name);
-            assert!(worst < 1e-5, "{} in batches of {rows}: off by {worst:e}", case.name);
+        let whole = replay(&case, Replay::on(&compute));
+        for batch in [1, 3] {
+            let parts = replay(&case, Replay { batch, ..Replay::on(&compute) });
+            let worst = worst(case.name, &parts, those_of(&whole));
+            println!("{} in batches of {batch}: {worst:.1e}", case.name);
+            assert!(worst < 1e-5, "{} in batches of {batch}: off by {worst:e}", case.name);
+        }
+    }
+}
+
+/// The embedded model's weights are f16 on disk: stored as f16 they are the same, and so is the
+/// gradient that flows through them.
+#[test]
+fn gradients_through_f16_weights_are_those_of_pytorch() {
+    for compute in [cpu(), gpu()] {
+        let case = &cases()[1];
+        let found = replay(case, Replay { storage: Storage::F16, ..Replay::on(&compute) });
+        let worst = worst(case.name, &found, torch(case));
+        assert!(worst < 1e-3, "off by {worst:e} on {}", compute.name);
+    }
+}
+
+/// A model folder whose network has the weights that a storage type leaves of another's.
+fn rounded(model: &Path, storage: Storage, compute: &Compute, out: &Path) {
+    let (from, to) = (model.join("unet"), out.join("unet"));
+    std::fs::create_dir_all(&to).unwrap();
+    std::fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
+    let schedule = "scheduler/scheduler_config.json";
+    std::fs::create_dir_all(out.join("scheduler")).unwrap();
+    std::fs::copy(model.join(schedule), out.join(schedule)).unwrap();
+    let weights = Weights::open_dir(&from).unwrap();
+    let scheme = storage.scheme().unwrap();
+    let round = |name: &str| {
+        let t = weights.f32(name).unwrap();
+        let [rows, columns] = match t.shape[..] {
+            [rows, columns] if columns % 32 == 0 => [rows, columns],
+            _ => return t,
+        };
+        let matrix: Tensor<2> = upload(&t.values, [rows, columns], &compute.burn);
+        let rounded = matrix.quantize_dynamic(&scheme).dequantize();
+        HostTensor { values: read(&rounded).unwrap(), ..t }
+    };
+    let tensors: Vec<HostTensor> = weights.names().map(round).collect();
+    write_tensors(&to.join("diffusion_pytorch_model.safetensors"), &tensors, &[]).unwrap();
+}
+
+/// The gradient through weights in 8 and 4 bits is that through what these bits leave of them.
+#[test]
+fn gradients_through_quantised_weights_are_those_of_the_rounded_weights() {
+    for compute in [cpu(), gpu()] {
+        for storage in [Storage::Q8, Storage::Q4] {
+            let case = &cases()[1];
+            let dir = tempfile::tempdir().unwrap();
+            rounded(&case.model, storage, &compute, dir.path());
+            let in_f32 = Case { model: dir.path().to_path_buf(), ..cases()[1].clone() };
+            let expected = replay(&in_f32, Replay::on(&compute));
+            let found = replay(case, Replay { storage, ..Replay::on(&compute) });
+            let off = worst(case.name, &found, those_of(&expected));
+            println!("{storage:?} on {}: {off:.1e}", compute.name);
+            assert!(off < 1e-3, "{storage:?} on {}: off by {off:e}", compute.name);
+            let untouched = worst(case.name, &found, torch(case));
+            assert!(untouched > 1e-3, "{storage:?}: rounding changes the gradient ({untouched:e})");
         }
     }
 }

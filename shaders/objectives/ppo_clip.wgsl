@@ -1,0 +1,13 @@
+// max(-A rho, -A clip(rho, 1 - xi, 1 + xi)); clipped in log space, since rho - 1 is off in its
+// fourth digit at xi = 1e-4 in f32.
+
+fn objective(log_rho: f32, advantage: f32) -> Entry {
+    let xi = params.clip_range;
+    let above = log_rho > params.log_hi;
+    let below = log_rho < params.log_lo;
+    let clipped = select(0.0, 1.0, above || below);
+    if advantage > 0.0 && above { return Entry(-advantage * (1.0 + xi), 0.0, clipped); }
+    if advantage < 0.0 && below { return Entry(-advantage * (1.0 - xi), 0.0, clipped); }
+    let rho = exp(log_rho);
+    return Entry(-advantage * rho, -advantage * rho, clipped);
+}

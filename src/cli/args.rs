@@ -1,0 +1,94 @@
+//! What several commands are told alike.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::config::numbers::{self, MOST, Range};
+use crate::config::prompts::model_folder;
+use crate::device::{self, Compute};
+use crate::model::{Family, Storage};
+use crate::schedule::{Grid, Sampler};
+
+/// A model folder.
+#[derive(Args)]
+pub struct ModelArg {
+    /// Model folder, or emoji or emoji-flow [default: emoji]
+    #[arg(long, value_name = "DIR")]
+    pub model: Option<PathBuf>,
+}
+
+impl ModelArg {
+    /// The folder that is meant.
+    pub fn folder(&self) -> Result<PathBuf> {
+        model_folder(self.model.as_deref())
+    }
+}
+
+/// Where to compute.
+#[derive(Args)]
+pub struct DeviceArg {
+    /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices`
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+}
+
+impl DeviceArg {
+    /// Opens the device and prints the line that names it.
+    pub fn open(&self) -> Result<Compute> {
+        let compute = device::open(&self.device)?;
+        println!("device: {}", compute.name);
+        Ok(compute)
+    }
+}
+
+/// How weights are stored.
+#[derive(Args)]
+pub struct StorageArg {
+    /// Type that frozen weights are stored in; computation is f32
+    #[arg(long, value_enum, default_value = "f32")]
+    pub storage: Storage,
+}
+
+/// How long a prompt is for T5.
+#[derive(Args)]
+pub struct SequenceArg {
+    /// T5 tokens of a prompt [default: 256 for Stable Diffusion 3, 512 for FLUX]
+    #[arg(long, value_name = "TOKENS")]
+    pub max_sequence_length: Option<usize>,
+}
+
+impl SequenceArg {
+    /// The number for a family, checked.
+    pub fn length(&self, family: Family) -> Result<usize> {
+        let length = self.max_sequence_length.unwrap_or(family.default_sequence());
+        numbers::sequence_length(length)?;
+        Ok(length)
+    }
+}
+
+/// Which steps a sampler takes.
+#[derive(Args)]
+pub struct StepArgs {
+    /// Sampler [default: ddim for diffusion, ode for flow models]
+    #[arg(long, value_enum)]
+    pub sampler: Option<Sampler>,
+    /// Number of steps [default: 50 for diffusion, 28 for flow models]
+    #[arg(long)]
+    pub steps: Option<usize>,
+    /// Spacing of a flow's times
+    #[arg(long, value_enum, default_value = "diffusers")]
+    pub grid: Grid,
+    /// Shift of a flow's times [default: the model's scheduler's]
+    #[arg(long)]
+    pub shift: Option<f64>,
+}
+
+impl StepArgs {
+    /// Checks the numbers.
+    pub fn check(&self) -> Result<()> {
+        numbers::count("--steps", self.steps.unwrap_or(1), MOST)?;
+        numbers::optional("--shift", self.shift, Range::Positive)
+    }
+}

@@ -1,0 +1,11 @@
+//! One file a command: its arguments, and what it does with them.
+
+pub mod bench;
+pub mod check;
+pub mod convert;
+pub mod credit;
+pub mod devices;
+pub mod embed;
+pub mod plan;
+pub mod sample;
+pub mod train;

@@ -1,0 +1,31 @@
+//! `plan`: the memory that a run needs; exit code 1 where it does not fit.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+
+use crate::config::Options;
+use crate::device;
+use crate::estimate::{self, Target, shapes};
+
+#[derive(Args)]
+pub struct PlanArgs {
+    #[command(flatten)]
+    options: Options,
+    /// TOML file with the keys of these flags; flags win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+pub fn run(args: &PlanArgs) -> Result<i32> {
+    let settings = args.options.with_config(args.config.as_deref())?.resolve()?;
+    let shapes = shapes::shapes(&settings, settings.lora.as_deref())?;
+    let compute = device::open(&settings.device)?;
+    println!("device: {}", compute.name);
+    let target = Target::of(&compute).with_limit(settings.memory);
+    let found = estimate::estimate(&shapes, &settings, target);
+    let largest = estimate::largest_batch(&shapes, &settings, target);
+    print!("{}", estimate::text(&found, &settings, largest));
+    Ok(if found.offered.is_some_and(|o| found.peak() > o as f64) { 1 } else { 0 })
+}

@@ -1,0 +1,76 @@
+//! `train`: runs a job, new or resumed.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Result, ensure};
+use clap::Args;
+
+use crate::cli::console::{Console, catch_signals};
+use crate::config::{Options, Settings};
+use crate::train::run_folder::default_folder;
+use crate::train::{self, DumpRequest, Job};
+
+#[derive(Args)]
+pub struct TrainArgs {
+    #[command(flatten)]
+    options: Options,
+    /// TOML file with the keys of these flags; flags win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Folder of the run [default: runs/PRESET-N]
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Continue the run in this folder; only what alters none of its numbers can change
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["config", "out"],
+        help = format!("Continue the run in this folder; only {} can \
+            change", Options::FREE_ON_RESUME)
+    )]
+    resume: Option<PathBuf>,
+    /// Write update K (counted from 1) whole, for scripts/verify_update.py
+    #[arg(long, value_name = "FILE[:K]")]
+    dump_update: Option<DumpRequest>,
+}
+
+pub fn run(args: TrainArgs) -> Result<i32> {
+    let job = match &args.resume {
+        Some(dir) => Job::resume(resumed_settings(&args.options, dir)?, dir),
+        None => {
+            let settings = args.options.with_config(args.config.as_deref())?.resolve()?;
+            let name = crate::choice::name(settings.preset);
+            Job::new(settings, args.out.unwrap_or_else(|| default_folder(&name)))
+        }
+    };
+    catch_signals();
+    let done = train::train(job.with_dump(args.dump_update), &Console::new())?;
+    println!(
+        "fixed prompts and noise: reward {:.4} before, {:.4} after\nresult: {} (before_after.png, \
+         adapter.safetensors, metrics.jsonl)",
+        done.before,
+        done.after,
+        done.out.display()
+    );
+    Ok(0)
+}
+
+/// The settings of a run's folder, with what may change of them.
+fn resumed_settings(options: &Options, dir: &Path) -> Result<Settings> {
+    let path = dir.join("settings.toml");
+    ensure!(
+        path.is_file(),
+        "--resume {}: there is no settings.toml in it; give the folder of a run",
+        dir.display()
+    );
+    let saved = Options::from_file(&path)?;
+    let resumed = options.over(&saved)?.resolve()?;
+    let free = options.free_on_resume().over(&saved)?.resolve()?;
+    ensure!(
+        toml::to_string(&free)? == toml::to_string(&resumed)?,
+        "--resume {}: only {} can change; start a new run for the rest",
+        dir.display(),
+        Options::FREE_ON_RESUME
+    );
+    Ok(resumed)
+}

@@ -1,0 +1,118 @@
+//! The console: a run's lines, bars with an ETA on a terminal and now and then a plain line
+//! elsewhere, and the signals that ask to stop.
+
+use std::io::IsTerminal;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
+
+use crate::stop;
+use crate::train::{Event, Observer};
+
+/// Time between two plain lines: short phases have none.
+const BETWEEN_LINES: Duration = Duration::from_secs(30);
+/// The exit code of a program that a signal stopped.
+pub const STOPPED: i32 = 130;
+
+/// Prints what happens.
+#[derive(Default)]
+pub struct Console {
+    phase: Mutex<Option<Phase>>,
+}
+
+/// The progress of a phase.
+struct Phase {
+    name: &'static str,
+    bar: ProgressBar,
+    /// When the last plain line was printed, where there is no terminal.
+    plain: Option<Instant>,
+}
+
+impl Console {
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    fn phase(&self) -> MutexGuard<'_, Option<Phase>> {
+        self.phase.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Phase {
+    fn new(name: &'static str, units: usize, done: usize) -> Self {
+        let template = "{msg:<8} {wide_bar} {pos}/{len} eta {eta}";
+        let style = ProgressStyle::with_template(template).expect("a valid template");
+        let bar = ProgressBar::new(units as u64).with_style(style).with_message(name);
+        bar.set_position(done as u64);
+        bar.reset_eta();
+        let plain = (!std::io::stderr().is_terminal()).then(Instant::now);
+        Self { name, bar, plain }
+    }
+
+    fn advance(&mut self) {
+        self.bar.inc(1);
+        let Some(last) = &mut self.plain else { return };
+        if last.elapsed() >= BETWEEN_LINES {
+            *last = Instant::now();
+            let (done, units) = (self.bar.position(), self.bar.length().unwrap_or(0));
+            let left = HumanDuration(self.bar.eta());
+            println!("{} {done}/{units}, {left} to go", self.name);
+        }
+    }
+}
+
+impl Drop for Phase {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+impl Observer for Console {
+    fn on(&self, event: Event) {
+        match event {
+            Event::Device(name) => println!("device: {name}"),
+            Event::Resuming { folder, epoch } => {
+                println!("resuming {} after epoch {epoch}", folder.display());
+            }
+            Event::Ready(lines) => lines.iter().for_each(|line| println!("{line}")),
+            Event::PhaseBegins { phase, units, done } => {
+                *self.phase() = Some(Phase::new(phase, units, done));
+            }
+            Event::PhaseAdvances => {
+                if let Some(phase) = &mut *self.phase() {
+                    phase.advance();
+                }
+            }
+            Event::PhaseEnds => *self.phase() = None,
+            Event::SelfTest { largest, bound } => println!(
+                "self-test: rho = 1 before the first update, to {largest:.1e} (at most {bound:.0e})"
+            ),
+            Event::Warning(text) => eprintln!("warning: {text}"),
+            Event::Dumped { update, file } => {
+                println!("update {update} written to {}", file.display());
+            }
+            Event::Epoch { record, epochs } => println!("{}", record.text(epochs)),
+        }
+    }
+}
+
+/// From now on Ctrl-C and SIGTERM ask the run to stop and save; a second one ends it at once.
+pub fn catch_signals() {
+    // A second run in one process (tests) keeps the first handler.
+    let _ = ctrlc::set_handler(|| {
+        if stop::request() {
+            std::process::exit(STOPPED);
+        }
+        eprintln!(
+            "stopping: an update in progress is finished and saved, a rollout is dropped; a second \
+             signal ends the run at once"
+        );
+    });
+}
+
+/// From now on a panic prints nothing: what a device's operations panic with is reported as an
+/// error, in one line.
+pub fn silence_panics() {
+    std::panic::set_hook(Box::new(|_| {}));
+}

@@ -1,0 +1,64 @@
+//! The command line: what can be said, and who does it. Nothing else prints.
+
+mod args;
+mod commands;
+pub mod console;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use self::commands::{bench, check, convert, credit, devices, embed, plan, sample, train};
+
+/// Aligns text-to-image models with a reward by policy gradients (PCPO), on any GPU, without CUDA.
+#[derive(Parser)]
+#[command(version, about, args_override_self = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program does.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Train a LoRA towards a reward; without arguments, the embedded model's job
+    #[command(allow_negative_numbers = true)]
+    Train(Box<train::TrainArgs>),
+    /// Estimate the memory that a run needs, from shapes alone; takes the flags of train
+    #[command(allow_negative_numbers = true)]
+    Plan(Box<plan::PlanArgs>),
+    /// Draw images from prompts
+    #[command(allow_negative_numbers = true)]
+    Sample(sample::SampleArgs),
+    /// Compare a model folder with a reference file of diffusers
+    #[command(allow_negative_numbers = true)]
+    Check(check::CheckArgs),
+    /// Print the credit weights of a schedule
+    #[command(allow_negative_numbers = true)]
+    Credit(credit::CreditArgs),
+    /// Encode prompts once, so that training needs no text encoder
+    Embed(embed::EmbedArgs),
+    /// List the devices and what `auto` takes
+    Devices,
+    /// Rewrite an adapter in another layout
+    Convert(convert::ConvertArgs),
+    /// Time the shaders on a device
+    Bench(bench::BenchArgs),
+}
+
+/// Runs a command; the number is the exit code.
+///
+/// # Errors
+/// Anything that keeps the command from its end; `main` prints it and exits with 2.
+pub fn run(cli: Cli) -> Result<i32> {
+    match cli.command {
+        Command::Train(args) => train::run(*args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Sample(args) => sample::run(&args),
+        Command::Check(args) => check::run(&args),
+        Command::Credit(args) => credit::run(&args),
+        Command::Embed(args) => embed::run(&args),
+        Command::Devices => devices::run(),
+        Command::Convert(args) => convert::run(&args),
+        Command::Bench(args) => bench::run(&args),
+    }
+}

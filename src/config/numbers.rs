@@ -1,0 +1,92 @@
+//! The numbers that flags take: every command checks them here, whether a flag or a file said them.
+
+use anyhow::{Result, ensure};
+
+/// More images, steps or epochs than anybody means; far below what would overflow.
+pub const MOST: usize = 1_000_000;
+/// More pixels along a side than any model draws.
+pub const MOST_PIXELS: usize = 16_384;
+/// A larger rank than any layer has use for.
+pub const MOST_RANK: usize = 16_384;
+
+/// What a number may be.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Range {
+    Positive,
+    NotNegative,
+    /// Positive and less than this.
+    Below(f64),
+}
+
+/// Checks a number.
+///
+/// # Errors
+/// When it is not finite or out of range; names the flag and the value.
+pub fn number(flag: &str, value: f64, range: Range) -> Result<()> {
+    ensure!(value.is_finite(), "{flag} {value}: must be a finite number");
+    match range {
+        Range::Positive => ensure!(value > 0.0, "{flag} {value}: must be a positive number"),
+        Range::NotNegative => ensure!(value >= 0.0, "{flag} {value}: must be zero or positive"),
+        Range::Below(most) => ensure!(
+            value > 0.0 && value < most,
+            "{flag} {value}: must be positive and less than {most}"
+        ),
+    }
+    Ok(())
+}
+
+/// Checks a number where one is given.
+///
+/// # Errors
+/// As [`number`].
+pub fn optional(flag: &str, value: Option<f64>, range: Range) -> Result<()> {
+    value.map_or(Ok(()), |v| number(flag, v, range))
+}
+
+/// Checks how many there are of something: from 1 to `most`.
+///
+/// # Errors
+/// Names the flag and the value.
+pub fn count(flag: &str, value: usize, most: usize) -> Result<()> {
+    ensure!(value > 0, "{flag} {value}: must be at least 1");
+    ensure!(value <= most, "{flag} {value}: must be at most {most}");
+    Ok(())
+}
+
+/// Checks the side of images in pixels, where one is given.
+///
+/// # Errors
+/// As [`count`].
+pub fn resolution(value: Option<usize>) -> Result<()> {
+    value.map_or(Ok(()), |v| count("--resolution", v, MOST_PIXELS))
+}
+
+/// Checks the number of T5 tokens, which may be none.
+///
+/// # Errors
+/// When there are more than any T5 takes.
+pub fn sequence_length(value: usize) -> Result<()> {
+    const MOST: usize = 4096;
+    ensure!(value <= MOST, "--max-sequence-length {value}: must be at most {MOST}");
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_are_not_finite_or_out_of_range_are_refused() {
+        for bad in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY, -1.0] {
+            for range in [Range::Positive, Range::NotNegative, Range::Below(1.0)] {
+                let error = number("--x", bad, range).unwrap_err().to_string();
+                assert!(error.starts_with("--x "), "{error}");
+            }
+        }
+        assert!(number("--x", 0.0, Range::NotNegative).is_ok());
+        assert!(number("--x", 0.0, Range::Positive).is_err());
+        assert!(number("--x", 1.0, Range::Below(1.0)).is_err());
+        assert!(optional("--x", None, Range::Positive).is_ok());
+        assert!(count("--x", 0, 5).is_err() && count("--x", 6, 5).is_err());
+    }
+}

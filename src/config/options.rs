@@ -1,0 +1,292 @@
+//! What can be said of a run, by flag or in a TOML file; [`super::settings`] makes a checked run of
+//! it.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::model::Storage;
+use crate::ops::advantage::Advantage;
+use crate::ops::policy_objective::{GuidanceGradient, Objective};
+use crate::reward;
+use crate::schedule::credit::{Credit, Total};
+use crate::schedule::{Grid, Sampler};
+
+/// A published method; every part of it can be overridden.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Preset {
+    /// Black et al. 2023.
+    Ddpo,
+    /// DanceGRPO's and Flow-GRPO's objective (Xue et al. 2025, Liu et al. 2025).
+    Grpo,
+    /// Lee & Ye 2026.
+    Pcpo,
+}
+
+/// Whether the images of a group start from one latent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitialNoise {
+    /// One latent for all images of a group.
+    Shared,
+    /// One for each image.
+    Own,
+}
+
+/// Flags of `train`, and the keys of its TOML file (without the dashes in front).
+#[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Options {
+    /// Model folder in diffusers' layout, or an embedded model with its job: emoji or emoji-flow
+    /// [default: emoji]
+    #[arg(long, value_name = "DIR", help_heading = "Model and device")]
+    pub model: Option<PathBuf>,
+    /// Type that frozen weights are stored in; computation and LoRA are f32 [default: f32]
+    #[arg(long, value_enum, help_heading = "Model and device")]
+    pub storage: Option<Storage>,
+    /// Side of the images in pixels [default: the model's own]
+    #[arg(long, value_name = "PIXELS", help_heading = "Model and device")]
+    pub resolution: Option<usize>,
+    /// Text embeddings that `pcpo-wgpu embed` wrote: no text encoder is loaded
+    #[arg(long, value_name = "FILE", help_heading = "Model and device")]
+    pub embeddings: Option<PathBuf>,
+    /// T5 tokens of a prompt [default: 256 for Stable Diffusion 3, 512 for FLUX]
+    #[arg(long, value_name = "TOKENS", help_heading = "Model and device")]
+    pub max_sequence_length: Option<usize>,
+    /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices` [default: auto]
+    #[arg(long, help_heading = "Model and device")]
+    pub device: Option<String>,
+    /// Memory of the device in GiB, for the estimate before the run [default: what the device
+    /// says]
+    #[arg(long, value_name = "GIB", help_heading = "Model and device")]
+    pub memory: Option<f64>,
+    /// Text file of prompts, one a line
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "prompt",
+        help_heading = "Prompts and reward"
+    )]
+    pub prompts: Option<PathBuf>,
+    /// One prompt; can be repeated instead of a file
+    #[arg(long = "prompt", value_name = "TEXT", help_heading = "Prompts and reward")]
+    pub prompt: Option<Vec<String>>,
+    /// What pictures are scored by; see [`crate::reward::REWARDS`]
+    #[arg(long, help = format!("Reward: {}", reward::list()), help_heading = "Prompts and reward")]
+    pub reward: Option<String>,
+    /// Method whose settings are the defaults [default: pcpo]
+    #[arg(long, value_enum, help_heading = "Method")]
+    pub preset: Option<Preset>,
+    /// Surrogate objective
+    #[arg(long, value_enum, help_heading = "Method")]
+    pub objective: Option<Objective>,
+    /// Credit rule over the steps
+    #[arg(long, value_enum, help_heading = "Method")]
+    pub credit: Option<Credit>,
+    /// Total credit of `--credit proportionate`, in place of the grid's own: a flow's zeta
+    #[arg(long, help_heading = "Method")]
+    pub zeta: Option<f64>,
+    /// Steps whose total credit `proportionate` keeps [default: all]
+    #[arg(long, value_enum, help_heading = "Method")]
+    pub credit_total: Option<Total>,
+    /// Normalisation of rewards
+    #[arg(long, value_enum, help_heading = "Method")]
+    pub advantage: Option<Advantage>,
+    /// Bound of the advantages [default: 5]
+    #[arg(long, help_heading = "Method")]
+    pub advantage_clamp: Option<f64>,
+    /// Rewards that the per-prompt tracker keeps [default: 32]
+    #[arg(long, help_heading = "Method")]
+    pub tracker_size: Option<usize>,
+    /// Rewards that the tracker needs before it is used [default: 16]
+    #[arg(long, help_heading = "Method")]
+    pub tracker_min_count: Option<usize>,
+    /// Clip range xi [default: 1e-4]
+    #[arg(long, help_heading = "Method")]
+    pub clip_range: Option<f64>,
+    /// Weight of the KL to the model without adapter [default: 0]
+    #[arg(long, help_heading = "Method")]
+    pub kl_beta: Option<f64>,
+    /// How a step is drawn [default: ddim for diffusion, flow-grpo for flow models]
+    #[arg(long, value_enum, help_heading = "Sampling")]
+    pub sampler: Option<Sampler>,
+    /// Sampler steps [default: 50 for ddim, 16 for dance, 10 for flow-grpo and cps]
+    #[arg(long, help_heading = "Sampling")]
+    pub steps: Option<usize>,
+    /// Amount of noise; 1 is DDPM for ddim [default: 1 for ddim, 0.3 for dance, 0.7 for flow-grpo
+    /// and cps]
+    #[arg(long, help_heading = "Sampling")]
+    pub eta: Option<f64>,
+    /// Spacing of a flow's times [default: shifted]
+    #[arg(long, value_enum, help_heading = "Sampling")]
+    pub grid: Option<Grid>,
+    /// Shift of a flow's times [default: the model's scheduler's]
+    #[arg(long, help_heading = "Sampling")]
+    pub shift: Option<f64>,
+    /// Guidance; without a distilled network 1 or less is none [default: 5, for Stable Diffusion 3
+    /// 4.5, for FLUX 3.5]
+    #[arg(long, help_heading = "Sampling")]
+    pub guidance_scale: Option<f64>,
+    /// Branches of the guidance that the gradient takes [default: both]
+    #[arg(long, value_enum, help_heading = "Sampling")]
+    pub guidance_gradient: Option<GuidanceGradient>,
+    /// Initial latents: one for a group, or one an image
+    #[arg(long, value_enum, help_heading = "Sampling")]
+    pub initial_noise: Option<InitialNoise>,
+    /// Train only this many steps, drawn each epoch [default: all]
+    #[arg(long, help_heading = "Sampling")]
+    pub train_steps: Option<usize>,
+    /// Draw the trained steps as one window of neighbours [default: false]
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_name = "BOOL",
+        help_heading = "Sampling",
+    )]
+    pub train_window: Option<bool>,
+    /// Train the last sampler step too
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_name = "BOOL",
+        help_heading = "Sampling",
+    )]
+    pub train_last_step: Option<bool>,
+    /// Sample with noise only at the steps that are trained [default: false]
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_name = "BOOL",
+        help_heading = "Sampling",
+    )]
+    pub noise_only_trained: Option<bool>,
+    /// Epochs: one rollout each [default: 10]
+    #[arg(long, help_heading = "Images and updates")]
+    pub epochs: Option<usize>,
+    /// Images sampled an epoch [default: the group size times the prompts, of which at most 4]
+    #[arg(long, help_heading = "Images and updates")]
+    pub images_per_epoch: Option<usize>,
+    /// Images of one prompt in an epoch [default: 8]
+    #[arg(long, help_heading = "Images and updates")]
+    pub group_size: Option<usize>,
+    /// Optimizer steps an epoch, each over its share of the images [default: 2]
+    #[arg(long, help_heading = "Images and updates")]
+    pub updates_per_epoch: Option<usize>,
+    /// Passes over the images of an epoch [default: 1]
+    #[arg(long, help_heading = "Images and updates")]
+    pub inner_epochs: Option<usize>,
+    /// Images that the network takes at once; gradients accumulate over them [default: 8]
+    #[arg(long, help_heading = "Images and updates")]
+    pub batch: Option<usize>,
+    /// Hold the activations of one block at a time: much less memory for one more forward pass
+    /// [default: true]
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_name = "BOOL",
+        help_heading = "Images and updates",
+    )]
+    pub activation_checkpointing: Option<bool>,
+    /// Seed of all noise and all draws [default: 0]
+    #[arg(long, help_heading = "Images and updates")]
+    pub seed: Option<u64>,
+    /// Rank of the LoRA [default: 16, or the rank of --lora]
+    #[arg(long, help_heading = "Adapter and optimizer")]
+    pub rank: Option<usize>,
+    /// Alpha of the LoRA [default: the rank, or the alpha of --lora]
+    #[arg(long, help_heading = "Adapter and optimizer")]
+    pub alpha: Option<f64>,
+    /// Layers with a LoRA, by the end of their names [default: all attention projections]
+    #[arg(long, value_delimiter = ',', help_heading = "Adapter and optimizer")]
+    pub target_modules: Option<Vec<String>>,
+    /// Start from this adapter instead of a fresh one
+    #[arg(long, value_name = "FILE", help_heading = "Adapter and optimizer")]
+    pub lora: Option<PathBuf>,
+    /// AdamW's learning rate [default: 3e-4]
+    #[arg(long, help_heading = "Adapter and optimizer")]
+    pub learning_rate: Option<f64>,
+    /// AdamW's weight decay [default: 1e-4]
+    #[arg(long, help_heading = "Adapter and optimizer")]
+    pub weight_decay: Option<f64>,
+    /// Largest norm of the gradient [default: 1]
+    #[arg(long, help_heading = "Adapter and optimizer")]
+    pub max_grad_norm: Option<f64>,
+    /// Epochs from one grid of pictures, with its reward, to the next; the first and the last are
+    /// always drawn [default: 1]
+    #[arg(long, value_name = "EPOCHS", help_heading = "Pictures and checkpoints")]
+    pub sample_every: Option<usize>,
+    /// Epochs from one kept checkpoint to the next; the newest is always kept [default: 10]
+    #[arg(long, value_name = "EPOCHS", help_heading = "Pictures and checkpoints")]
+    pub keep_every: Option<usize>,
+}
+
+impl Options {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// Names the file and the key that is unknown or of the wrong type.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        toml::from_str(&crate::io::read_text(path)?)
+            .with_context(|| format!("--config {}", path.display()))
+    }
+
+    /// The options over those of a file, where one is given.
+    ///
+    /// # Errors
+    /// As [`Self::from_file`] and [`Self::over`].
+    pub fn with_config(&self, file: Option<&Path>) -> Result<Self> {
+        let file = file.map(Self::from_file).transpose()?.unwrap_or_default();
+        self.over(&file)
+    }
+
+    /// What may change when a run goes on: what alters none of the numbers that it draws or learns.
+    pub fn free_on_resume(&self) -> Self {
+        Self {
+            model: self.model.clone(),
+            epochs: self.epochs,
+            device: self.device.clone(),
+            memory: self.memory,
+            keep_every: self.keep_every,
+            sample_every: self.sample_every,
+            ..Default::default()
+        }
+    }
+
+    /// [`Self::free_on_resume`] in words.
+    pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --sample-every \
+                                      and --model (the same model elsewhere)";
+
+    /// `self` where it says something, `base` elsewhere.
+    ///
+    /// # Errors
+    /// When a path is not UTF-8 or a number does not fit TOML's 63 bits.
+    pub fn over(&self, base: &Self) -> Result<Self> {
+        let (own, mut merged) = (self.table()?, base.table()?);
+        if own.contains_key("prompt") || own.contains_key("prompts") {
+            // One word on the prompts replaces both of the other's.
+            merged.remove("prompt");
+            merged.remove("prompts");
+        }
+        merged.extend(own);
+        Ok(merged.try_into()?)
+    }
+
+    fn table(&self) -> Result<toml::Table> {
+        let unsaved = "a path that is not UTF-8 cannot be saved with the run";
+        let json = serde_json::to_value(self).context(unsaved)?;
+        for (key, value) in json.as_object().into_iter().flatten() {
+            ensure!(
+                value.as_u64().is_none_or(|n| i64::try_from(n).is_ok()),
+                "--{key} {value}: must be less than 2^63"
+            );
+        }
+        toml::Table::try_from(self).context(unsaved)
+    }
+}

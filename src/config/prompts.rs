@@ -1,0 +1,87 @@
+//! What a run is given besides numbers: its prompts and the embedded models.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use super::options::Options;
+
+/// The embedded models with the jobs that `train` runs for them.
+const EMBEDDED: [(&str, &str); 2] = [
+    ("emoji", include_str!("../../models/emoji/train.toml")),
+    ("emoji-flow", include_str!("../../models/emoji-flow/train.toml")),
+];
+
+/// The job and the folder of an embedded model: the first where no model is named, another by its
+/// name; `None` where a folder is meant.
+///
+/// # Errors
+/// When the embedded model is not found.
+pub fn embedded(model: Option<&Path>) -> Result<Option<(&'static str, PathBuf)>> {
+    let found = match model {
+        None => Some(&EMBEDDED[0]),
+        Some(path) if path.exists() => None,
+        Some(path) => EMBEDDED.iter().find(|(name, _)| path == Path::new(name)),
+    };
+    found.map(|(name, job)| Ok((*job, folder(name)?))).transpose()
+}
+
+/// The folder that `--model` means: an embedded model's, or the one that is named.
+///
+/// # Errors
+/// When an embedded model is not found.
+pub fn model_folder(model: Option<&Path>) -> Result<PathBuf> {
+    Ok(match embedded(model)? {
+        Some((_, folder)) => folder,
+        None => model.expect("a model that is not embedded was named").to_path_buf(),
+    })
+}
+
+/// An embedded model's folder: below the working directory, or beside the program as cargo builds
+/// it.
+fn folder(name: &str) -> Result<PathBuf> {
+    let below = Path::new("models").join(name);
+    let program = std::env::current_exe().ok();
+    let beside = program.iter().flat_map(|p| p.ancestors().skip(1).take(4)).map(|d| d.join(&below));
+    std::iter::once(below.clone())
+        .chain(beside)
+        .find(|d| d.join("model_index.json").is_file())
+        .ok_or_else(|| {
+            anyhow!(
+                "the embedded model ({}) is not here; run from the repository, or give --model DIR",
+                below.display()
+            )
+        })
+}
+
+/// The prompts of a run's options.
+///
+/// # Errors
+/// As [`read_prompts`].
+pub fn prompts(o: &Options) -> Result<Vec<String>> {
+    read_prompts(o.prompts.as_deref(), o.prompt.as_ref())
+}
+
+/// The prompts of a file or of the flags, each once.
+///
+/// # Errors
+/// When the file cannot be read, there is none, or one stands there twice.
+pub fn read_prompts(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<Vec<String>> {
+    let (list, source) = match (file, list) {
+        (Some(file), _) => {
+            let text = crate::io::read_text(file).context("--prompts")?;
+            (
+                text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect(),
+                format!("--prompts {}", file.display()),
+            )
+        }
+        (None, Some(list)) => (list.clone(), "--prompt".into()),
+        (None, None) => (vec![], "--prompts FILE or --prompt TEXT".into()),
+    };
+    ensure!(!list.is_empty(), "{source}: there is no prompt; give at least one");
+    let mut seen = std::collections::BTreeSet::new();
+    for p in &list {
+        ensure!(seen.insert(p), "{source}: the prompt {p:?} stands there twice; keep one");
+    }
+    Ok(list)
+}

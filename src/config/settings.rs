@@ -1,0 +1,385 @@
+//! What a run is told, resolved once and checked: [`Settings`], which is printed, and saved with
+//! the run as a file that `--config` reads.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use serde::Serialize;
+
+use super::numbers::{self, MOST, MOST_RANK, Range};
+use super::options::{InitialNoise, Options, Preset};
+use super::prompts::{embedded, prompts};
+use crate::lora::formats;
+use crate::model::{Family, Storage};
+use crate::ops::advantage::Advantage;
+use crate::ops::policy_objective::{GuidanceGradient, Objective};
+use crate::reward;
+use crate::schedule::credit::{Credit, Total};
+use crate::schedule::{Grid, Sampler, Sampling};
+
+/// A checked run.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Settings {
+    pub model: PathBuf,
+    pub device: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<f64>,
+    pub storage: Storage,
+    pub reward: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resolution: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub embeddings: Option<PathBuf>,
+    pub max_sequence_length: usize,
+    pub prompt: Vec<String>,
+    pub preset: Preset,
+    pub objective: Objective,
+    pub credit: Credit,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub zeta: Option<f64>,
+    pub credit_total: Total,
+    pub initial_noise: InitialNoise,
+    pub advantage: Advantage,
+    pub train_last_step: bool,
+    pub kl_beta: f64,
+    pub epochs: usize,
+    pub images_per_epoch: usize,
+    pub group_size: usize,
+    pub updates_per_epoch: usize,
+    pub inner_epochs: usize,
+    pub batch: usize,
+    pub sampler: Sampler,
+    pub steps: usize,
+    pub eta: f64,
+    /// Of a flow; diffusion has its scheduler's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub grid: Option<Grid>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shift: Option<f64>,
+    pub guidance_scale: f64,
+    pub guidance_gradient: GuidanceGradient,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub train_steps: Option<usize>,
+    pub train_window: bool,
+    pub noise_only_trained: bool,
+    pub activation_checkpointing: bool,
+    pub clip_range: f64,
+    pub advantage_clamp: f64,
+    pub tracker_size: usize,
+    pub tracker_min_count: usize,
+    pub learning_rate: f64,
+    pub weight_decay: f64,
+    pub max_grad_norm: f64,
+    pub rank: usize,
+    pub alpha: f64,
+    /// None where the layers are those of `lora`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub target_modules: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub lora: Option<PathBuf>,
+    pub seed: u64,
+    pub keep_every: usize,
+    pub sample_every: usize,
+}
+
+impl Options {
+    /// Fills in presets and defaults, and checks.
+    ///
+    /// # Errors
+    /// Names the flag, its value and the way out.
+    pub fn resolve(&self) -> Result<Settings> {
+        let with_job;
+        let (o, model) = match embedded(self.model.as_deref())? {
+            None => (self, self.model.clone().expect("a model that is not embedded was named")),
+            Some((job, folder)) => {
+                let job: Self = toml::from_str(job)
+                    .with_context(|| format!("{}/train.toml", folder.display()))?;
+                with_job = self.over(&job)?;
+                (&with_job, folder)
+            }
+        };
+        let family = Family::of(&model)?;
+        ensure!(
+            o.grid.is_none() || family.is_flow(),
+            "--grid: is for flow models; {} is one of diffusion; leave it out",
+            model.display()
+        );
+        let sampler =
+            o.sampler.unwrap_or(if family.is_flow() { Sampler::FlowGrpo } else { Sampler::Ddim });
+        let preset = o.preset.unwrap_or(Preset::Pcpo);
+        let ddpo = preset == Preset::Ddpo;
+        let pcpo = preset == Preset::Pcpo;
+        let (rank, alpha) = self.adapter_size(o)?;
+        let (prompt, group_size) = (prompts(o)?, o.group_size.unwrap_or(8));
+        let images = group_size.saturating_mul(prompt.len().min(4));
+        let settings = Settings {
+            model,
+            device: o.device.clone().unwrap_or_else(|| "auto".into()),
+            memory: o.memory,
+            storage: o.storage.unwrap_or(Storage::F32),
+            reward: o
+                .reward
+                .clone()
+                .ok_or_else(|| anyhow!("--reward is missing; {} are there", reward::list()))?,
+            resolution: o.resolution,
+            embeddings: o.embeddings.clone(),
+            max_sequence_length: o.max_sequence_length.unwrap_or(family.default_sequence()),
+            prompt,
+            preset,
+            objective: o.objective.unwrap_or(if pcpo {
+                Objective::LogHinge
+            } else {
+                Objective::PpoClip
+            }),
+            credit: o.credit.unwrap_or(if pcpo { Credit::Proportionate } else { Credit::Native }),
+            zeta: o.zeta,
+            credit_total: o.credit_total.unwrap_or(Total::All),
+            initial_noise: o.initial_noise.unwrap_or(if ddpo {
+                InitialNoise::Own
+            } else {
+                InitialNoise::Shared
+            }),
+            advantage: o.advantage.unwrap_or(if ddpo {
+                Advantage::PerPrompt
+            } else {
+                Advantage::Group
+            }),
+            train_last_step: o.train_last_step.unwrap_or(ddpo),
+            kl_beta: o.kl_beta.unwrap_or(0.0),
+            epochs: o.epochs.unwrap_or(10),
+            images_per_epoch: o.images_per_epoch.unwrap_or(images),
+            group_size,
+            updates_per_epoch: o.updates_per_epoch.unwrap_or(2),
+            inner_epochs: o.inner_epochs.unwrap_or(1),
+            batch: o.batch.unwrap_or(8),
+            sampler,
+            steps: o.steps.unwrap_or(sampler.default_steps()),
+            eta: o.eta.unwrap_or(sampler.default_eta()),
+            grid: family.is_flow().then(|| o.grid.unwrap_or(Grid::Shifted)),
+            shift: o.shift,
+            guidance_scale: o.guidance_scale.unwrap_or(family.default_guidance()),
+            guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
+            train_steps: o.train_steps,
+            train_window: o.train_window.unwrap_or(false),
+            noise_only_trained: o.noise_only_trained.unwrap_or(false),
+            activation_checkpointing: o.activation_checkpointing.unwrap_or(true),
+            clip_range: o.clip_range.unwrap_or(1e-4),
+            advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
+            tracker_size: o.tracker_size.unwrap_or(32),
+            tracker_min_count: o.tracker_min_count.unwrap_or(16),
+            learning_rate: o.learning_rate.unwrap_or(3e-4),
+            weight_decay: o.weight_decay.unwrap_or(1e-4),
+            max_grad_norm: o.max_grad_norm.unwrap_or(1.0),
+            rank,
+            alpha,
+            target_modules: match (&o.lora, &o.target_modules) {
+                (Some(_), _) => Vec::new(),
+                (None, Some(targets)) => targets.clone(),
+                (None, None) => family.default_targets(),
+            },
+            lora: o.lora.clone(),
+            seed: o.seed.unwrap_or(0),
+            keep_every: o.keep_every.unwrap_or(10),
+            sample_every: o.sample_every.unwrap_or(1),
+        };
+        settings.check()?;
+        Ok(settings)
+    }
+
+    /// Rank and alpha: those of `--lora`, or of the options with the job's, `o`.
+    fn adapter_size(&self, o: &Self) -> Result<(usize, f64)> {
+        let Some(file) = &o.lora else {
+            let rank = o.rank.unwrap_or(16);
+            return Ok((rank, o.alpha.unwrap_or(rank as f64)));
+        };
+        ensure!(
+            self.target_modules.is_none(),
+            "--target-modules: the adapter of --lora {} has its own layers; leave --target-modules \
+             out",
+            file.display()
+        );
+        // A saved run has both, and may have lost the file.
+        if let (Some(rank), Some(alpha)) = (self.rank, self.alpha) {
+            return Ok((rank, alpha));
+        }
+        let adapter = formats::read(file, &[]).context("--lora")?;
+        let given = [
+            ("--rank", self.rank.map(|r| r as f64), adapter.rank as f64),
+            ("--alpha", self.alpha, adapter.alpha),
+        ];
+        for (flag, given, own) in given {
+            ensure!(
+                given.is_none_or(|g| g == own),
+                "{flag} {}: the adapter of --lora {} has {own}; leave {flag} out",
+                given.unwrap_or_default(),
+                file.display()
+            );
+        }
+        Ok((adapter.rank, adapter.alpha))
+    }
+}
+
+impl Settings {
+    /// Prompts an epoch.
+    pub fn groups(&self) -> usize {
+        self.images_per_epoch / self.group_size
+    }
+
+    /// What the run asks of its schedule; `tokens` is how many the network makes of a latent.
+    pub fn sampling(&self, tokens: usize) -> Sampling {
+        let grid = self.grid.unwrap_or(Grid::Shifted);
+        Sampling {
+            sampler: self.sampler,
+            steps: self.steps,
+            eta: self.eta,
+            grid,
+            shift: self.shift,
+            tokens,
+        }
+    }
+
+    /// Images of one update.
+    pub fn images_per_update(&self) -> usize {
+        self.images_per_epoch / self.updates_per_epoch
+    }
+
+    fn check(&self) -> Result<()> {
+        self.check_numbers()?;
+        self.check_images()?;
+        self.check_method()
+    }
+
+    fn check_numbers(&self) -> Result<()> {
+        for (flag, value) in [
+            ("--epochs", self.epochs),
+            ("--images-per-epoch", self.images_per_epoch),
+            ("--group-size", self.group_size),
+            ("--updates-per-epoch", self.updates_per_epoch),
+            ("--inner-epochs", self.inner_epochs),
+            ("--batch", self.batch),
+            ("--steps", self.steps),
+            ("--train-steps", self.train_steps.unwrap_or(1)),
+            ("--keep-every", self.keep_every),
+            ("--sample-every", self.sample_every),
+            ("--tracker-size", self.tracker_size),
+            ("--tracker-min-count", self.tracker_min_count),
+        ] {
+            numbers::count(flag, value, MOST)?;
+        }
+        numbers::count("--rank", self.rank, MOST_RANK)?;
+        numbers::resolution(self.resolution)?;
+        numbers::sequence_length(self.max_sequence_length)?;
+        for (flag, value, range) in [
+            ("--clip-range", self.clip_range, Range::Below(1.0)),
+            ("--advantage-clamp", self.advantage_clamp, Range::Positive),
+            ("--learning-rate", self.learning_rate, Range::Positive),
+            ("--max-grad-norm", self.max_grad_norm, Range::Positive),
+            ("--alpha", self.alpha, Range::Positive),
+            ("--kl-beta", self.kl_beta, Range::NotNegative),
+            ("--weight-decay", self.weight_decay, Range::NotNegative),
+            ("--guidance-scale", self.guidance_scale, Range::NotNegative),
+            ("--eta", self.eta, Range::NotNegative),
+        ] {
+            numbers::number(flag, value, range)?;
+        }
+        for (flag, value) in
+            [("--memory", self.memory), ("--zeta", self.zeta), ("--shift", self.shift)]
+        {
+            numbers::optional(flag, value, Range::Positive)?;
+        }
+        Ok(())
+    }
+
+    /// How images, groups, prompts and updates fit together.
+    fn check_images(&self) -> Result<()> {
+        let (images, group) = (self.images_per_epoch, self.group_size);
+        let updates = self.updates_per_epoch;
+        ensure!(
+            images.is_multiple_of(group),
+            "--images-per-epoch {images}: must be a multiple of --group-size {group}"
+        );
+        ensure!(
+            images.is_multiple_of(updates),
+            "--images-per-epoch {images}: must be a multiple of --updates-per-epoch {updates}"
+        );
+        ensure!(
+            self.groups() <= self.prompt.len(),
+            "--images-per-epoch {images}: makes {} prompts an epoch, only {} are given; lower it \
+             or raise --group-size",
+            self.groups(),
+            self.prompt.len()
+        );
+        // Images are numbered over the whole run, and the last numbers are the grids'.
+        ensure!(
+            (self.epochs as u64) * (images as u64) < u64::from(u32::MAX) - MOST as u64,
+            "--epochs {}: makes more images than noise is numbered for; lower it or \
+             --images-per-epoch",
+            self.epochs
+        );
+        Ok(())
+    }
+
+    /// What a method's parts ask of each other.
+    fn check_method(&self) -> Result<()> {
+        ensure!(
+            self.advantage != Advantage::PerPrompt || self.tracker_min_count <= self.tracker_size,
+            "--tracker-min-count {}: more than the tracker keeps (--tracker-size {})",
+            self.tracker_min_count,
+            self.tracker_size
+        );
+        ensure!(
+            self.advantage != Advantage::Group || self.group_size > 1,
+            "--group-size 1: group advantages need at least 2 images a prompt; use --advantage \
+             global"
+        );
+        ensure!(
+            self.lora.is_some() || !self.target_modules.is_empty(),
+            "--target-modules: names no layer; leave it out for all attention projections"
+        );
+        ensure!(
+            !self.train_window || self.train_steps.is_some(),
+            "--train-window true: a window of how many steps? give --train-steps K"
+        );
+        ensure!(
+            self.credit_total == Total::All || self.credit == Credit::Proportionate,
+            "--credit-total trained: is for --credit proportionate; leave it out"
+        );
+        if let Some(zeta) = self.zeta {
+            ensure!(
+                self.credit_total == Total::All,
+                "--zeta {zeta}: fixes the total credit, and --credit-total trained computes it; \
+                 leave one of them out"
+            );
+        }
+        ensure!(
+            self.sampler != Sampler::Ode,
+            "--sampler ode: a step without noise cannot be trained; use flow-grpo, dance or cps, \
+             with --train-steps K --noise-only-trained where only K steps shall have noise"
+        );
+        ensure!(
+            self.eta > 0.0,
+            "--eta {}: a step without noise cannot be trained; use 1, or more than 0",
+            self.eta
+        );
+        Ok(())
+    }
+
+    /// The derived numbers, for the run's first lines; `batch` is how many images the network takes
+    /// at once.
+    pub fn summary(&self, batch: usize) -> String {
+        format!(
+            "{} epochs of {} images: {} prompts x {} images, {} steps, guidance {}; {} updates an \
+             epoch of {} images in batches of {}",
+            self.epochs,
+            self.images_per_epoch,
+            self.groups(),
+            self.group_size,
+            self.steps,
+            self.guidance_scale,
+            self.updates_per_epoch * self.inner_epochs,
+            self.images_per_update(),
+            batch
+        )
+    }
+}

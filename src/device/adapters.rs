@@ -1,0 +1,178 @@
+//! Which adapter a run uses: listing, choosing, and opening it once for Burn and for our own
+//! shaders.
+
+use anyhow::{Result, anyhow, bail};
+use burn::tensor::Device;
+use burn::tensor::wgpu::WgpuSetup;
+
+use super::compute::Compute;
+use super::gpu::Gpu;
+use super::system;
+
+/// One line of `pcpo-wgpu devices`.
+pub struct Adapter {
+    pub adapter: wgpu::Adapter,
+    pub info: wgpu::AdapterInfo,
+}
+
+impl Adapter {
+    /// Whether the adapter is hardware: software Vulkan (lavapipe calls itself llvmpipe), WARP and
+    /// the like are not.
+    pub fn is_hardware(&self) -> bool {
+        use wgpu::DeviceType::*;
+        matches!(self.info.device_type, DiscreteGpu | IntegratedGpu | VirtualGpu)
+    }
+
+    /// Name, backend and driver in one line.
+    pub fn label(&self) -> String {
+        let i = &self.info;
+        format!("{} ({:?}, {} {})", i.name, i.backend, i.driver, i.driver_info)
+    }
+
+    /// Bytes of memory that it offers, where it can be asked.
+    pub fn memory(&self) -> Option<u64> {
+        if !self.is_hardware() {
+            return Some(system::available());
+        }
+        // Only Vulkan tells; Metal shares the machine's memory.
+        #[cfg(not(target_vendor = "apple"))]
+        {
+            // SAFETY: the handles are read and live as long as the guard.
+            unsafe {
+                let adapter = self.adapter.as_hal::<wgpu::hal::api::Vulkan>()?;
+                let instance = adapter.shared_instance().raw_instance();
+                let properties =
+                    instance.get_physical_device_memory_properties(adapter.raw_physical_device());
+                let heaps = &properties.memory_heaps[..properties.memory_heap_count as usize];
+                // The first flag of a heap: local to the device.
+                heaps.iter().filter(|h| h.flags.as_raw() & 1 == 1).map(|h| h.size).max()
+            }
+        }
+        #[cfg(target_vendor = "apple")]
+        Some(system::available())
+    }
+
+    fn matches(&self, wanted: &str) -> bool {
+        let lavapipe =
+            self.info.name.to_lowercase().contains("llvmpipe") && "lavapipe".contains(wanted);
+        lavapipe || self.label().to_lowercase().contains(wanted)
+    }
+}
+
+fn instance() -> wgpu::Instance {
+    wgpu::Instance::new(wgpu::InstanceDescriptor {
+        backends: wgpu::Backends::PRIMARY,
+        ..wgpu::InstanceDescriptor::new_without_display_handle()
+    })
+}
+
+/// All adapters that can compute, in wgpu's order; their numbers are what `--device N` takes.
+pub fn adapters() -> Vec<Adapter> {
+    list(&instance())
+}
+
+fn list(instance: &wgpu::Instance) -> Vec<Adapter> {
+    pollster::block_on(instance.enumerate_adapters(wgpu::Backends::PRIMARY))
+        .into_iter()
+        .map(|adapter| Adapter { info: adapter.get_info(), adapter })
+        .collect()
+}
+
+/// The adapter that `auto` takes: a discrete GPU before an integrated before a virtual one; never
+/// software.
+pub fn auto(adapters: &[Adapter]) -> Option<usize> {
+    use wgpu::DeviceType::*;
+    let rank = |a: &Adapter| match a.info.device_type {
+        DiscreteGpu => 0,
+        IntegratedGpu => 1,
+        VirtualGpu | Cpu | Other => 2,
+    };
+    (0..adapters.len()).filter(|&i| adapters[i].is_hardware()).min_by_key(|&i| rank(&adapters[i]))
+}
+
+/// Opens the device named by `--device`: `auto`, `cpu`, a number of `pcpo-wgpu devices`, or a part
+/// of a name.
+///
+/// # Errors
+/// When no adapter has that number or name, when several do, or when the driver refuses the device.
+pub fn open(wanted: &str) -> Result<Compute> {
+    let name = wanted.to_lowercase();
+    if name == "cpu" {
+        return Ok(Compute::cpu());
+    }
+    let instance = instance();
+    let adapters = list(&instance);
+    let hint = "`pcpo-wgpu devices` lists what there is, `--device cpu` always works";
+    if name == "auto" {
+        return match auto(&adapters) {
+            Some(i) => request(instance, &adapters[i]),
+            None => {
+                let mut compute = Compute::cpu();
+                compute.name += ": no hardware GPU was found, so the CPU backend computes \
+                    (software Vulkan is slower)";
+                Ok(compute)
+            }
+        };
+    }
+    if let Ok(n) = wanted.parse::<usize>() {
+        let adapter = adapters.get(n).ok_or_else(|| {
+            anyhow!("--device {n}: there are {} adapters, numbered from 0; {hint}", adapters.len())
+        })?;
+        return request(instance, adapter);
+    }
+    let found: Vec<&Adapter> = adapters.iter().filter(|a| a.matches(&name)).collect();
+    match found[..] {
+        [] => bail!("--device {wanted}: no adapter has that name; {hint}"),
+        [one] => request(instance, one),
+        _ => {
+            let names: Vec<String> = found.iter().map(|a| a.label()).collect();
+            bail!(
+                "--device {wanted}: {} adapters match ({}); give a number; {hint}",
+                names.len(),
+                names.join("; ")
+            )
+        }
+    }
+}
+
+fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
+    let adapter = chosen.adapter.clone();
+    // Everything that the adapter has: Burn's kernels use f16, subgroups and large bindings where
+    // they exist.
+    let descriptor = wgpu::DeviceDescriptor {
+        label: Some("pcpo-wgpu"),
+        required_features: adapter.features()
+            - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS
+            - wgpu::Features::all_experimental_mask(),
+        required_limits: adapter.limits(),
+        memory_hints: wgpu::MemoryHints::MemoryUsage,
+        ..Default::default()
+    };
+    let (device, queue) = pollster::block_on(adapter.request_device(&descriptor)).map_err(|e| {
+        anyhow!(
+            "--device: {} cannot be opened: {e}; try another of `pcpo-wgpu devices`",
+            chosen.label()
+        )
+    })?;
+    let setup = WgpuSetup {
+        instance,
+        adapter,
+        device: device.clone(),
+        queue: queue.clone(),
+        backend: chosen.info.backend,
+    };
+    let burn = Device::wgpu_options()
+        .setup(setup)
+        .init()
+        .map_err(|e| anyhow!("--device: {} cannot be used by Burn: {e}", chosen.label()))?;
+    let gpu = Gpu::new(device, queue);
+    let software =
+        if chosen.is_hardware() { "" } else { " [software: for tests of the GPU path, slow]" };
+    Ok(Compute {
+        burn,
+        gpu: Some(gpu),
+        name: format!("{}{software}", chosen.label()),
+        software: !chosen.is_hardware(),
+        memory: chosen.memory(),
+    })
+}

@@ -1,0 +1,13 @@
+//! Where a run computes: adapters, buffers and launches, tensors between device and host, the
+//! machine.
+
+pub mod adapters;
+pub mod compute;
+pub mod gpu;
+mod guard;
+pub mod system;
+pub mod tensor;
+
+pub use self::adapters::open;
+pub use self::compute::{Compute, rows_at_a_time};
+pub use self::guard::guard;

@@ -1,0 +1,345 @@
+//! The memory that a run will need, from shapes alone: nothing is loaded but configurations and the
+//! headers of weight files. `pcpo-wgpu plan` prints it, `train` refuses what cannot fit.
+//!
+//! Weights, adapters and what a rollout keeps are exact. What a network's blocks hold while they
+//! run is counted in the sizes of their tensors, with factors that say how many of a kind are alive
+//! at once. The factors were measured (docs/MEASURED.md), and the test
+//! `memory_estimates_are_within_20_percent_of_the_measured_peak` holds them to it.
+
+pub mod shapes;
+
+use anyhow::{Result, bail};
+
+pub use self::shapes::Shapes;
+use crate::config::Settings;
+use crate::device::system::memory_text;
+use crate::device::{Compute, rows_at_a_time};
+use crate::model::config::BlockShape;
+use crate::model::{Family, Storage};
+use crate::ops::Guidance;
+
+/// How many tensors of each kind are alive at once in a block.
+#[derive(Clone, Copy)]
+struct Factors {
+    stream: f64,
+    wide: f64,
+    scores: f64,
+}
+
+/// Without gradients.
+const INFERENCE: Factors = Factors { stream: 3.0, wide: 1.0, scores: 3.0 };
+/// What autodiff holds of a block between the passes: of a UNet's, and of a transformer's with its
+/// modulations.
+const SAVED_UNET: Factors = Factors { stream: 8.0, wide: 2.0, scores: 1.5 };
+const SAVED_TRANSFORMER: Factors = Factors { stream: 14.5, wide: 3.0, scores: 1.5 };
+/// What the backward pass of a block holds besides.
+const BACKWARD: Factors = Factors { stream: 3.0, wide: 1.0, scores: 2.5 };
+/// What several threads of the CPU take beside what they hold, where all blocks of a UNet are
+/// tracked at once: its tensors of many sizes leave holes in the heaps, 1.4 to 1.9 times by how
+/// chance puts the threads on them (1.4 with one heap for all, which costs time).
+const HEAPS: f64 = 1.6;
+/// A decoder's, of its largest level.
+const DECODER: Factors = Factors { stream: 6.0, wide: 0.0, scores: 3.0 };
+/// Values under a convolution's kernel: the CPU and software Vulkan lay them out for a matrix
+/// product.
+const KERNEL: f64 = 9.0;
+/// The program itself and its threads; on a GPU the driver's part, and on software Vulkan the
+/// kernels that it compiles into the program's memory, those of the backward pass among them.
+const PROGRAM: f64 = 45e6;
+const PROGRAM_GPU: f64 = 250e6;
+const PROGRAM_SOFTWARE: f64 = 370e6;
+/// Scores that an attention pass without gradients holds at most on a GPU: it splits beyond.
+const MAX_SCORES: f64 = (1 << 24) as f64;
+
+impl Factors {
+    fn bytes(&self, b: &BlockShape, rows: f64, scores: f64) -> f64 {
+        4.0 * (rows * (self.stream * b.stream + self.wide * b.wide) + self.scores * scores)
+    }
+}
+
+/// The estimate of a run, in bytes.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Estimate {
+    /// Frozen weights on the device: network and VAE.
+    pub weights: f64,
+    /// The program, and the largest weight in f32 where weights are stored smaller.
+    pub program: f64,
+    /// The adapter with its gradients and the optimizer's moments.
+    pub adapter: f64,
+    /// Latents and predictions that a rollout keeps for the update, and the prompts' embeddings.
+    pub kept: f64,
+    /// Whether these are in another memory than the device's.
+    pub on_host: bool,
+    /// Text encoders with what they compute; they are dropped before the network is loaded.
+    pub encode: f64,
+    /// Activations of each phase.
+    pub rollout: f64,
+    pub update: f64,
+    pub decode: f64,
+    /// Bytes that the device offers, where it says so.
+    pub offered: Option<u64>,
+}
+
+impl Estimate {
+    /// What stays through all phases of an epoch.
+    pub fn resident(&self) -> f64 {
+        self.weights + self.program + self.adapter + if self.on_host { 0.0 } else { self.kept }
+    }
+
+    /// The most that is held at once.
+    pub fn peak(&self) -> f64 {
+        let epoch = self.resident() + self.rollout.max(self.update).max(self.decode);
+        epoch.max(self.program + self.encode)
+    }
+}
+
+/// Which device an estimate is for.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    pub gpu: bool,
+    /// A GPU path that computes on the CPU.
+    pub software: bool,
+    /// Batches that run at once: one a core on the CPU.
+    pub threads: usize,
+    /// Bytes that it offers, where it says so.
+    pub offered: Option<u64>,
+}
+
+impl Target {
+    pub fn of(compute: &Compute) -> Self {
+        let gpu = compute.gpu.is_some();
+        Self {
+            gpu,
+            software: compute.software,
+            threads: compute.threads(),
+            offered: compute.memory,
+        }
+    }
+
+    /// With a limit in GiB in place of what the device says.
+    pub fn with_limit(self, gib: Option<f64>) -> Self {
+        Self { offered: gib.map(|g| (g * f64::from(1 << 30)) as u64).or(self.offered), ..self }
+    }
+}
+
+/// Attention scores of all rows that a block is differentiated for at a time: 256 MiB a copy.
+const SCORES_AT_ONCE: f64 = (1 << 26) as f64;
+
+/// Rows that a block is differentiated for at a time. A function of the shapes alone, so that a run
+/// resumes to the bit.
+pub fn rows_at_once(shapes: &Shapes) -> usize {
+    let most = shapes.blocks.iter().map(|b| b.scores).fold(1.0, f64::max);
+    ((SCORES_AT_ONCE / most) as usize).max(1)
+}
+
+/// What a run's batches are like on a device.
+struct Batches {
+    /// Rows of the network in a batch, guidance's second among them.
+    rows: f64,
+    /// Images in a batch.
+    images: f64,
+    /// Batches that a rollout and an update run at once.
+    sampling: f64,
+    updating: f64,
+}
+
+impl Batches {
+    fn of(shapes: &Shapes, s: &Settings, target: Target) -> Self {
+        let guided = !shapes.distilled && Guidance::new(s.guidance_scale) != Guidance::Off;
+        let batch = rows_at_a_time(target.threads, s.images_per_update(), s.batch);
+        // An update runs its own share of the batches, a rollout all of them.
+        let per_update = s.images_per_update().div_ceil(batch);
+        let at_once = |batches: usize| target.threads.min(batches).max(1) as f64;
+        Self {
+            rows: (batch * if guided { 2 } else { 1 }) as f64,
+            images: batch as f64,
+            sampling: at_once(per_update * s.updates_per_epoch),
+            updating: at_once(per_update),
+        }
+    }
+}
+
+/// Estimates a run.
+pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
+    let batches = Batches::of(shapes, s, target);
+    let Batches { sampling, updating, .. } = batches;
+    let parameters: f64 =
+        shapes.targets.iter().map(|t| ((t.inputs + t.outputs) * s.rank) as f64).sum();
+    let steps = s.train_steps.unwrap_or(s.steps - usize::from(!s.train_last_step)) as f64;
+    let transitions = 2.0 * 4.0 * shapes.latent * steps;
+    let prompts = s.prompt.len().min(s.epochs.saturating_mul(s.groups())) as f64;
+    let program = match (target.gpu, target.software) {
+        (false, _) => PROGRAM,
+        (true, false) => PROGRAM_GPU,
+        (true, true) => PROGRAM_SOFTWARE,
+    };
+    let cast = match s.storage {
+        Storage::F32 => 0.0,
+        Storage::F16 | Storage::Q8 | Storage::Q4 => 4.0 * shapes.largest * sampling,
+    };
+    let on_device = if target.gpu { transitions * batches.images } else { 0.0 };
+    let text = &shapes.text;
+    Estimate {
+        weights: shapes.weights,
+        program: program + cast,
+        // On the host the values and two moments, now and at the last good epoch, and the sum of
+        // gradients; on the device the values once; of each batch its gradient there and on the
+        // host, and of those that wait their turn the host's.
+        adapter: 4.0
+            * parameters
+            * (8.0 + 2.0 * updating + if updating > 1.0 { updating } else { 0.0 }),
+        kept: transitions * s.images_per_epoch as f64 + 4.0 * text.embedding * prompts,
+        // The host keeps all transitions; it is the device's own memory unless the device is a
+        // card.
+        on_host: target.gpu && !target.software,
+        encode: text.weights
+            + 4.0
+                * (INFERENCE.stream * text.stream + INFERENCE.scores * text.scores.min(MAX_SCORES)),
+        rollout: rollout(shapes, &batches, target) * sampling + on_device,
+        update: update(shapes, s, &batches, target) * updating,
+        decode: decode(shapes, target) * sampling,
+        offered: target.offered,
+    }
+}
+
+fn is_unet(shapes: &Shapes) -> bool {
+    match shapes.family {
+        Family::StableDiffusion => true,
+        Family::StableDiffusion3 | Family::Flux => false,
+    }
+}
+
+/// A convolution works on one image at a time.
+fn convolution(shapes: &Shapes, b: &BlockShape) -> f64 {
+    if is_unet(shapes) { 4.0 * KERNEL * b.stream } else { 0.0 }
+}
+
+fn largest(blocks: &[BlockShape], f: impl Fn(&BlockShape) -> f64) -> f64 {
+    blocks.iter().map(f).fold(0.0, f64::max)
+}
+
+/// Activations of one batch of a rollout.
+fn rollout(shapes: &Shapes, batches: &Batches, target: Target) -> f64 {
+    let rows = batches.rows;
+    // The CPU's attention without gradients never holds its scores.
+    let scores = |b: &BlockShape| if target.gpu { (rows * b.scores).min(MAX_SCORES) } else { 0.0 };
+    largest(&shapes.blocks, |b| {
+        INFERENCE.bytes(b, rows, scores(b))
+            + 4.0 * rows * (b.input - b.stream).max(0.0)
+            + convolution(shapes, b)
+    })
+}
+
+/// Activations of one batch of an update.
+fn update(shapes: &Shapes, s: &Settings, batches: &Batches, target: Target) -> f64 {
+    let rows = batches.rows;
+    let unet = is_unet(shapes);
+    let tracked =
+        if s.activation_checkpointing { rows.min(rows_at_once(shapes) as f64) } else { rows };
+    let factors = if unet { SAVED_UNET } else { SAVED_TRANSFORMER };
+    let saved = |b: &BlockShape| factors.bytes(b, tracked, tracked * b.scores);
+    let backward =
+        |b: &BlockShape| BACKWARD.bytes(b, tracked, tracked * b.scores) + convolution(shapes, b);
+    if s.activation_checkpointing {
+        // Blocks share the tensors that only pass through them, so a block's input costs its
+        // stream.
+        let inputs = shapes.blocks.iter().map(|b| 4.0 * rows * b.stream).sum::<f64>();
+        return largest(&shapes.blocks, |b| saved(b) + backward(b)) + inputs;
+    }
+    let all = shapes.blocks.iter().map(saved).sum::<f64>() + largest(&shapes.blocks, backward);
+    let holes = unet && !target.gpu && batches.updating > 1.0;
+    all * if holes { HEAPS } else { 1.0 }
+}
+
+/// Activations of one picture's decoding.
+fn decode(shapes: &Shapes, target: Target) -> f64 {
+    let scores = |b: &BlockShape| if target.gpu { b.scores.min(MAX_SCORES) } else { 0.0 };
+    largest(&shapes.decoder, |b| DECODER.bytes(b, 1.0, scores(b)))
+}
+
+/// The largest `--batch` whose estimate fits, if any does.
+pub fn largest_batch(shapes: &Shapes, s: &Settings, target: Target) -> Option<usize> {
+    let offered = target.offered? as f64;
+    let fits =
+        |batch: usize| estimate(shapes, &Settings { batch, ..s.clone() }, target).peak() <= offered;
+    (1..=s.images_per_update()).rev().find(|&b| fits(b))
+}
+
+/// Refuses a run that cannot fit.
+///
+/// # Errors
+/// Names the estimate, what the device offers, and the settings to change.
+pub fn check(shapes: &Shapes, s: &Settings, target: Target) -> Result<Estimate> {
+    let found = estimate(shapes, s, target);
+    let Some(offered) = target.offered.filter(|&o| found.peak() > o as f64) else {
+        return Ok(found);
+    };
+    let text = |b: f64| memory_text(b as u64);
+    let smaller = match largest_batch(shapes, s, target) {
+        Some(batch) => format!("use --batch {batch}"),
+        None => way_out(shapes, s, target),
+    };
+    bail!(
+        "--batch {}: the run needs about {}, {} of it for weights, and the device offers {}; \
+         {smaller}, or --memory GIB if it offers more",
+        s.batch,
+        text(found.peak()),
+        text(found.weights),
+        memory_text(offered)
+    )
+}
+
+/// What helps where no batch fits.
+fn way_out(shapes: &Shapes, s: &Settings, target: Target) -> String {
+    if !s.activation_checkpointing {
+        return "use --activation-checkpointing true and --batch 1".into();
+    }
+    let smaller = match s.storage {
+        Storage::F32 => Some("f16"),
+        Storage::F16 => Some("q8"),
+        Storage::Q8 => Some("q4"),
+        Storage::Q4 => None,
+    };
+    let embeddings =
+        if s.embeddings.is_none() && shapes.family.is_flow() { ", --embeddings FILE" } else { "" };
+    let least = estimate(shapes, &Settings { batch: 1, ..s.clone() }, target);
+    match smaller {
+        Some(storage) => format!(
+            "even --batch 1 needs {}: use --storage {storage}{embeddings} or a smaller \
+             --resolution",
+            memory_text(least.peak() as u64)
+        ),
+        None => format!("use a smaller --resolution{embeddings}"),
+    }
+}
+
+/// The table of `pcpo-wgpu plan`.
+pub fn text(estimate: &Estimate, s: &Settings, largest: Option<usize>) -> String {
+    let mib = |b: f64| format!("{:>10.0} MiB", b / f64::from(1 << 20));
+    let storage = format!("weights ({:?})", s.storage).to_lowercase();
+    let mut out = format!("{storage:<20} {}\n", mib(estimate.weights));
+    for (name, bytes) in [
+        ("program and casts", estimate.program),
+        ("adapter", estimate.adapter),
+        ("kept by rollout", estimate.kept),
+        ("text encoders", estimate.encode),
+        ("rollout", estimate.rollout),
+        ("update", estimate.update),
+        ("decode", estimate.decode),
+    ] {
+        out += &format!("{name:<20} {}\n", mib(bytes));
+    }
+    out += &format!(
+        "peak                 {}   program and text encoders, or weights, program, adapter, \
+         kept and the largest phase\n",
+        mib(estimate.peak())
+    );
+    if let Some(offered) = estimate.offered {
+        out += &format!("the device offers    {}\n", mib(offered as f64));
+        out += &match largest {
+            Some(batch) => format!("largest --batch      {batch:>10}\n"),
+            None => "no --batch fits\n".to_string(),
+        };
+    }
+    out
+}

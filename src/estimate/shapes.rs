@@ -1,0 +1,184 @@
+//! What a model folder looks like from outside: the sizes of its weights and of what its blocks
+//! work on, from its configurations and the headers of its weight files.
+
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use crate::config::Settings;
+use crate::io::weights::Weights;
+use crate::lora::adapter::targeted;
+use crate::lora::formats;
+use crate::model::config::BlockShape;
+use crate::model::family::Family;
+use crate::model::loader::{QUANTISED_BLOCK, Storage};
+use crate::model::pipeline::latent_size;
+use crate::model::text::clip::ClipConfig;
+use crate::model::text::embeddings::PromptEmbeddings;
+use crate::model::text::t5::{PROMPTS_AT_ONCE, T5Config};
+use crate::model::vae::VaeConfig;
+
+/// Inputs and outputs of a layer that the adapter is on.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct TargetShape {
+    pub inputs: usize,
+    pub outputs: usize,
+}
+
+/// What the text encoders need, which run before the network is loaded.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct TextShape {
+    /// Bytes of the weights that are held while they run.
+    pub weights: f64,
+    /// Elements of what a few prompts take in the widest layer, and of their scores.
+    pub stream: f64,
+    pub scores: f64,
+    /// Elements of a prompt's embedding, which the host keeps.
+    pub embedding: f64,
+}
+
+/// What a model folder looks like to the estimate.
+#[derive(Clone, Debug)]
+pub struct Shapes {
+    pub family: Family,
+    pub blocks: Vec<BlockShape>,
+    pub decoder: Vec<BlockShape>,
+    pub text: TextShape,
+    /// Bytes of network and VAE in a storage type.
+    pub weights: f64,
+    /// Elements of the largest matrix.
+    pub largest: f64,
+    /// Elements of one latent.
+    pub latent: f64,
+    pub targets: Vec<TargetShape>,
+    pub distilled: bool,
+}
+
+/// Reads the shapes of a model folder for a run's settings; `lora` is the adapter's file where it
+/// is not a fresh one.
+///
+/// # Errors
+/// Names the file that is missing or the field that is not supported.
+pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
+    let family = Family::of(&s.model)?;
+    let network = family.config(&s.model)?;
+    let vae = VaeConfig::read(&s.model.join("vae"))?;
+    let [channels, height, width] = network.latent_shape();
+    let size = match s.resolution {
+        Some(pixels) => latent_size(pixels, vae.factor())?,
+        None => [height, width],
+    };
+    let clip = if s.embeddings.is_none() {
+        Some(ClipConfig::read(&s.model.join("text_encoder"))?)
+    } else {
+        None
+    };
+    let tokens = match (&s.embeddings, &clip) {
+        (Some(file), _) => PromptEmbeddings::open(file)?.tokens(),
+        (None, clip) => {
+            let clip = clip.as_ref().map_or(0, |c| c.max_tokens);
+            family.text().tokens(clip, s.max_sequence_length)
+        }
+    };
+    let text = match &clip {
+        Some(clip) => text_shape(s, family, clip, tokens * network.context()[0])?,
+        None => TextShape::default(),
+    };
+    let (mut weights, mut largest, mut targets) = (0.0, 0f64, Vec::new());
+    for part in [family.network(), "vae"] {
+        let files = Weights::open_dir(&s.model.join(part))?;
+        for (name, shape) in tensors(&files) {
+            let elements = elements(shape);
+            weights += elements * bytes_per_weight(name, shape, s.storage);
+            if shape.len() >= 2 && !name.contains("embed") {
+                largest = largest.max(elements);
+            }
+            let module = name.strip_suffix(".weight").unwrap_or_default();
+            let trained = lora.is_none() && targeted(module, &s.target_modules);
+            if let (true, &[outputs, inputs]) = (trained && part == family.network(), shape)
+                && module.contains("block")
+            {
+                targets.push(TargetShape { inputs, outputs });
+            }
+        }
+    }
+    if let Some(file) = lora {
+        let adapter = formats::read(file, &[]).context("--lora")?;
+        let shape =
+            |l: &crate::lora::adapter::Layer| TargetShape { inputs: l.inputs, outputs: l.outputs };
+        targets.extend(adapter.layers.iter().map(shape));
+    }
+    Ok(Shapes {
+        family,
+        blocks: network.block_shapes(size, tokens),
+        decoder: vae.decoder_shapes(size),
+        text,
+        weights,
+        largest,
+        latent: channels as f64 * size[0] as f64 * size[1] as f64,
+        targets,
+        distilled: network.distilled(),
+    })
+}
+
+fn tensors(files: &Weights) -> impl Iterator<Item = (&str, &[usize])> {
+    files.names().map(|name| (name, files.shape(name).expect("a listed tensor has a shape")))
+}
+
+fn elements(shape: &[usize]) -> f64 {
+    shape.iter().map(|&n| n as f64).product()
+}
+
+/// The text encoders of a folder; `embedding` is the number of values of a prompt's sequence.
+fn text_shape(
+    s: &Settings,
+    family: Family,
+    clip: &ClipConfig,
+    embedding: usize,
+) -> Result<TextShape> {
+    let layout = family.text();
+    let mut text = TextShape { embedding: embedding as f64, ..Default::default() };
+    for part in layout.held() {
+        let files = Weights::open_dir(&s.model.join(part))?;
+        text.weights += tensors(&files)
+            .map(|(name, shape)| elements(shape) * bytes_per_weight(name, shape, s.storage))
+            .sum::<f64>();
+    }
+    let prompts = s.prompt.len().min(PROMPTS_AT_ONCE) as f64;
+    let rows = prompts * clip.max_tokens as f64;
+    text.stream = rows * clip.inner as f64;
+    text.scores = rows * clip.heads as f64 * clip.max_tokens as f64;
+    let Some(dir) = layout.streamed().map(|part| s.model.join(part)).filter(|d| d.is_dir()) else {
+        return Ok(text);
+    };
+    // T5 is read layer by layer: one of them is held, beside the weights of CLIP.
+    let t5 = T5Config::read(&dir)?;
+    let files = Weights::open_dir(&dir)?;
+    let layer = tensors(&files)
+        .filter(|(name, _)| name.contains(".block.0."))
+        .map(|(name, shape)| elements(shape) * bytes_per_weight(name, shape, s.storage));
+    text.weights += layer.sum::<f64>();
+    let rows = prompts * s.max_sequence_length as f64;
+    text.stream = text.stream.max(rows * t5.inner as f64);
+    text.scores = text.scores.max(rows * (t5.heads * s.max_sequence_length) as f64);
+    Ok(text)
+}
+
+/// Bytes of one weight as [`crate::model::nn`] stores it: matrices and kernels in the storage type,
+/// the rest in f32.
+fn bytes_per_weight(name: &str, shape: &[usize], storage: Storage) -> f64 {
+    let quantised = |bits: f64| bits / 8.0 + 4.0 / QUANTISED_BLOCK as f64;
+    let table = name.contains("token_embedding")
+        || name.contains("position_embedding")
+        || name.ends_with("pos_embed");
+    if shape.len() < 2 || table {
+        return 4.0;
+    }
+    let in_blocks = shape.len() == 2 && shape[1].is_multiple_of(QUANTISED_BLOCK);
+    match storage {
+        Storage::F32 => 4.0,
+        Storage::Q8 if in_blocks => quantised(8.0),
+        Storage::Q4 if in_blocks => quantised(4.0),
+        Storage::F16 | Storage::Q8 | Storage::Q4 => 2.0,
+    }
+}

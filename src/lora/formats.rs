@@ -1,0 +1,285 @@
+//! Adapters as safetensors: diffusers' keys (which peft made and ComfyUI reads too) and kohya's for
+//! A1111. Keys begin with the network's place in the pipeline, `unet` or `transformer`.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use clap::ValueEnum;
+use serde_json::{Value, json};
+
+use super::adapter::{Adapter, Layer, LinearShape};
+use crate::io::tensors::{HostTensor, write_tensors};
+use crate::io::weights::Weights;
+
+/// File layouts of an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// `unet.X.lora_A.weight`, for diffusers' `load_lora_weights`.
+    Diffusers,
+    /// `lora_unet_X.lora_down.weight`, for A1111 and ComfyUI.
+    Kohya,
+}
+
+fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
+    let columns = values.len() / rows.max(1);
+    (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
+}
+
+/// diffusers keeps rank and alpha in the file's metadata, one JSON string.
+fn diffusers_metadata(adapter: &Adapter, network: &str) -> String {
+    let mut targets: Vec<&str> = adapter.layers.iter().map(|l| l.name.as_str()).collect();
+    targets.sort_unstable();
+    let fields = json!({
+        "peft_type": "LORA",
+        "r": adapter.rank,
+        "lora_alpha": adapter.alpha,
+        "target_modules": targets,
+        "init_lora_weights": "gaussian",
+        "bias": "none",
+    });
+    let fields = fields.as_object().expect("an object").iter();
+    let prefixed = fields.map(|(k, v)| (format!("{network}.{k}"), v.clone()));
+    Value::Object(prefixed.collect()).to_string()
+}
+
+/// The adapter as named tensors in a format's keys and orientations; `network` is its place in the
+/// pipeline.
+pub fn tensors(adapter: &Adapter, format: Format, network: &str) -> Vec<HostTensor> {
+    let r = adapter.rank;
+    let mut out = Vec::new();
+    for l in &adapter.layers {
+        // Files hold PyTorch's [out, in].
+        let (down, up) = (transpose(&l.a, l.inputs), transpose(&l.b, r));
+        let (down_shape, up_shape) = ([r, l.inputs], [l.outputs, r]);
+        match format {
+            Format::Diffusers => {
+                let key = |side: &str| format!("{network}.{}.lora_{side}.weight", l.name);
+                out.push(HostTensor::new(key("A"), down_shape, down));
+                out.push(HostTensor::new(key("B"), up_shape, up));
+            }
+            Format::Kohya => {
+                let name = format!("lora_{network}_{}", l.name.replace('.', "_"));
+                let key = |part: &str| format!("{name}.{part}");
+                out.push(HostTensor::new(key("lora_down.weight"), down_shape, down));
+                out.push(HostTensor::new(key("lora_up.weight"), up_shape, up));
+                out.push(HostTensor::new(key("alpha"), [], vec![adapter.alpha as f32]));
+            }
+        }
+    }
+    out
+}
+
+/// Writes an adapter; `network` is its place in the pipeline.
+///
+/// # Errors
+/// When the file cannot be written.
+pub fn save(adapter: &Adapter, path: &Path, format: Format, network: &str) -> Result<()> {
+    let metadata = match format {
+        Format::Diffusers => vec![
+            ("format", "pt".to_string()),
+            ("lora_adapter_metadata", diffusers_metadata(adapter, network)),
+        ],
+        Format::Kohya => vec![
+            ("ss_network_module", "networks.lora".to_string()),
+            ("ss_network_dim", adapter.rank.to_string()),
+            ("ss_network_alpha", adapter.alpha.to_string()),
+        ],
+    };
+    write_tensors(path, &tensors(adapter, format, network), &metadata)
+}
+
+/// A network's place in a pipeline: what adapters' keys begin with.
+const NETWORKS: [&str; 2] = ["unet", "transformer"];
+
+/// Loads an adapter of diffusers', peft's or kohya's layout; `linears` are the network's layers.
+///
+/// # Errors
+/// When a key is not known, a pair is incomplete, ranks differ, or a layer is not in the network.
+pub fn load(path: &Path, linears: &[LinearShape]) -> Result<Adapter> {
+    let mut adapter = read(path, linears)?;
+    // The network's order, so that a loaded adapter has the parameters of a fresh one.
+    let order: BTreeMap<&str, usize> =
+        linears.iter().enumerate().map(|(i, l)| (l.name.as_str(), i)).collect();
+    adapter.layers.sort_by_key(|l| order.get(l.name.as_str()).copied().unwrap_or(usize::MAX));
+    adapter.fits(linears).with_context(|| path.display().to_string())?;
+    Ok(adapter)
+}
+
+/// Reads an adapter without its network: rank, alpha and sizes are right, names of kohya's layout
+/// are left flat.
+///
+/// # Errors
+/// As [`load`], but for layers that are not in the network.
+pub fn read(path: &Path, linears: &[LinearShape]) -> Result<Adapter> {
+    let file = Weights::open_file(path)?;
+    let keys = Keys::of(&file, linears)?;
+    let mut rank = None;
+    let mut layers = Vec::new();
+    for (module, [down, up]) in &keys.matrices {
+        let [Some(down), Some(up)] = [down, up] else {
+            bail!("{}: layer {module} has only one of its two matrices", path.display())
+        };
+        let layer = layer(path, module, file.f32(down)?, file.f32(up)?)?;
+        let r = layer.a.len() / layer.inputs;
+        let first = *rank.get_or_insert(r);
+        ensure!(
+            r == first,
+            "{}: layer {module} has rank {r}, others {first}; one rank is supported",
+            path.display()
+        );
+        layers.push(layer);
+    }
+    let rank = rank.ok_or_else(|| anyhow!("{}: holds no LoRA", path.display()))?;
+    let mut alphas = Vec::new();
+    for key in &keys.alphas {
+        alphas.extend(file.f32(key)?.values.into_iter().map(f64::from));
+    }
+    alphas.extend(alpha_of_config(path, &file)?);
+    // Without a word on alpha, diffusers takes it to equal the rank.
+    let alpha = alphas.first().copied().unwrap_or(rank as f64);
+    ensure!(
+        alphas.iter().all(|&a| a == alpha),
+        "{}: its layers differ in alpha; one alpha is supported",
+        path.display()
+    );
+    ensure!(
+        alpha.is_finite() && alpha > 0.0,
+        "{}: alpha is {alpha}; a positive number is supported",
+        path.display()
+    );
+    Ok(Adapter { rank, alpha, layers })
+}
+
+/// The keys of a file by what they are.
+struct Keys {
+    /// The matrices of each module, A and B.
+    matrices: BTreeMap<String, [Option<String>; 2]>,
+    /// kohya's alphas.
+    alphas: Vec<String>,
+}
+
+impl Keys {
+    fn of(file: &Weights, linears: &[LinearShape]) -> Result<Self> {
+        let flat = |l: &LinearShape| (l.name.replace('.', "_"), l.name.clone());
+        let kohya: BTreeMap<String, String> = linears.iter().map(flat).collect();
+        let mut keys = Self { matrices: BTreeMap::new(), alphas: Vec::new() };
+        for key in file.names() {
+            let split = split_key(key);
+            let (module, side) = split.ok_or_else(|| {
+                anyhow!("{}: key {key} is not that of a LoRA", file.source().display())
+            })?;
+            let module = module_name(module, &kohya);
+            match side {
+                Side::Down => keys.matrices.entry(module).or_default()[0] = Some(key.into()),
+                Side::Up => keys.matrices.entry(module).or_default()[1] = Some(key.into()),
+                Side::Alpha => keys.alphas.push(key.into()),
+            }
+        }
+        Ok(keys)
+    }
+}
+
+/// A module as the network names it; `kohya` has the names that flat ones stand for.
+fn module_name(module: &str, kohya: &BTreeMap<String, String>) -> String {
+    if let Some(flat) = NETWORKS.iter().find_map(|n| module.strip_prefix(&format!("lora_{n}_"))) {
+        return kohya.get(flat).cloned().unwrap_or_else(|| flat.to_string());
+    }
+    let module = module.trim_start_matches("base_model.model.");
+    let own = NETWORKS.iter().find_map(|n| module.strip_prefix(&format!("{n}.")));
+    own.unwrap_or(module).to_string()
+}
+
+/// A layer of the file's two matrices, `[rank, in]` and `[out, rank]`.
+fn layer(path: &Path, module: &str, down: HostTensor, up: HostTensor) -> Result<Layer> {
+    let (d, u) = (&down.shape, &up.shape);
+    let matrices = d.len() >= 2
+        && u.len() >= 2
+        && d[0] == u[1]
+        && d.iter().chain(u).all(|&n| n > 0)
+        && d[2..].iter().chain(&u[2..]).all(|&n| n == 1);
+    ensure!(
+        matrices,
+        "{}: layer {module} has shapes {d:?} and {u:?}, not [rank, in] and [out, rank]",
+        path.display()
+    );
+    Ok(Layer {
+        name: module.to_string(),
+        inputs: d[1],
+        outputs: u[0],
+        a: transpose(&down.values, d[0]),
+        b: transpose(&up.values, u[0]),
+    })
+}
+
+/// Alpha as the file's configuration has it: in diffusers' metadata, or in the file that peft's own
+/// `save_pretrained` writes beside the weights.
+fn alpha_of_config(path: &Path, file: &Weights) -> Result<Option<f64>> {
+    if let Some(text) = file.metadata("lora_adapter_metadata")? {
+        let source = format!("{}: metadata lora_adapter_metadata", path.display());
+        let json: Value =
+            serde_json::from_str(&text).with_context(|| format!("{source}: not valid JSON"))?;
+        for network in NETWORKS {
+            let field = |name: &str| json[format!("{network}.{name}")].clone();
+            refuse_variants(&source, field)?;
+            if let Some(alpha) = number(&source, "lora_alpha", &field("lora_alpha"))? {
+                return Ok(Some(alpha));
+            }
+        }
+        return Ok(None);
+    }
+    let beside = path.with_file_name("adapter_config.json");
+    if !file.names().any(|k| k.starts_with("base_model.model.")) || !beside.is_file() {
+        return Ok(None);
+    }
+    let config: Value = crate::io::read_json(&beside)?;
+    let source = beside.display().to_string();
+    refuse_variants(&source, |name| config[name].clone())?;
+    number(&source, "lora_alpha", &config["lora_alpha"])
+}
+
+fn number(source: &str, name: &str, value: &Value) -> Result<Option<f64>> {
+    match value {
+        Value::Null => Ok(None),
+        v => {
+            let found = v.as_f64();
+            found.map(Some).ok_or_else(|| anyhow!("{source}: {name} = {v} is not a number"))
+        }
+    }
+}
+
+/// Refuses what would change the adapter's scale or form: a file that is read as something else
+/// would train or draw something else.
+fn refuse_variants(source: &str, field: impl Fn(&str) -> Value) -> Result<()> {
+    for name in ["use_rslora", "use_dora"] {
+        ensure!(field(name) != true, "{source}: {name} = true is not supported");
+    }
+    let pattern = field("alpha_pattern");
+    ensure!(
+        pattern.is_null() || pattern.as_object().is_some_and(|o| o.is_empty()),
+        "{source}: alpha_pattern = {pattern} is not supported; one alpha for all layers is"
+    );
+    Ok(())
+}
+
+enum Side {
+    Down,
+    Up,
+    Alpha,
+}
+
+fn split_key(key: &str) -> Option<(&str, Side)> {
+    for (ending, down) in [
+        (".lora_A.weight", true),
+        (".lora_B.weight", false),
+        (".lora_down.weight", true),
+        (".lora_up.weight", false),
+        (".lora.down.weight", true),
+        (".lora.up.weight", false),
+    ] {
+        if let Some(module) = key.strip_suffix(ending) {
+            return Some((module, if down { Side::Down } else { Side::Up }));
+        }
+    }
+    key.strip_suffix(".alpha").map(|module| (module, Side::Alpha))
+}

@@ -1,0 +1,87 @@
+//! Reference files: tensors that PyTorch wrote, by the names of a diffusers class's `forward`.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use burn::tensor::{Device, Tensor};
+
+use super::conditioning::Conditioning;
+use crate::device::tensor::upload;
+use crate::io::tensors::HostTensor;
+use crate::io::weights::Weights;
+
+/// A reference file, and the device that its tensors go to.
+pub struct ReferenceTensors {
+    pub file: Weights,
+    pub device: Device,
+}
+
+impl ReferenceTensors {
+    /// Opens a file.
+    ///
+    /// # Errors
+    /// When it is not safetensors.
+    pub fn open(path: &Path, device: &Device) -> Result<Self> {
+        Ok(Self { file: Weights::open_file(path)?, device: device.clone() })
+    }
+
+    /// The file's path.
+    pub fn path(&self) -> &Path {
+        self.file.source()
+    }
+
+    /// Whether it holds a tensor.
+    pub fn has(&self, name: &str) -> bool {
+        self.file.has(name)
+    }
+
+    /// A tensor as it is: a value that is not finite is a failed comparison, not an unreadable
+    /// file.
+    ///
+    /// # Errors
+    /// When it is missing or has another number of dimensions.
+    pub fn tensor<const D: usize>(&self, name: &str) -> Result<Tensor<D>> {
+        let HostTensor { shape, values, .. } = self.file.raw(name)?;
+        let found = shape.clone();
+        let shape: [usize; D] = shape.try_into().ok().with_context(|| {
+            let path = self.path().display();
+            format!("{path}: {name} has shape {found:?}, expected {D} dimensions")
+        })?;
+        Ok(upload(&values, shape, &self.device))
+    }
+
+    /// A tensor's values, of which there have to be so many.
+    ///
+    /// # Errors
+    /// When it is missing or of another size.
+    pub fn values(&self, name: &str, count: usize) -> Result<Vec<f32>> {
+        let t = self.file.raw(name)?;
+        let path = self.path().display();
+        ensure!(
+            t.values.len() == count,
+            "{path}: {name} has shape {:?}, expected {count} values",
+            t.shape
+        );
+        Ok(t.values)
+    }
+
+    /// What the network is conditioned on, for `rows` images: `in.encoder_hidden_states`, and
+    /// `in.pooled_projections` where the network takes a pooled embedding.
+    ///
+    /// # Errors
+    /// When one is missing or does not fit the network.
+    pub fn conditioning(&self, rows: usize, context: [usize; 2]) -> Result<Conditioning> {
+        let sequence = self.tensor::<3>("in.encoder_hidden_states")?;
+        let pooled = (context[1] > 0).then(|| self.tensor::<2>("in.pooled_projections"));
+        let pooled = pooled.transpose()?;
+        let widths = [sequence.dims()[2], pooled.as_ref().map_or(0, |p| p.dims()[1])];
+        let counts = [sequence.dims()[0], pooled.as_ref().map_or(rows, |p| p.dims()[0])];
+        ensure!(
+            counts == [rows; 2] && widths == context,
+            "{}: embeddings of {counts:?} images, {widths:?} wide, do not fit {rows} images and a \
+             network that takes {context:?}",
+            self.path().display()
+        );
+        Ok(Conditioning { sequence, pooled })
+    }
+}

@@ -1,0 +1,206 @@
+//! transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
+
+use std::path::Path;
+
+use anyhow::{Result, bail, ensure};
+use burn::tensor::{Device, Int, Tensor, TensorData};
+
+use crate::io::weights::Weights;
+use crate::model::attention::Attention;
+use crate::model::config::Config;
+use crate::model::loader::{Loader, Storage};
+use crate::model::nn::{Activation, LayerNorm, Linear};
+
+/// The numbers of a CLIP text encoder.
+#[derive(Clone, Debug)]
+pub struct ClipConfig {
+    pub width: usize,
+    pub heads: usize,
+    /// Width of the feed-forward.
+    pub inner: usize,
+    pub layers: usize,
+    pub vocabulary: usize,
+    pub max_tokens: usize,
+    projection: usize,
+    eps: f64,
+    activation: Activation,
+    end: u32,
+}
+
+impl ClipConfig {
+    /// Reads a text encoder's `config.json`.
+    ///
+    /// # Errors
+    /// Names the field that is missing or not supported.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let c = Config::open(dir)?;
+        let classes = ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"];
+        if let Some(architecture) = c.json["architectures"][0].as_str()
+            && !classes.contains(&architecture)
+        {
+            let what = "is not supported; CLIPTextModel and CLIPTextModelWithProjection are";
+            bail!(c.bad("architectures", what));
+        }
+        let width = c.width("hidden_size", 512)?;
+        let heads = c.count("num_attention_heads", 8)?;
+        ensure!(
+            width.is_multiple_of(heads),
+            c.bad("num_attention_heads", &format!("does not divide hidden_size = {width}"))
+        );
+        Ok(Self {
+            width,
+            heads,
+            inner: c.width("intermediate_size", 2048)?,
+            layers: c.count("num_hidden_layers", 12)?,
+            vocabulary: c.width("vocab_size", 49408)?,
+            max_tokens: c.width("max_position_embeddings", 77)?,
+            projection: c.width("projection_dim", 512)?,
+            eps: c.float("layer_norm_eps", 1e-5)?,
+            activation: c.activation("hidden_act", "quick_gelu")?,
+            end: c.size("eos_token_id", 49407)? as u32,
+        })
+    }
+}
+
+struct Layer {
+    norm1: LayerNorm,
+    attention: Attention,
+    norm2: LayerNorm,
+    fc1: Linear,
+    fc2: Linear,
+}
+
+impl Layer {
+    fn load(root: &Loader, c: &ClipConfig, i: usize) -> Result<Self> {
+        let l = root.at(format!("encoder.layers.{i}"));
+        let names = ["q_proj", "k_proj", "v_proj", "out_proj"];
+        Ok(Self {
+            norm1: LayerNorm::load(&l, "layer_norm1", c.width, c.eps)?,
+            attention: Attention::load(&l.at("self_attn"), names, c.width, c.width, c.heads)?,
+            norm2: LayerNorm::load(&l, "layer_norm2", c.width, c.eps)?,
+            fc1: Linear::load(&l, "mlp.fc1", c.width, c.inner)?,
+            fc2: Linear::load(&l, "mlp.fc2", c.inner, c.width)?,
+        })
+    }
+}
+
+/// What the encoder makes of prompts.
+pub struct ClipOutput {
+    /// The last hidden state after the final norm, `[B, T, width]`: Stable Diffusion 1 and 2's
+    /// sequence.
+    pub last: Tensor<3>,
+    /// The hidden state before the last layer, not normalised: Stable Diffusion 3's sequence.
+    pub penultimate: Tensor<3>,
+    /// The last hidden state at the end token, projected where the model has a projection, `[B,
+    /// P]`.
+    pub pooled: Tensor<2>,
+}
+
+/// A text encoder.
+pub struct ClipText {
+    pub width: usize,
+    pub max_tokens: usize,
+    pub vocabulary: usize,
+    activation: Activation,
+    tokens: Tensor<2>,
+    positions: Tensor<2>,
+    layers: Vec<Layer>,
+    norm: LayerNorm,
+    projection: Option<Linear>,
+    end: u32,
+    device: Device,
+}
+
+/// The end token of configs from before transformers fixed it: there the pooled position is that of
+/// the largest token.
+const WRONG_END: u32 = 2;
+
+impl ClipText {
+    /// Loads a `text_encoder` folder, with or without the `text_model.` prefix in its keys.
+    ///
+    /// # Errors
+    /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
+    pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
+        let c = ClipConfig::read(dir)?;
+        let weights = Weights::open_dir(dir)?;
+        let outer = Loader::new(&weights, device, storage);
+        let projection = if outer.has("text_projection.weight") {
+            Some(Linear::load(&outer, "text_projection", c.width, c.projection)?)
+        } else {
+            None
+        };
+        let prefixed = weights.has("text_model.final_layer_norm.weight");
+        let root = if prefixed { outer.at("text_model") } else { outer };
+        let tokens = "embeddings.token_embedding.weight";
+        let positions = "embeddings.position_embedding.weight";
+        Ok(Self {
+            width: c.width,
+            max_tokens: c.max_tokens,
+            vocabulary: c.vocabulary,
+            activation: c.activation,
+            tokens: root.tensor(tokens, [c.vocabulary, c.width])?,
+            positions: root.tensor(positions, [c.max_tokens, c.width])?,
+            layers: (0..c.layers).map(|i| Layer::load(&root, &c, i)).collect::<Result<_>>()?,
+            norm: LayerNorm::load(&root, "final_layer_norm", c.width, c.eps)?,
+            projection,
+            end: c.end,
+            device: device.clone(),
+        })
+    }
+
+    /// Width of the pooled output.
+    pub fn pooled_width(&self) -> usize {
+        self.projection.as_ref().map_or(self.width, |p| p.shape.outputs)
+    }
+
+    /// Token numbers, one row a prompt, all of one length.
+    ///
+    /// # Errors
+    /// When a token is outside the vocabulary or a row too long.
+    pub fn forward(&self, ids: &[Vec<u32>]) -> Result<ClipOutput> {
+        let (b, t) = (ids.len(), ids[0].len());
+        ensure!(t <= self.max_tokens, "the text encoder takes {} tokens, not {t}", self.max_tokens);
+        let flat: Vec<i32> = ids.iter().flatten().map(|&i| i as i32).collect();
+        ensure!(
+            flat.iter().all(|&i| (i as usize) < self.vocabulary),
+            "a token is outside the text encoder's vocabulary of {}; do tokenizer and text_encoder \
+             belong together?",
+            self.vocabulary
+        );
+        let ends: Vec<usize> = ids.iter().map(|row| self.end_of(row)).collect();
+        let ids = Tensor::<1, Int>::from_data(TensorData::new(flat, [b * t]), &self.device);
+        let positions = self.positions.clone().narrow(0, 0, t).unsqueeze::<3>();
+        let mut x = self.tokens.clone().select(0, ids).reshape([b, t, self.width]) + positions;
+        let causal: Vec<f32> =
+            (0..t * t).map(|i| if i % t > i / t { -1e30 } else { 0.0 }).collect();
+        let causal = Tensor::<4>::from_data(TensorData::new(causal, [1, 1, t, t]), &self.device);
+        let mut penultimate = x.clone();
+        for layer in &self.layers {
+            penultimate = x.clone();
+            let y = layer.norm1.forward(x.clone());
+            x = x + layer.attention.forward(y, None, Some(causal.clone()), None);
+            let y = layer.fc1.forward(layer.norm2.forward(x.clone()), None);
+            x = x + layer.fc2.forward(self.activation.forward(y), None);
+        }
+        let last = self.norm.forward(x);
+        let rows = ends
+            .iter()
+            .enumerate()
+            .map(|(row, &at)| last.clone().narrow(0, row, 1).narrow(1, at, 1));
+        let pooled = Tensor::cat(rows.collect(), 0).squeeze_dim::<2>(1);
+        let pooled = match &self.projection {
+            Some(projection) => projection.forward(pooled, None),
+            None => pooled,
+        };
+        Ok(ClipOutput { last, penultimate, pooled })
+    }
+
+    /// Where a row's end token is, as transformers finds it.
+    fn end_of(&self, row: &[u32]) -> usize {
+        if self.end == WRONG_END {
+            let largest = row.iter().max().copied().unwrap_or_default();
+            return row.iter().position(|&i| i == largest).unwrap_or_default();
+        }
+        row.iter().position(|&i| i == self.end).unwrap_or_default()
+    }
+}

@@ -1,0 +1,175 @@
+//! Text embeddings of a run's prompts, made once: on the host, or rows of a file that
+//! `pcpo-wgpu embed` wrote.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use burn::tensor::Device;
+
+use crate::device::tensor::upload;
+use crate::io::tensors::{HostTensor, write_tensors};
+use crate::io::weights::Weights;
+use crate::model::conditioning::Conditioning;
+
+/// Embeddings of prompts, by their row.
+pub struct PromptEmbeddings {
+    rows: HashMap<String, usize>,
+    /// Tokens and width of a prompt's sequence.
+    sequence: [usize; 2],
+    /// Width of a prompt's pooled embedding, 0 without one.
+    pooled: usize,
+    source: Source,
+}
+
+enum Source {
+    Host { sequence: Vec<f32>, pooled: Vec<f32> },
+    File(Weights),
+}
+
+impl PromptEmbeddings {
+    /// Embeddings that were just made: `sequence` `[N, T, D]` and `pooled` `[N, P]`.
+    pub fn new(
+        prompts: &[String],
+        [tokens, width]: [usize; 2],
+        sequence: Vec<f32>,
+        pooled: Vec<f32>,
+    ) -> Self {
+        let rows = prompts.iter().cloned().zip(0..).collect();
+        let pooled_width = pooled.len() / prompts.len().max(1);
+        Self {
+            rows,
+            sequence: [tokens, width],
+            pooled: pooled_width,
+            source: Source::Host { sequence, pooled },
+        }
+    }
+
+    /// Opens a file of embeddings; rows are read when asked for.
+    ///
+    /// # Errors
+    /// When it is not one that `embed` wrote.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = Weights::open_file(path)?;
+        let prompts: Vec<String> = serde_json::from_str(&file.required_metadata("prompts")?)
+            .with_context(|| format!("{}: metadata entry prompts", path.display()))?;
+        let n = prompts.len();
+        let shape = file.shape("sequence").map(<[usize]>::to_vec);
+        let sequence = match shape.as_deref() {
+            Some(&[rows, tokens, width]) if rows == n && tokens > 0 => Some([tokens, width]),
+            _ => None,
+        };
+        let sequence = sequence.with_context(|| {
+            format!(
+                "{}: tensor sequence has shape {shape:?}, expected [{n}, T, D]; make the file with \
+                 `pcpo-wgpu embed`",
+                path.display()
+            )
+        })?;
+        let pooled = match file.shape("pooled") {
+            None => 0,
+            Some(&[rows, width]) if rows == n => width,
+            Some(other) => anyhow::bail!(
+                "{}: tensor pooled has shape {other:?}, expected [{n}, P]; make the file with \
+                 `pcpo-wgpu embed`",
+                path.display()
+            ),
+        };
+        let rows = prompts.into_iter().zip(0..).collect();
+        Ok(Self { rows, sequence, pooled, source: Source::File(file) })
+    }
+
+    /// Widths of the sequence and of the pooled embedding (0 without one).
+    pub fn widths(&self) -> [usize; 2] {
+        [self.sequence[1], self.pooled]
+    }
+
+    /// Tokens of a sequence.
+    pub fn tokens(&self) -> usize {
+        self.sequence[0]
+    }
+
+    /// The row of a prompt.
+    ///
+    /// # Errors
+    /// When the file of embeddings has none of it.
+    pub fn row_of(&self, prompt: &str) -> Result<usize> {
+        self.rows.get(prompt).copied().with_context(|| {
+            let file = match &self.source {
+                Source::File(file) => file.source().display().to_string(),
+                Source::Host { .. } => String::new(),
+            };
+            format!(
+                "--embeddings {file}: has no embedding of the prompt {prompt:?}; make the file \
+                 again with `pcpo-wgpu embed` and all prompts"
+            )
+        })
+    }
+
+    /// Rows, in the order that they are named, on a device.
+    ///
+    /// # Errors
+    /// When a row of a file is damaged.
+    pub fn conditioning(&self, rows: &[usize], device: &Device) -> Result<Conditioning> {
+        let [tokens, width] = self.sequence;
+        let (mut sequences, mut pooleds) = (Vec::new(), Vec::new());
+        for &row in rows {
+            match &self.source {
+                Source::Host { sequence, pooled } => {
+                    let (n, p) = (tokens * width, self.pooled);
+                    sequences.extend_from_slice(&sequence[row * n..(row + 1) * n]);
+                    pooleds.extend_from_slice(&pooled[row * p..(row + 1) * p]);
+                }
+                Source::File(file) => {
+                    sequences.extend(file.row("sequence", row, &[tokens, width])?);
+                    if self.pooled > 0 {
+                        pooleds.extend(file.row("pooled", row, &[self.pooled])?);
+                    }
+                }
+            }
+        }
+        let b = rows.len();
+        Ok(Conditioning {
+            sequence: upload(&sequences, [b, tokens, width], device),
+            pooled: (self.pooled > 0).then(|| upload(&pooleds, [b, self.pooled], device)),
+        })
+    }
+
+    /// Writes embeddings that were just made as [`Self::open`] reads them: `sequence` `[N, T, D]`
+    /// and `pooled` `[N, P]` in f32, and the prompts as a JSON list in the metadata.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(self, path: &Path) -> Result<()> {
+        let mut prompts: Vec<(String, usize)> = self.rows.into_iter().collect();
+        prompts.sort_by_key(|(_, row)| *row);
+        let prompts: Vec<String> = prompts.into_iter().map(|(prompt, _)| prompt).collect();
+        let (n, [tokens, width]) = (prompts.len(), self.sequence);
+        let Source::Host { sequence, pooled } = self.source else {
+            anyhow::bail!("{}: embeddings of a file are not written again", path.display())
+        };
+        let mut tensors = vec![HostTensor::new("sequence", [n, tokens, width], sequence)];
+        if self.pooled > 0 {
+            tensors.push(HostTensor::new("pooled", [n, self.pooled], pooled));
+        }
+        let prompts = serde_json::to_string(&prompts).context("prompts")?;
+        write_tensors(path, &tensors, &[("prompts", prompts)])
+    }
+}
+
+/// Checks that text embeddings are of the widths that a network takes.
+///
+/// # Errors
+/// Names `source`, the file or folder that they come from.
+pub fn fits(context: [usize; 2], widths: [usize; 2], source: &str) -> Result<()> {
+    ensure!(
+        widths == context,
+        "{source}: text embeddings are {} wide and pooled {}, the network takes {} and {}; the \
+         parts belong to different models",
+        widths[0],
+        widths[1],
+        context[0],
+        context[1]
+    );
+    Ok(())
+}

@@ -1,0 +1,256 @@
+//! From prompts to what a network is conditioned on: the text encoders of each family, put together
+//! as diffusers' pipelines do.
+
+pub mod clip;
+pub mod embeddings;
+pub mod t5;
+pub mod tokenizer;
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use burn::tensor::{Device, Tensor};
+
+use self::clip::{ClipOutput, ClipText};
+use self::embeddings::PromptEmbeddings;
+use self::t5::{PROMPTS_AT_ONCE, T5Encoder};
+use self::tokenizer::Tokenizer;
+use super::loader::Storage;
+use crate::device::tensor::read;
+
+/// Which text encoders a family has, and how they are put together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TextLayout {
+    /// Stable Diffusion 1 and 2: one CLIP's last hidden state.
+    Clip,
+    /// Stable Diffusion 3: two CLIPs side by side in the width, filled up with zeros; then T5's
+    /// tokens, or as many zeros where a folder has no T5.
+    TwoClipsAndT5,
+    /// FLUX: T5's tokens, and CLIP's pooled state.
+    T5AndPooledClip,
+}
+
+impl TextLayout {
+    /// The folders of the encoders whose weights are held while they run.
+    pub fn held(self) -> &'static [&'static str] {
+        match self {
+            Self::Clip | Self::T5AndPooledClip => &["text_encoder"],
+            Self::TwoClipsAndT5 => &["text_encoder", "text_encoder_2"],
+        }
+    }
+
+    /// The folder of the encoder that is read layer by layer.
+    pub fn streamed(self) -> Option<&'static str> {
+        match self {
+            Self::Clip => None,
+            Self::TwoClipsAndT5 => Some("text_encoder_3"),
+            Self::T5AndPooledClip => Some("text_encoder_2"),
+        }
+    }
+
+    /// Tokens that the network sees, of CLIP's and T5's.
+    pub fn tokens(self, clip: usize, t5: usize) -> usize {
+        match self {
+            Self::Clip => clip,
+            Self::TwoClipsAndT5 => clip + t5,
+            Self::T5AndPooledClip => t5,
+        }
+    }
+}
+
+/// A CLIP encoder with its tokenizer.
+struct Clip {
+    tokenizer: Tokenizer,
+    model: ClipText,
+}
+
+impl Clip {
+    fn load(dir: &Path, suffix: &str, device: &Device, storage: Storage) -> Result<Self> {
+        let model = ClipText::load(&dir.join(format!("text_encoder{suffix}")), device, storage)?;
+        let folder = dir.join(format!("tokenizer{suffix}"));
+        Ok(Self { tokenizer: Tokenizer::load(&folder, model.max_tokens)?, model })
+    }
+
+    fn encode(&self, prompts: &[String]) -> Result<ClipOutput> {
+        self.model.forward(&rows(&self.tokenizer, prompts)?)
+    }
+}
+
+fn rows(tokenizer: &Tokenizer, prompts: &[String]) -> Result<Vec<Vec<u32>>> {
+    prompts.iter().map(|p| tokenizer.encode(p)).collect()
+}
+
+/// A T5 encoder with its tokenizer.
+struct T5 {
+    tokenizer: Tokenizer,
+    model: T5Encoder,
+}
+
+impl T5 {
+    fn open(
+        dir: &Path,
+        folder: &str,
+        length: usize,
+        device: &Device,
+        storage: Storage,
+    ) -> Result<Self> {
+        let tokenizer = dir.join(folder.replace("text_encoder", "tokenizer"));
+        Ok(Self {
+            tokenizer: Tokenizer::load_t5(&tokenizer, length)?,
+            model: T5Encoder::open(&dir.join(folder), device, storage)?,
+        })
+    }
+
+    /// `[N, T, width]` on the host.
+    fn encode(&self, prompts: &[String]) -> Result<Vec<f32>> {
+        self.model.forward(&rows(&self.tokenizer, prompts)?)
+    }
+}
+
+/// The text encoders of a model.
+pub struct TextEncoders {
+    parts: Parts,
+    /// T5 tokens.
+    length: usize,
+    /// Width of the network's sequence.
+    width: usize,
+}
+
+#[allow(clippy::large_enum_variant)] // There is one of it.
+enum Parts {
+    Clip(Clip),
+    TwoClipsAndT5 { clips: [Clip; 2], t5: Option<T5> },
+    T5AndPooledClip { clip: Clip, t5: T5 },
+}
+
+impl TextEncoders {
+    /// Loads a model folder's encoders. `length` is the number of T5 tokens, `width` the sequence
+    /// width that the network takes.
+    ///
+    /// # Errors
+    /// Names the file and the field or tensor that is missing, damaged or not supported.
+    pub fn load(
+        dir: &Path,
+        layout: TextLayout,
+        length: usize,
+        width: usize,
+        device: &Device,
+        storage: Storage,
+    ) -> Result<Self> {
+        let clip = |suffix: &str| Clip::load(dir, suffix, device, storage);
+        let t5 = || {
+            let folder = layout.streamed().filter(|f| dir.join(f).is_dir());
+            folder.map(|f| T5::open(dir, f, length, device, storage)).transpose()
+        };
+        let parts = match layout {
+            TextLayout::Clip => Parts::Clip(clip("")?),
+            TextLayout::TwoClipsAndT5 => {
+                let clips = [clip("")?, clip("_2")?];
+                let own: usize = clips.iter().map(|c| c.model.width).sum();
+                ensure!(
+                    own <= width,
+                    "{}: the two CLIP encoders are {own} wide together, joint_attention_dim is \
+                     {width}; the parts belong to different models",
+                    dir.display()
+                );
+                Parts::TwoClipsAndT5 { clips, t5: t5()? }
+            }
+            TextLayout::T5AndPooledClip => {
+                let t5 = t5()?.with_context(|| {
+                    let dir = dir.join(layout.streamed().unwrap_or_default());
+                    format!("{}: the text encoder is missing", dir.display())
+                })?;
+                Parts::T5AndPooledClip { clip: clip("")?, t5 }
+            }
+        };
+        Ok(Self { parts, length, width })
+    }
+
+    /// Widths of the sequence and of the pooled embedding (0 without one).
+    pub fn widths(&self) -> [usize; 2] {
+        match &self.parts {
+            Parts::Clip(clip) => [clip.model.width, 0],
+            Parts::TwoClipsAndT5 { clips, t5 } => {
+                let width = t5.as_ref().map_or(self.width, |t5| t5.model.width);
+                [width, clips.iter().map(|c| c.model.pooled_width()).sum()]
+            }
+            Parts::T5AndPooledClip { clip, t5 } => [t5.model.width, clip.model.pooled_width()],
+        }
+    }
+
+    /// Text embeddings of prompts; equal ones are encoded once.
+    ///
+    /// # Errors
+    /// When a prompt cannot be tokenized, or the device fails.
+    pub fn encode(&self, prompts: &[String]) -> Result<PromptEmbeddings> {
+        let mut seen = std::collections::HashSet::new();
+        let prompts: Vec<String> = prompts.iter().filter(|p| seen.insert(*p)).cloned().collect();
+        let (mut clips, mut pooled) = (Vec::new(), Vec::new());
+        for chunk in prompts.chunks(PROMPTS_AT_ONCE) {
+            let part = self.encode_clips(chunk)?;
+            if let Some(sequence) = part.sequence {
+                clips.push(read(&sequence)?);
+            }
+            if let Some(part) = part.pooled {
+                pooled.extend(read(&part)?);
+            }
+        }
+        let clips = clips.concat();
+        let n = prompts.len();
+        let sequence = match &self.parts {
+            Parts::Clip(_) => clips,
+            Parts::T5AndPooledClip { t5, .. } => t5.encode(&prompts)?,
+            Parts::TwoClipsAndT5 { t5, .. } => {
+                let t5 = match t5 {
+                    Some(t5) => t5.encode(&prompts)?,
+                    None => vec![0.0; n * self.length * self.width],
+                };
+                interleave(&clips, &t5, n)
+            }
+        };
+        let width = self.widths()[0];
+        let tokens = sequence.len() / (n * width).max(1);
+        Ok(PromptEmbeddings::new(&prompts, [tokens, width], sequence, pooled))
+    }
+
+    /// What CLIP encoders make of a few prompts.
+    fn encode_clips(&self, prompts: &[String]) -> Result<ClipPart> {
+        Ok(match &self.parts {
+            Parts::Clip(clip) => {
+                ClipPart { sequence: Some(clip.encode(prompts)?.last), pooled: None }
+            }
+            Parts::T5AndPooledClip { clip, .. } => {
+                ClipPart { sequence: None, pooled: Some(clip.encode(prompts)?.pooled) }
+            }
+            Parts::TwoClipsAndT5 { clips, .. } => {
+                let [first, second] = [clips[0].encode(prompts)?, clips[1].encode(prompts)?];
+                let both = Tensor::cat(vec![first.penultimate, second.penultimate], 2);
+                let [b, t, own] = both.dims();
+                let sequence = if own < self.width {
+                    let zeros = Tensor::zeros([b, t, self.width - own], &both.device());
+                    Tensor::cat(vec![both, zeros], 2)
+                } else {
+                    both
+                };
+                let pooled = Tensor::cat(vec![first.pooled, second.pooled], 1);
+                ClipPart { sequence: Some(sequence), pooled: Some(pooled) }
+            }
+        })
+    }
+}
+
+struct ClipPart {
+    sequence: Option<Tensor<3>>,
+    pooled: Option<Tensor<2>>,
+}
+
+/// Each of `n` rows of `a` with the same row of `b` behind it.
+fn interleave(a: &[f32], b: &[f32], n: usize) -> Vec<f32> {
+    let (a_row, b_row) = (a.len() / n.max(1), b.len() / n.max(1));
+    let mut all = Vec::with_capacity(a.len() + b.len());
+    for i in 0..n {
+        all.extend_from_slice(&a[i * a_row..(i + 1) * a_row]);
+        all.extend_from_slice(&b[i * b_row..(i + 1) * b_row]);
+    }
+    all
+}

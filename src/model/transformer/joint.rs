@@ -1,0 +1,290 @@
+//! What diffusers' SD3Transformer2DModel and FluxTransformer2DModel share: joint attention over
+//! text and image tokens, modulation by time and text, and the embedding that modulates.
+
+use anyhow::Result;
+use burn::tensor::{Device, Tensor};
+
+use crate::lora::Lora;
+use crate::model::attention::attention;
+use crate::model::blocks::TimeEmbedding;
+use crate::model::config::BlockShape;
+use crate::model::denoiser::Inputs;
+use crate::model::loader::Loader;
+use crate::model::nn::{LayerNorm, Linear, RmsNorm, silu};
+
+/// Width of the sinusoidal embedding of time and guidance.
+const TIME: usize = 256;
+
+/// Tokens as a state holds them.
+pub fn hold(tokens: Tensor<3>) -> Tensor<4> {
+    tokens.unsqueeze_dim(1)
+}
+
+/// The reverse of [`hold`].
+pub fn tokens(held: Tensor<4>) -> Tensor<3> {
+    held.squeeze_dim(1)
+}
+
+/// diffusers' `CombinedTimestepTextProjEmbeddings`, and the variant with an embedding of the
+/// guidance scale.
+pub struct TimeTextEmbedding {
+    time: TimeEmbedding,
+    guidance: Option<TimeEmbedding>,
+    text: [Linear; 2],
+    device: Device,
+}
+
+impl TimeTextEmbedding {
+    pub fn load(l: &Loader, width: usize, pooled: usize, guided: bool) -> Result<Self> {
+        let embedding = |part: &str| TimeEmbedding::load(&l.at(part), TIME, width, true, 0.0);
+        Ok(Self {
+            time: embedding("timestep_embedder")?,
+            guidance: if guided { Some(embedding("guidance_embedder")?) } else { None },
+            text: [
+                Linear::load(l, "text_embedder.linear_1", pooled, width)?,
+                Linear::load(l, "text_embedder.linear_2", width, width)?,
+            ],
+            device: l.device.clone(),
+        })
+    }
+
+    /// `[B, width]`, activated: every modulation activates it first, so it is done once here.
+    pub fn forward(&self, inputs: &Inputs) -> Tensor<2> {
+        let pooled =
+            inputs.cond.pooled.clone().expect("a transformer's conditioning has a pooled part");
+        let mut sum = self.time.forward(inputs.timesteps, &self.device);
+        if let Some(embedding) = &self.guidance {
+            let scaled: Vec<f32> = inputs.guidance.iter().map(|g| 1000.0 * g).collect();
+            sum = sum + embedding.forward(&scaled, &self.device);
+        }
+        let [first, second] = &self.text;
+        silu(sum + second.forward(silu(first.forward(pooled, None)), None))
+    }
+}
+
+/// What one layer norm is modulated with, `[B, 1, width]` each.
+pub struct Shift {
+    pub shift: Tensor<3>,
+    pub scale: Tensor<3>,
+}
+
+impl Shift {
+    /// x (1 + scale) + shift.
+    pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
+        x * (self.scale.clone() + 1.0) + self.shift.clone()
+    }
+}
+
+/// A modulation and the gate of what it feeds, `[B, 1, width]`.
+pub struct Gated {
+    pub shift: Shift,
+    pub gate: Tensor<3>,
+}
+
+/// A layer norm whose scale, shift and gates come from time and text: diffusers' `AdaLayerNormZero`
+/// and its relatives.
+pub struct Modulation {
+    linear: Linear,
+    norm: LayerNorm,
+    parts: usize,
+}
+
+impl Modulation {
+    /// `parts` vectors of `width`, by the linear layer of module `part`.
+    pub fn load(l: &Loader, part: &str, width: usize, parts: usize) -> Result<Self> {
+        Ok(Self {
+            linear: Linear::load(&l.at(part), "linear", width, parts * width)?,
+            norm: LayerNorm::plain(l, width, 1e-6),
+            parts,
+        })
+    }
+
+    fn parts(&self, time: &Tensor<2>, lora: Option<&Lora>) -> Vec<Tensor<3>> {
+        self.linear.forward(time.clone(), lora).unsqueeze_dim::<3>(1).chunk(self.parts, 2)
+    }
+
+    /// The parts of `AdaLayerNormZero` and its relatives: (shift, scale, gate) over and over.
+    pub fn gated(&self, time: &Tensor<2>, lora: Option<&Lora>) -> Vec<Gated> {
+        let mut parts = self.parts(time, lora).into_iter();
+        let mut gated = Vec::new();
+        while let (Some(shift), Some(scale), Some(gate)) =
+            (parts.next(), parts.next(), parts.next())
+        {
+            gated.push(Gated { shift: Shift { shift, scale }, gate });
+        }
+        gated
+    }
+
+    /// The two parts of `AdaLayerNormContinuous`, which has the scale first.
+    pub fn continuous(&self, time: &Tensor<2>, lora: Option<&Lora>) -> Shift {
+        let [scale, shift]: [Tensor<3>; 2] =
+            self.parts(time, lora).try_into().expect("a scale and a shift");
+        Shift { shift, scale }
+    }
+
+    pub fn norm(&self, x: Tensor<3>) -> Tensor<3> {
+        self.norm.forward(x)
+    }
+
+    pub fn linear(&self) -> &Linear {
+        &self.linear
+    }
+}
+
+/// Whether a stream's attention ends in a projection.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Output {
+    Projected,
+    Plain,
+}
+
+/// Projections of one stream of tokens, with their norms.
+struct Stream {
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    out: Option<Linear>,
+    norms: Option<[RmsNorm; 2]>,
+}
+
+/// Names of a stream's parts.
+struct Names {
+    projections: [&'static str; 3],
+    out: &'static str,
+    norms: [&'static str; 2],
+}
+
+const IMAGE: Names =
+    Names { projections: ["to_q", "to_k", "to_v"], out: "to_out.0", norms: ["norm_q", "norm_k"] };
+const TEXT: Names = Names {
+    projections: ["add_q_proj", "add_k_proj", "add_v_proj"],
+    out: "to_add_out",
+    norms: ["norm_added_q", "norm_added_k"],
+};
+
+impl Stream {
+    fn load(l: &Loader, names: &Names, spec: JointSpec, out: Output) -> Result<Self> {
+        let linear = |name: &str| Linear::load(l, name, spec.width, spec.width);
+        let [q, k, v] = names.projections;
+        let norm = |name: &str| RmsNorm::load(l, name, spec.width / spec.heads, 1e-6);
+        Ok(Self {
+            q: linear(q)?,
+            k: linear(k)?,
+            v: linear(v)?,
+            out: match out {
+                Output::Projected => Some(linear(names.out)?),
+                Output::Plain => None,
+            },
+            norms: if spec.qk_norm {
+                Some([norm(names.norms[0])?, norm(names.norms[1])?])
+            } else {
+                None
+            },
+        })
+    }
+
+    /// q, k and v, `[B, heads, T, head]`.
+    fn heads(&self, x: Tensor<3>, heads: usize, lora: Option<&Lora>) -> [Tensor<4>; 3] {
+        let [b, t, width] = x.dims();
+        let split = |y: Tensor<3>| y.reshape([b, t, heads, width / heads]).swap_dims(1, 2);
+        let (q, k) =
+            (split(self.q.forward(x.clone(), lora)), split(self.k.forward(x.clone(), lora)));
+        let v = split(self.v.forward(x, lora));
+        match &self.norms {
+            Some([nq, nk]) => [nq.forward(q), nk.forward(k), v],
+            None => [q, k, v],
+        }
+    }
+
+    fn linears(&self) -> impl Iterator<Item = &Linear> {
+        [&self.q, &self.k, &self.v].into_iter().chain(&self.out)
+    }
+}
+
+/// The shape of a block over `tokens` of `width`.
+pub fn block_shape(tokens: usize, width: usize, heads: usize) -> BlockShape {
+    let (n, width) = (tokens as f64, width as f64);
+    let stream = n * width;
+    BlockShape { input: stream, stream, wide: 4.0 * stream, scores: heads as f64 * n * n }
+}
+
+/// How a [`JointAttention`] is built.
+#[derive(Clone, Copy)]
+pub struct JointSpec {
+    pub width: usize,
+    pub heads: usize,
+    pub qk_norm: bool,
+}
+
+/// diffusers' `Attention` with `JointAttnProcessor2_0`, and `FluxAttention`: one attention over
+/// text and image tokens that each have their own projections.
+pub struct JointAttention {
+    heads: usize,
+    image: Stream,
+    text: Option<Stream>,
+}
+
+impl JointAttention {
+    /// Attention over image tokens, and over text tokens where these have projections of their own.
+    pub fn load(l: &Loader, spec: JointSpec, image: Output, text: Option<Output>) -> Result<Self> {
+        let text = text.map(|out| Stream::load(l, &TEXT, spec, out));
+        Ok(Self {
+            heads: spec.heads,
+            image: Stream::load(l, &IMAGE, spec, image)?,
+            text: text.transpose()?,
+        })
+    }
+
+    /// Image tokens `[B, S, width]` and text tokens `[B, T, width]` attend to each other, text
+    /// before image, which matters to the rotary embedding only.
+    pub fn forward(
+        &self,
+        image: Tensor<3>,
+        text: Option<Tensor<3>>,
+        rotary: Option<&[Tensor<4>; 2]>,
+        lora: Option<&Lora>,
+    ) -> (Tensor<3>, Option<Tensor<3>>) {
+        let [b, _, width] = image.dims();
+        let t = text.as_ref().map_or(0, |text| text.dims()[1]);
+        let mut parts = self.image.heads(image, self.heads, lora);
+        if let (Some(stream), Some(text)) = (&self.text, text) {
+            let own = stream.heads(text, self.heads, lora);
+            let mut own = own.into_iter();
+            parts =
+                parts.map(|image| Tensor::cat(vec![own.next().expect("three parts"), image], 2));
+        }
+        let [q, k, v] = parts;
+        let (q, k) = match rotary {
+            Some(rotary) => (rotate(q, rotary), rotate(k, rotary)),
+            None => (q, k),
+        };
+        let total = q.dims()[2];
+        let y = attention(q, k, v, None).swap_dims(1, 2).reshape([b, total, width]);
+        let project = |stream: &Stream, y: Tensor<3>| match &stream.out {
+            Some(out) => out.forward(y, lora),
+            None => y,
+        };
+        match &self.text {
+            Some(stream) if t > 0 => {
+                let text = project(stream, y.clone().narrow(1, 0, t));
+                (project(&self.image, y.narrow(1, t, total - t)), Some(text))
+            }
+            _ => (project(&self.image, y), None),
+        }
+    }
+
+    /// The layers that a LoRA can target.
+    pub fn linears(&self) -> impl Iterator<Item = &Linear> {
+        self.image.linears().chain(self.text.iter().flat_map(Stream::linears))
+    }
+}
+
+/// Rotates neighbouring pairs of `[B, heads, T, head]` by the angles whose cos and sin are given,
+/// each twice in a row.
+fn rotate(x: Tensor<4>, [cos, sin]: &[Tensor<4>; 2]) -> Tensor<4> {
+    let [b, h, t, d] = x.dims();
+    let pairs = x.clone().reshape([b, h, t, d / 2, 2]);
+    let (real, imaginary) = (pairs.clone().narrow(4, 0, 1), pairs.narrow(4, 1, 1));
+    let turned = Tensor::cat(vec![-imaginary, real], 4).reshape([b, h, t, d]);
+    x * cos.clone() + turned * sin.clone()
+}

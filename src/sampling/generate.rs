@@ -1,0 +1,143 @@
+//! The one way to pictures: initial noise -> batches -> the chain of steps, for rollouts, grids,
+//! `sample`, and whatever else draws.
+
+use std::ops::Range;
+
+use anyhow::Result;
+use burn::tensor::Tensor;
+
+use super::Replica;
+use super::parallel::map_batches;
+use super::policy::{GuidanceMode, Policy, PromptPair};
+use super::trajectory::{Noise, Transition, sample};
+use crate::device::tensor::upload;
+use crate::lora::{Adapter, Lora};
+use crate::model::text::embeddings::PromptEmbeddings;
+use crate::philox::{self, Stream};
+use crate::schedule::Step;
+
+/// Where an image's latent begins.
+#[derive(Clone, Debug, PartialEq)]
+pub enum InitialLatent {
+    /// In the noise of a stream's image of that number.
+    Noise(Stream, u32),
+    /// In these values, `[C, H, W]`.
+    Values(Vec<f32>),
+}
+
+/// One image to draw.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ImageRequest {
+    /// The row of its prompt in the embeddings.
+    pub prompt: usize,
+    pub initial: InitialLatent,
+}
+
+/// Images to draw.
+pub struct Request<'a> {
+    pub images: &'a [ImageRequest],
+    /// Which images are one batch.
+    pub batches: &'a [Range<usize>],
+    pub embeddings: &'a PromptEmbeddings,
+    /// The embeddings' row of the empty prompt.
+    pub uncond: usize,
+    pub adapter: Option<&'a Adapter>,
+    pub guidance_scale: f64,
+    pub steps: &'a [Step],
+    /// Indices of the steps whose transitions are kept.
+    pub keep: &'a [usize],
+    /// Shape of a latent, `[C, H, W]`.
+    pub latent: [usize; 3],
+    /// Which noise image 0 draws in its steps; image i draws that of number `first_image + i`.
+    pub noise: Noise,
+}
+
+/// A batch that was drawn.
+pub struct Generated {
+    /// Which of the request's images.
+    pub images: Range<usize>,
+    /// Final latents, `[B, C, H, W]`.
+    pub latents: Tensor<4>,
+    /// What was to be kept, in sampling order.
+    pub transitions: Vec<Transition>,
+}
+
+/// Draws all images; `finish` takes each batch on the replica that drew it. `tick` is called after
+/// each step of each batch.
+///
+/// # Errors
+/// When the device fails, an embedding is damaged, `finish` fails or `tick` asks to stop.
+pub fn generate<R: Send>(
+    replicas: &[Replica],
+    request: &Request,
+    tick: &(dyn Fn() -> Result<()> + Sync),
+    finish: impl Fn(&Replica, Generated) -> Result<R> + Sync,
+) -> Result<Vec<R>> {
+    let loras = upload_adapter(replicas, request.adapter);
+    map_batches(replicas, request.batches, |replica, images| {
+        let prompts = prompt_pair(
+            replica,
+            request.embeddings,
+            request.uncond,
+            &request.images[images.clone()],
+        )?;
+        let policy = Policy {
+            compute: &replica.compute,
+            net: &*replica.pipeline.net,
+            lora: lora_of(&loras, replicas, replica),
+            guidance: GuidanceMode::new(&*replica.pipeline.net, request.guidance_scale),
+            prompts: &prompts,
+        };
+        let first_image = request.noise.first_image + images.start as u32;
+        let noise = Noise { first_image, ..request.noise };
+        let latents = initial_latents(replica, request, &request.images[images.clone()]);
+        let drawn = sample(&policy, latents, request.steps, request.keep, noise, &|| tick())?;
+        let (latents, transitions) = (drawn.latents, drawn.transitions);
+        finish(replica, Generated { images: images.clone(), latents, transitions })
+    })
+}
+
+/// The adapter on every replica's device.
+pub fn upload_adapter(replicas: &[Replica], adapter: Option<&Adapter>) -> Vec<Lora> {
+    let all =
+        adapter.into_iter().flat_map(|a| replicas.iter().map(|r| a.to_device(&r.compute.burn)));
+    all.collect()
+}
+
+/// The adapter on one replica's device.
+pub fn lora_of<'a>(loras: &'a [Lora], replicas: &[Replica], replica: &Replica) -> Option<&'a Lora> {
+    let i = replicas.iter().position(|r| std::ptr::eq(r, replica));
+    loras.get(i.expect("work is given to one of the replicas"))
+}
+
+/// What images are conditioned on, on a replica's device.
+///
+/// # Errors
+/// When an embedding is damaged.
+pub fn prompt_pair(
+    replica: &Replica,
+    embeddings: &PromptEmbeddings,
+    uncond: usize,
+    images: &[ImageRequest],
+) -> Result<PromptPair> {
+    let device = &replica.compute.burn;
+    let rows: Vec<usize> = images.iter().map(|i| i.prompt).collect();
+    Ok(PromptPair {
+        cond: embeddings.conditioning(&rows, device)?,
+        uncond: embeddings.conditioning(&vec![uncond; rows.len()], device)?,
+    })
+}
+
+fn initial_latents(replica: &Replica, request: &Request, images: &[ImageRequest]) -> Tensor<4> {
+    let [c, h, w] = request.latent;
+    let mut values = Vec::with_capacity(images.len() * c * h * w);
+    for image in images {
+        match &image.initial {
+            InitialLatent::Values(own) => values.extend_from_slice(own),
+            InitialLatent::Noise(stream, number) => {
+                values.extend(philox::noise(request.noise.seed, *stream, *number, 0, c * h * w));
+            }
+        }
+    }
+    upload(&values, [images.len(), c, h, w], &replica.compute.burn)
+}

@@ -1,0 +1,15 @@
+//! Sampling: a policy, the chain of its steps, and the batches of all devices.
+
+pub mod generate;
+pub mod parallel;
+pub mod policy;
+pub mod trajectory;
+
+use crate::device::Compute;
+use crate::model::Pipeline;
+
+/// A device with a model on it. Work is dealt out to all replicas of a run.
+pub struct Replica {
+    pub compute: Compute,
+    pub pipeline: Pipeline,
+}

@@ -1,0 +1,50 @@
+//! Times of several paths taken in turns, and the rows of their table.
+
+use std::time::Instant;
+
+use anyhow::Result;
+
+/// The head of a table of [`row`]s.
+pub fn header() -> String {
+    format!(
+        "{:<18} {:>16} {:>12} {:>14} {:>12} {:>12}",
+        "operation", "batch x latent", "shader ms", "reference ms", "Burn ms", "Burn/shader"
+    )
+}
+
+/// One line of a table: seconds of (shader, CPU reference, Burn operations).
+pub fn row(operation: &str, size: &str, [shader, reference, burn]: [f64; 3]) -> String {
+    let ratio = burn / shader;
+    let [shader, reference, burn] = [shader, reference, burn].map(|seconds| 1e3 * seconds);
+    format!(
+        "{operation:<18} {size:>16} {shader:>12.3} {reference:>14.3} {burn:>12.3} {ratio:>11.1}x"
+    )
+}
+
+/// Runs of a path in a row: each is measured warm, as in a loop.
+const ROW: usize = 5;
+
+/// Median seconds of each path over at least two rounds and 0.2 s a path. In a round each path runs
+/// once for warmth and [`ROW`] times for its time, so that a machine that slows down slows all of
+/// them.
+pub(super) fn medians<const N: usize>(
+    mut paths: [&mut dyn FnMut() -> Result<()>; N],
+) -> Result<[f64; N]> {
+    let (mut times, start) = (vec![Vec::new(); N], Instant::now());
+    while times[0].len() < 2 * ROW
+        || (start.elapsed().as_secs_f64() < 0.2 * N as f64 && times[0].len() < 40 * ROW)
+    {
+        for (path, times) in paths.iter_mut().zip(&mut times) {
+            path()?;
+            for _ in 0..ROW {
+                let one = Instant::now();
+                path()?;
+                times.push(one.elapsed().as_secs_f64());
+            }
+        }
+    }
+    Ok(std::array::from_fn(|path| {
+        times[path].sort_by(f64::total_cmp);
+        times[path][times[path].len() / 2]
+    }))
+}

@@ -1,0 +1,175 @@
+//! A forward pass that can be differentiated: at once, or block by block. Block by block only the
+//! blocks' inputs are kept; each block runs again when its turn comes, on a few rows at a time, so
+//! that the activations of one block and these rows are all that is held (activation checkpointing,
+//! Chen et al. 2016).
+
+use burn::tensor::{Gradients, Tensor};
+
+use crate::lora::{Adapter, Lora};
+use crate::model::denoiser::Hidden;
+use crate::model::{Denoiser, Inputs};
+
+/// One adapter on a device in its two roles: equal values.
+#[derive(Clone, Copy)]
+pub struct LoraPair<'a> {
+    /// Collects gradients.
+    pub tracked: &'a Lora,
+    pub frozen: &'a Lora,
+}
+
+/// Gradients of an adapter's matrices, A and B of each layer, added up over backward passes.
+pub struct GradientAccumulator<'a> {
+    adapter: &'a Adapter,
+    tracked: &'a Lora,
+    sums: Vec<Option<Tensor<2>>>,
+}
+
+impl<'a> GradientAccumulator<'a> {
+    /// `tracked` is the adapter on a device, with gradients.
+    pub fn new(adapter: &'a Adapter, tracked: &'a Lora) -> Self {
+        Self { adapter, tracked, sums: vec![None; 2 * adapter.layers.len()] }
+    }
+
+    /// Adds what a backward pass left at the adapter's matrices.
+    fn take(&mut self, grads: &mut Gradients) {
+        for (layer, sums) in self.adapter.layers.iter().zip(self.sums.chunks_mut(2)) {
+            let pair = self.tracked.get(&layer.name).expect("the adapter's own layer");
+            for (matrix, sum) in [&pair.a, &pair.b].into_iter().zip(sums) {
+                // Layers behind a detached branch, or of another block, get no gradient.
+                if let Some(g) = matrix.grad_remove(grads) {
+                    *sum = Some(match sum.take() {
+                        Some(s) => s + g,
+                        None => g,
+                    });
+                }
+            }
+        }
+    }
+
+    /// The sums, in the order of [`Adapter::parameters`]; none where nothing arrived.
+    pub fn finish(self) -> Vec<Option<Tensor<2>>> {
+        self.sums
+    }
+}
+
+/// A forward pass that waits for the gradient of its output.
+pub enum Forward<'a> {
+    /// The tracked output.
+    Whole(Tensor<4>),
+    Blocks(Blocks<'a>),
+}
+
+/// A pass whose blocks are differentiated one after the other.
+pub struct Blocks<'a> {
+    net: &'a dyn Denoiser,
+    tracked: &'a Lora,
+    /// The input of each block, then of the network's end; not tracked.
+    inputs: Vec<Hidden>,
+    output: Tensor<4>,
+    /// Rows that a block is differentiated for at a time.
+    rows: usize,
+}
+
+impl<'a> Forward<'a> {
+    /// Runs the network. `rows_at_once` is how many rows a block is differentiated for at a time;
+    /// without it the whole network is at once.
+    pub fn run(
+        net: &'a dyn Denoiser,
+        x: Tensor<4>,
+        inputs: Inputs,
+        lora: LoraPair<'a>,
+        rows_at_once: Option<usize>,
+    ) -> Self {
+        let Some(rows) = rows_at_once else {
+            return Self::Whole(net.forward(x, inputs, Some(lora.tracked)));
+        };
+        let mut states = vec![net.start(x, inputs)];
+        for i in 0..net.blocks() {
+            let next = net.block(i, states[i].clone(), Some(lora.frozen));
+            states.push(next);
+        }
+        let output = net.finish(states[net.blocks()].clone());
+        Self::Blocks(Blocks { net, tracked: lora.tracked, inputs: states, output, rows })
+    }
+
+    /// The output, not tracked.
+    pub fn output(&self) -> Tensor<4> {
+        match self {
+            Self::Whole(output) => output.clone().inner(),
+            Self::Blocks(blocks) => blocks.output.clone(),
+        }
+    }
+
+    /// Carries the gradient of a loss with respect to the output into the adapter: the derivative
+    /// of `(output * gradient).sum()` by the output is the gradient.
+    pub fn backward(self, gradient: Tensor<4>, sums: &mut GradientAccumulator) {
+        match self {
+            Self::Whole(output) => {
+                sums.take(&mut (output * gradient.autodiff()).sum().backward());
+            }
+            Self::Blocks(blocks) => blocks.backward(gradient, sums),
+        }
+    }
+}
+
+impl Blocks<'_> {
+    fn backward(mut self, gradient: Tensor<4>, sums: &mut GradientAccumulator) {
+        let last = self.inputs.pop().expect("the network's end has an input");
+        let end = Leaves::of(&last);
+        let mut grads = (self.net.finish(end.hidden) * gradient.autodiff()).sum().backward();
+        let mut incoming: Incoming = end.leaves.iter().map(|l| l.grad_remove(&mut grads)).collect();
+        while let Some(before) = self.inputs.pop() {
+            match self.through_block(self.inputs.len(), &before, &incoming, sums) {
+                Some(next) => incoming = next,
+                // Nothing that is trained lies before this block.
+                None => return,
+            }
+        }
+    }
+
+    /// The gradients of block `i`'s input from those of its output, a few rows at a time.
+    fn through_block(
+        &self,
+        i: usize,
+        before: &Hidden,
+        incoming: &Incoming,
+        sums: &mut GradientAccumulator,
+    ) -> Option<Incoming> {
+        let total = before.len();
+        let mut parts: Vec<Incoming> = Vec::new();
+        for start in (0..total).step_by(self.rows) {
+            let n = self.rows.min(total - start);
+            let Leaves { leaves, hidden } = Leaves::of(&before.rows(start, n));
+            let output = self.net.block(i, hidden, Some(self.tracked));
+            let term = |(out, g): (Tensor<4>, &Option<Tensor<4>>)| {
+                Some((out * g.clone()?.narrow(0, start, n).autodiff()).sum())
+            };
+            let terms = output.flow.into_iter().zip(incoming).filter_map(term);
+            let mut grads = terms.reduce(|a, b| a + b)?.backward();
+            parts.push(leaves.iter().map(|l| l.grad_remove(&mut grads)).collect());
+            sums.take(&mut grads);
+        }
+        let column = |k: usize| {
+            let rows: Option<Vec<Tensor<4>>> = parts.iter().map(|p| p[k].clone()).collect();
+            rows.map(|rows| Tensor::cat(rows, 0))
+        };
+        Some((0..before.flow.len()).map(column).collect())
+    }
+}
+
+/// The gradient of each tensor of a [`Hidden`], where one arrived.
+type Incoming = Vec<Option<Tensor<4>>>;
+
+/// A hidden state whose tensors collect gradients.
+struct Leaves {
+    leaves: Vec<Tensor<4>>,
+    hidden: Hidden,
+}
+
+impl Leaves {
+    fn of(hidden: &Hidden) -> Self {
+        let track = |t: &Tensor<4>| t.clone().autodiff().require_grad();
+        let leaves: Vec<Tensor<4>> = hidden.flow.iter().map(track).collect();
+        Self { hidden: hidden.with(leaves.clone()), leaves }
+    }
+}

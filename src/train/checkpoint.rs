@@ -1,0 +1,332 @@
+//! Checkpoints: everything that a run needs to continue to the bit. Noise and draws are functions
+//! of the seed and the counters, so no generator state is among it. Nothing in one depends on time,
+//! place or device: equal runs write equal checkpoints.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::{Deserialize, Serialize};
+
+use super::adamw::AdamWState;
+use super::metrics::{Seconds, UpdateRecord, lines};
+use crate::io;
+use crate::io::tensors::{HostTensor, TensorParts, write_parts, write_tensors};
+use crate::io::weights::Weights;
+use crate::lora::formats::{self, Format};
+use crate::lora::{Adapter, LinearShape};
+use crate::ops::advantage::Tracker;
+
+const VERSION: u32 = 2;
+/// What the folder of a checkpoint is called until it is whole.
+const PARTIAL: &str = ".partial-";
+/// The checkpoint of a complete epoch, with its number behind it.
+const EPOCH: &str = "epoch-";
+/// The checkpoint of an epoch that was stopped between two of its updates, with their number behind
+/// it; more than one only where a run was killed while it saved.
+const UNFINISHED: &str = "unfinished-";
+
+/// The part of a checkpoint that is not tensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunState {
+    pub version: u32,
+    /// SHA-256 of the model's files.
+    pub model: String,
+    /// Epochs completed.
+    pub epoch: usize,
+    /// Updates done or skipped.
+    pub updates: usize,
+    pub skipped: usize,
+    pub optimizer_step: u64,
+    pub tracker: Tracker,
+    /// Lines of metrics.jsonl that belong to the completed epochs.
+    pub metrics_lines: usize,
+    /// The epoch that was stopped, where one was.
+    pub unfinished: Option<Unfinished>,
+}
+
+/// An epoch that was stopped between two updates. Its prompts, noise and steps are functions of the
+/// seed; its transitions and advantages are in visits.safetensors.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Unfinished {
+    #[serde(with = "io::exact")]
+    pub rewards: Vec<f64>,
+    /// The updates that are done, as metrics.jsonl will have them.
+    #[serde(rename = "lines", with = "lines")]
+    pub updates: Vec<UpdateRecord>,
+    /// Where the epoch's time went, in checkpoints from before metrics.jsonl said it.
+    #[serde(default, skip_serializing)]
+    pub seconds: Option<Seconds>,
+}
+
+impl RunState {
+    /// Before the first epoch.
+    pub fn new(model: String, tracker: Tracker) -> Self {
+        Self {
+            version: VERSION,
+            model,
+            epoch: 0,
+            updates: 0,
+            skipped: 0,
+            optimizer_step: 0,
+            tracker,
+            metrics_lines: 0,
+            unfinished: None,
+        }
+    }
+}
+
+/// A run's state with what was learnt.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Snapshot {
+    pub state: RunState,
+    pub adapter: Adapter,
+    pub optimizer: AdamWState,
+}
+
+/// A checkpoint that was read.
+pub struct Loaded {
+    pub snapshot: Snapshot,
+    /// The tensors of the epoch that was stopped, where one was.
+    pub visits: Option<Weights>,
+}
+
+/// What a checkpoint is written of.
+#[derive(Clone, Copy)]
+pub struct Parts<'a> {
+    pub state: &'a RunState,
+    pub adapter: &'a Adapter,
+    pub optimizer: &'a AdamWState,
+    /// The network's place in its pipeline, which adapters' keys begin with.
+    pub network: &'a str,
+}
+
+fn folder(run: &Path, epoch: usize) -> PathBuf {
+    run.join("checkpoints").join(format!("{EPOCH}{epoch:05}"))
+}
+
+/// The folders among a run's checkpoints whose names begin with a prefix, in the order of their
+/// numbers.
+fn named(run: &Path, prefix: &str) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
+    let wanted = |e: &std::fs::DirEntry| e.file_name().to_string_lossy().starts_with(prefix);
+    let mut all: Vec<PathBuf> = entries.filter(wanted).map(|e| e.path()).collect();
+    all.sort_unstable();
+    all
+}
+
+/// The epochs that have a checkpoint, in order.
+fn epochs(run: &Path) -> Vec<usize> {
+    let number =
+        |dir: PathBuf| dir.file_name()?.to_str()?.strip_prefix(EPOCH)?.parse::<usize>().ok();
+    let mut all: Vec<usize> = named(run, EPOCH).into_iter().filter_map(number).collect();
+    all.sort_unstable();
+    all
+}
+
+/// Whether an epoch has a checkpoint.
+pub fn exists(run: &Path, epoch: usize) -> bool {
+    folder(run, epoch).is_dir()
+}
+
+/// Writes the checkpoint of a state whole or not at all, then drops older ones that are not a
+/// multiple of `keep`, and what an epoch that is complete by now had left. `visits` are the tensors
+/// of an epoch that was stopped.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn save(run: &Path, parts: &Parts, visits: Vec<TensorParts>, keep: usize) -> Result<()> {
+    let target = write(run, parts, visits)?;
+    for old in named(run, UNFINISHED).into_iter().filter(|old| *old != target) {
+        let _ = std::fs::remove_dir_all(old);
+    }
+    for old in epochs(run).into_iter().filter(|&e| e < parts.state.epoch && e % keep != 0) {
+        let _ = std::fs::remove_dir_all(folder(run, old));
+    }
+    Ok(())
+}
+
+/// Makes a complete epoch the newest of a run: later ones, and one that was stopped, are dropped
+/// once its own checkpoint stands.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn rewind(run: &Path, parts: &Parts) -> Result<()> {
+    if !exists(run, parts.state.epoch) {
+        write(run, parts, Vec::new())?;
+    }
+    let later = epochs(run).into_iter().filter(|&e| e > parts.state.epoch);
+    let later: Vec<PathBuf> = later.map(|e| folder(run, e)).chain(named(run, UNFINISHED)).collect();
+    for dir in later {
+        std::fs::remove_dir_all(&dir)
+            .with_context(|| format!("{}: cannot be removed", dir.display()))?;
+    }
+    Ok(())
+}
+
+/// Writes the checkpoint of a state whole or not at all, beside those that are there.
+///
+/// # Errors
+/// Names the file that cannot be written.
+pub fn write(run: &Path, parts: &Parts, visits: Vec<TensorParts>) -> Result<PathBuf> {
+    let parent = run.join("checkpoints");
+    let target = match parts.state.unfinished {
+        Some(_) => parent.join(format!("{UNFINISHED}{:06}", parts.state.updates)),
+        None => folder(run, parts.state.epoch),
+    };
+    std::fs::create_dir_all(&parent)
+        .with_context(|| format!("{}: cannot be made", parent.display()))?;
+    let temporary = tempfile::Builder::new()
+        .prefix(PARTIAL)
+        .tempdir_in(&parent)
+        .with_context(|| format!("{}: cannot be written", parent.display()))?;
+    let file = |name: &str| temporary.path().join(name);
+    formats::save(parts.adapter, &file("adapter.safetensors"), Format::Diffusers, parts.network)?;
+    let tensors: Vec<HostTensor> = [("m", &parts.optimizer.m), ("v", &parts.optimizer.v)]
+        .into_iter()
+        .flat_map(|(name, values)| values.iter().enumerate().map(move |(i, v)| moment(name, i, v)))
+        .collect();
+    write_tensors(&file("optimizer.safetensors"), &tensors, &[])?;
+    if parts.state.unfinished.is_some() {
+        write_parts(&file("visits.safetensors"), visits, &[])?;
+    }
+    io::write(&file("state.json"), serde_json::to_string_pretty(parts.state)?.as_bytes())?;
+    if target.exists() {
+        std::fs::remove_dir_all(&target)
+            .with_context(|| format!("{}: cannot be replaced", target.display()))?;
+    }
+    std::fs::rename(temporary.keep(), &target)
+        .with_context(|| format!("{}: cannot be written", target.display()))?;
+    Ok(target)
+}
+
+fn moment(name: &str, i: usize, values: &[f32]) -> HostTensor {
+    HostTensor::new(format!("{name}.{i:05}"), [values.len()], values.to_vec())
+}
+
+/// The newest checkpoint of a run.
+///
+/// # Errors
+/// When there is none, it is of another version or another model, or a file is damaged.
+pub fn load(run: &Path, model: &str, linears: &[LinearShape]) -> Result<Loaded> {
+    // What a killed run was writing.
+    for partial in named(run, PARTIAL) {
+        let _ = std::fs::remove_dir_all(partial);
+    }
+    let newest = epochs(run).pop();
+    if let Some(dir) = named(run, UNFINISHED).pop() {
+        let state = read_state(&dir)?;
+        // One that an epoch's own checkpoint has overtaken was about to be removed.
+        if newest.is_none_or(|n| state.epoch >= n) {
+            return read(run, &dir, state, model, linears);
+        }
+    }
+    let Some(epoch) = newest else {
+        bail!(
+            "--resume {}: there is no checkpoint in it; give the folder of a run that was saved",
+            run.display()
+        )
+    };
+    let dir = folder(run, epoch);
+    read(run, &dir, read_state(&dir)?, model, linears)
+}
+
+/// The newest checkpoint of an epoch before one, where there is one.
+///
+/// # Errors
+/// When a file is damaged.
+pub fn load_before(
+    run: &Path,
+    epoch: usize,
+    model: &str,
+    linears: &[LinearShape],
+) -> Result<Option<Snapshot>> {
+    let Some(earlier) = epochs(run).into_iter().rfind(|&e| e < epoch) else { return Ok(None) };
+    let dir = folder(run, earlier);
+    let loaded = read(run, &dir, read_state(&dir)?, model, linears)?;
+    Ok(Some(loaded.snapshot))
+}
+
+fn read_state(dir: &Path) -> Result<RunState> {
+    let path = dir.join("state.json");
+    let state: serde_json::Value = io::read_json(&path)?;
+    ensure!(
+        state["version"] == VERSION,
+        "{}: version {} was written by another version of this program, which reads {VERSION}",
+        path.display(),
+        state["version"]
+    );
+    serde_json::from_value(state).with_context(|| format!("{}: is damaged", path.display()))
+}
+
+fn read(
+    run: &Path,
+    dir: &Path,
+    state: RunState,
+    model: &str,
+    linears: &[LinearShape],
+) -> Result<Loaded> {
+    ensure!(
+        state.model == model,
+        "--resume {}: the run belongs to a model with hash {:.12}, this one has {model:.12}; give \
+         --model the original folder",
+        run.display(),
+        state.model
+    );
+    let adapter = formats::load(&dir.join("adapter.safetensors"), linears)?;
+    let path = dir.join("optimizer.safetensors");
+    let file = Weights::open_file(&path)?;
+    let moments = |name: &str| -> Result<Vec<Vec<f32>>> {
+        let read = |(i, parameter): (usize, &Vec<f32>)| {
+            let (found, n) = (file.f32(&format!("{name}.{i:05}"))?, parameter.len());
+            ensure!(
+                found.values.len() == n,
+                "{}: {} has {} values, not {n}",
+                path.display(),
+                found.name,
+                found.values.len()
+            );
+            Ok(found.values)
+        };
+        adapter.parameters().enumerate().map(read).collect()
+    };
+    let optimizer = AdamWState { step: state.optimizer_step, m: moments("m")?, v: moments("v")? };
+    let visits = match state.unfinished {
+        Some(_) => Some(Weights::open_file(&dir.join("visits.safetensors"))?),
+        None => None,
+    };
+    Ok(Loaded { snapshot: Snapshot { state, adapter, optimizer }, visits })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A stopped epoch is larger than all else on the host: it goes to the file from where it lies.
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_stopped_epoch_is_written_without_a_copy() {
+        use crate::device::system::{peak, reset_peak};
+        let dir = tempfile::tempdir().unwrap();
+        let values = vec![1.0f32; 4 << 20];
+        let visits = (0..8).map(|i| TensorParts {
+            name: format!("x.{i}"),
+            shape: vec![2, values.len()],
+            parts: vec![&values, &values],
+        });
+        let tracker = Tracker::default();
+        let unfinished = Unfinished { rewards: vec![], updates: vec![], seconds: None };
+        let state = RunState { unfinished: Some(unfinished), ..RunState::new("x".into(), tracker) };
+        let adapter = Adapter { rank: 1, alpha: 1.0, layers: vec![] };
+        let optimizer = AdamWState::default();
+        let (adapter, optimizer) = (&adapter, &optimizer);
+        let parts = Parts { state: &state, adapter, optimizer, network: "unet" };
+        reset_peak();
+        let before = peak().unwrap();
+        let target = write(dir.path(), &parts, visits.collect()).unwrap();
+        let taken = peak().unwrap() - before;
+        // Other tests of this process take some meanwhile; a copy alone would be 256.
+        assert!(taken < 128 << 20, "{} MiB for a file of 256", taken >> 20);
+        let file = Weights::open_file(&target.join("visits.safetensors")).unwrap();
+        assert_eq!(file.shape("x.7"), Some(&[2, values.len()][..]));
+    }
+}

@@ -1,0 +1,108 @@
+//! The pictures that show where a run stands: fixed prompts and noise, before, after and between.
+
+use std::ops::Range;
+
+use image::{Rgb, RgbImage, imageops};
+
+use crate::config::Settings;
+use crate::model::text::embeddings::PromptEmbeddings;
+use crate::philox::Stream;
+use crate::sampling::Replica;
+use crate::sampling::generate::{ImageRequest, InitialLatent};
+use crate::sampling::parallel::batches;
+use crate::sampling::trajectory::Noise;
+use crate::schedule::Step;
+
+/// Prompts that the grids show at most.
+const GRID_COLUMNS: usize = 4;
+/// Rows of the grids before and after.
+const FULL_ROWS: usize = 4;
+
+/// How much an evaluation draws.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) enum Extent {
+    /// Before and after: four rows are worth the time.
+    Full,
+    /// Between: one row; the epoch has its rollout's reward besides.
+    Row,
+    /// One picture, to see whether the policy is still finite where no grid is due.
+    Probe,
+}
+
+/// What an evaluation draws: a function of settings and model.
+pub(crate) struct EvaluationPlan {
+    /// One for each image.
+    pub prompts: Vec<String>,
+    pub images: Vec<ImageRequest>,
+    pub batches: Vec<Range<usize>>,
+    /// Without noise for a flow, as its users will draw it.
+    pub steps: Vec<Step>,
+    pub noise: Noise,
+}
+
+pub(crate) fn columns(s: &Settings) -> usize {
+    s.groups().min(GRID_COLUMNS)
+}
+
+/// The prompts of the grids.
+pub(crate) fn fixed_prompts(s: &Settings) -> &[String] {
+    &s.prompt[..columns(s)]
+}
+
+impl EvaluationPlan {
+    /// # Errors
+    /// When a prompt has no embedding.
+    pub fn new(
+        s: &Settings,
+        replica: &Replica,
+        steps: &[Step],
+        embeddings: &PromptEmbeddings,
+        extent: Extent,
+    ) -> anyhow::Result<Self> {
+        let columns = columns(s);
+        let total = match extent {
+            Extent::Full => FULL_ROWS * columns,
+            Extent::Row => columns,
+            Extent::Probe => 1,
+        };
+        let prompts: Vec<String> = (0..total).map(|i| s.prompt[i % columns].clone()).collect();
+        let image = |(i, prompt): (usize, &String)| {
+            let initial = InitialLatent::Noise(Stream::Evaluation, i as u32);
+            anyhow::Ok(ImageRequest { prompt: embeddings.row_of(prompt)?, initial })
+        };
+        let deterministic = replica.pipeline.family.is_flow();
+        let step = |s: &Step| if deterministic { s.without_noise() } else { *s };
+        // Images numbered from the top, which no rollout reaches.
+        let first_image = u32::MAX - (FULL_ROWS * columns) as u32;
+        Ok(Self {
+            images: prompts.iter().enumerate().map(image).collect::<anyhow::Result<_>>()?,
+            prompts,
+            batches: batches(&replica.compute, total, columns.min(s.batch)),
+            steps: steps.iter().map(step).collect(),
+            noise: Noise { seed: s.seed, first_image },
+        })
+    }
+}
+
+/// Pictures side by side in rows of `columns`, 2 pixels apart.
+pub(crate) fn grid(images: &[RgbImage], columns: usize) -> RgbImage {
+    let Some(first) = images.first() else { return RgbImage::new(1, 1) };
+    let (w, h) = (first.width() + 2, first.height() + 2);
+    let rows = images.len().div_ceil(columns) as u32;
+    let white = Rgb([255; 3]);
+    let mut canvas = RgbImage::from_pixel(w * columns as u32 - 2, h * rows - 2, white);
+    for (i, image) in images.iter().enumerate() {
+        let (x, y) = ((i % columns) as i64, (i / columns) as i64);
+        imageops::replace(&mut canvas, image, i64::from(w) * x, i64::from(h) * y);
+    }
+    canvas
+}
+
+/// Two grids of one size, one below the other: before and after.
+pub(crate) fn before_after(before: &RgbImage, after: &RgbImage) -> RgbImage {
+    let height = before.height() + after.height() + 10;
+    let mut canvas = RgbImage::from_pixel(after.width(), height, Rgb([255; 3]));
+    imageops::replace(&mut canvas, before, 0, 0);
+    imageops::replace(&mut canvas, after, 0, i64::from(before.height()) + 10);
+    canvas
+}

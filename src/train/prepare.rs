@@ -1,0 +1,237 @@
+//! From settings to a run that can start: the device, the model, the steps, and the state, new or
+//! from a checkpoint.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use super::adamw::AdamWState;
+use super::checkpoint::{self, Loaded, RunState, Snapshot};
+use super::epoch::drawn_prompts;
+use super::evaluation::fixed_prompts;
+use super::observer::{Event, Observer};
+use super::run::{Job, Run};
+use super::run_folder::RunFolder;
+use crate::choice::name;
+use crate::config::Settings;
+use crate::device::system::memory_text;
+use crate::device::{self, Compute, rows_at_a_time};
+use crate::estimate::shapes::shapes;
+use crate::estimate::{self, Estimate, Target};
+use crate::io;
+use crate::io::weights::Weights;
+use crate::lora::formats;
+use crate::lora::{Adapter, LinearShape};
+use crate::model::Pipeline;
+use crate::model::pipeline::{TextFrom, embed, fingerprint};
+use crate::model::text::embeddings::PromptEmbeddings;
+use crate::ops::advantage::Tracker;
+use crate::reward::{self, Reward};
+use crate::sampling::Replica;
+use crate::schedule::Step;
+use crate::schedule::credit;
+
+/// A run, and the tensors of the epoch that it was stopped in.
+pub(crate) struct Prepared<'a> {
+    pub run: Run<'a>,
+    pub visits: Option<Weights>,
+}
+
+/// Checks everything that can be checked and opens what the run needs.
+///
+/// # Errors
+/// Names the flag, file or field, before anything is written.
+pub(crate) fn prepare<'a>(
+    job: &'a Job,
+    reward: Option<Box<dyn Reward>>,
+    observer: &'a dyn Observer,
+) -> Result<Prepared<'a>> {
+    let s = &job.settings;
+    let new_folder = if job.resume { None } else { Some(RunFolder::new(&job.out)?) };
+    let reward = reward.map_or_else(|| reward::parse(&s.reward), Ok)?;
+    let compute = device::open(&s.device)?;
+    observer.on(Event::Device(&compute.name));
+    let found = shapes(s, adapter_file(job).as_deref())?;
+    let target = Target::of(&compute).with_limit(s.memory);
+    let estimated = estimate::check(&found, s, target)?;
+    let embeddings = device::guard(|| encode(s, &compute))?;
+    let pipeline =
+        device::guard(|| Pipeline::load(&s.model, &compute.burn, s.storage, s.resolution))?;
+    let (steps, trainable) = steps(s, &pipeline)?;
+    let linears = pipeline.net.linears();
+    let model = fingerprint(&s.model, s.embeddings.as_deref())?;
+    let (loaded, folder) = match new_folder {
+        Some(folder) => (begin(s, model, &linears)?, folder),
+        None => resume(job, &model, &linears, observer)?,
+    };
+    let Loaded { snapshot: Snapshot { state, adapter, optimizer }, visits } = loaded;
+    check_dump(job, &state)?;
+    let counts = StepCounts { all: steps.len(), trainable: trainable.len() };
+    let lines = summary(s, &compute, &adapter, &estimated, counts);
+    observer.on(Event::Ready(&lines));
+    let kept = job.resume.then(|| format!("{} complete epochs and what followed", state.epoch));
+    let run = Run {
+        settings: s,
+        observer,
+        replicas: vec![Replica { compute, pipeline }],
+        reward,
+        embeddings,
+        steps,
+        trainable,
+        rows_at_once: estimate::rows_at_once(&found),
+        state,
+        adapter,
+        optimizer,
+        folder,
+        dump: job.dump.clone(),
+        skipped_in_a_row: 0,
+        tested: false,
+        good: None,
+        kept,
+    };
+    Ok(Prepared { run, visits })
+}
+
+/// The file of an adapter that is not a fresh one. A resumed run has its own in its folder; the
+/// file that it began with may be gone.
+fn adapter_file(job: &Job) -> Option<std::path::PathBuf> {
+    let given = job.settings.lora.as_ref()?;
+    Some(if job.resume { job.out.join("adapter.safetensors") } else { given.clone() })
+}
+
+/// The embeddings of all prompts that the run draws, and of the empty one: each is encoded once.
+fn encode(s: &Settings, compute: &Compute) -> Result<PromptEmbeddings> {
+    let mut prompts = vec![String::new()];
+    prompts.extend_from_slice(fixed_prompts(s));
+    prompts.extend(drawn_prompts(s));
+    let from = match &s.embeddings {
+        Some(file) => TextFrom::File(file),
+        None => TextFrom::Encoders(s.max_sequence_length),
+    };
+    embed(&s.model, &prompts, from, &compute.burn, s.storage)
+}
+
+/// All steps with their credit, and the indices of those that may be trained.
+fn steps(s: &Settings, pipeline: &Pipeline) -> Result<(Vec<Step>, Vec<usize>)> {
+    let native = pipeline.schedule.steps(&s.sampling(pipeline.tokens()))?;
+    ensure!(
+        !native[0].clips(),
+        "{}: scheduler_config.json: clip_sample = true (DDIM's default where the field is absent) \
+         cannot be trained, a clipped mean is not linear; write \"clip_sample\": false there",
+        s.model.display()
+    );
+    let steps = credit::apply(s.credit, &pipeline.schedule, native, s.zeta)?;
+    let last = steps.len() - 1;
+    let may = |i: &usize| steps[*i].trainable() && (*i != last || s.train_last_step);
+    let trainable: Vec<usize> = (0..steps.len()).filter(may).collect();
+    ensure!(
+        !trainable.is_empty(),
+        "--steps {}: leaves no step to train; use more, or --train-last-step",
+        s.steps
+    );
+    if let Some(k) = s.train_steps {
+        ensure!(
+            k <= trainable.len(),
+            "--train-steps {k}: only {} steps can be trained; lower it",
+            trainable.len()
+        );
+    }
+    Ok((steps, trainable))
+}
+
+/// The state of a new run.
+fn begin(s: &Settings, model: String, linears: &[LinearShape]) -> Result<Loaded> {
+    let adapter = match &s.lora {
+        Some(file) => formats::load(file, linears).context("--lora")?,
+        None => Adapter::new(linears, &s.target_modules, s.rank, s.alpha, s.seed)?,
+    };
+    ensure!(
+        (adapter.rank, adapter.alpha) == (s.rank, s.alpha),
+        "--lora: rank {} and alpha {}, not --rank {} and --alpha {}",
+        adapter.rank,
+        adapter.alpha,
+        s.rank,
+        s.alpha
+    );
+    let optimizer = AdamWState::new(adapter.parameters().map(Vec::len));
+    let (size, min_count) = (s.tracker_size, s.tracker_min_count);
+    let tracker = Tracker { size, min_count, ..Default::default() };
+    let snapshot = Snapshot { state: RunState::new(model, tracker), adapter, optimizer };
+    Ok(Loaded { snapshot, visits: None })
+}
+
+/// The state of a run that goes on, and its folder.
+fn resume(
+    job: &Job,
+    model: &str,
+    linears: &[LinearShape],
+    observer: &dyn Observer,
+) -> Result<(Loaded, RunFolder)> {
+    let folder = RunFolder::resume(&job.out)?;
+    let loaded = checkpoint::load(&job.out, model, linears)?;
+    let state = &loaded.snapshot.state;
+    let begun = state.epoch + usize::from(state.unfinished.is_some());
+    ensure!(
+        begun <= job.settings.epochs,
+        "--epochs {}: the run has completed {} already{}; give at least {begun}",
+        job.settings.epochs,
+        state.epoch,
+        if begun > state.epoch { " and begun the next" } else { "" }
+    );
+    observer.on(Event::Resuming { folder: &job.out, epoch: state.epoch });
+    Ok((loaded, folder))
+}
+
+fn check_dump(job: &Job, state: &RunState) -> Result<()> {
+    let Some(dump) = &job.dump else { return Ok(()) };
+    let s = &job.settings;
+    let (done, last) = (state.updates, s.epochs * s.updates_per_epoch * s.inner_epochs);
+    ensure!(
+        dump.update > done && dump.update <= last,
+        "--dump-update {}: the run does updates {} to {last}",
+        dump.update,
+        done + 1
+    );
+    io::probe(Path::new(&dump.file)).context("--dump-update")
+}
+
+struct StepCounts {
+    all: usize,
+    trainable: usize,
+}
+
+/// What the run is, in lines for people.
+fn summary(
+    s: &Settings,
+    compute: &Compute,
+    adapter: &Adapter,
+    estimated: &Estimate,
+    steps: StepCounts,
+) -> Vec<String> {
+    let batch = rows_at_a_time(compute.threads(), s.images_per_update(), s.batch);
+    vec![
+        format!(
+            "model: {}, LoRA of rank {} on {} layers, {} values",
+            s.model.display(),
+            adapter.rank,
+            adapter.layers.len(),
+            adapter.len()
+        ),
+        format!("run: {}", s.summary(batch)),
+        format!(
+            "method: {} with {} credit over {} of {} {} steps, reward {}",
+            name(s.objective),
+            name(s.credit),
+            s.train_steps.unwrap_or(steps.trainable),
+            steps.all,
+            name(s.sampler),
+            s.reward
+        ),
+        format!(
+            "memory: about {} at most, {} of it for weights; a rollout keeps {} for the update",
+            memory_text(estimated.peak() as u64),
+            memory_text(estimated.weights as u64),
+            memory_text(estimated.kept as u64)
+        ),
+    ]
+}

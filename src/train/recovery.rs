@@ -1,0 +1,185 @@
+//! What keeps a run's work: an epoch is suspended and restored, and a run that has diverged goes
+//! back to its last good state.
+
+use anyhow::{Result, anyhow};
+
+use super::checkpoint::{self, Parts, RunState, Snapshot, Unfinished};
+use super::epoch::EpochState;
+use super::metrics::{Record, SuspendedRecord};
+use super::observer::Event;
+use super::run::{Run, grid_epoch};
+use super::self_test::self_test;
+use super::update::{GradientOptions, TrajectoryBatch, batch_gradient};
+use crate::device::tensor::{read, upload};
+use crate::io::weights::Weights;
+use crate::lora::formats::{self, Format};
+use crate::ops::policy_objective::Surrogate;
+use crate::ops::{self, Coefficients, StepContext};
+use crate::sampling::generate::prompt_pair;
+use crate::sampling::policy::{GuidanceMode, Policy};
+use crate::sampling::trajectory::Transition;
+use crate::schedule::Step;
+
+/// Writes the run as it stands between two updates: settings, metrics and pictures so far, the
+/// adapter, and a checkpoint that goes on with the next update.
+pub(super) fn suspend(run: &mut Run, state: &EpochState) -> Result<()> {
+    keep_beginning(run)?;
+    let epoch = run.state.epoch + 1;
+    // The times are the log's, not the checkpoint's: equal runs have equal checkpoints.
+    run.folder.record(Record::Suspended(SuspendedRecord { epoch, seconds: state.seconds }));
+    let unfinished = Unfinished {
+        rewards: state.rewards.clone(),
+        updates: state.updates.clone(),
+        seconds: None,
+    };
+    let stopped = RunState { unfinished: Some(unfinished), ..run.state.clone() };
+    run.save(stopped, state.tensors())?;
+    run.kept = Some(format!("{} updates of epoch {epoch}", state.updates.len()));
+    Ok(())
+}
+
+/// An epoch that is suspended may turn out to have diverged: the state before the first epoch,
+/// which has no checkpoint of its own, is kept beside it.
+fn keep_beginning(run: &mut Run) -> Result<()> {
+    let Some(good) = run.good.take_if(|g| g.state.epoch == 0) else { return Ok(()) };
+    if !checkpoint::exists(&run.folder.dir, 0) {
+        let parts = parts(run, &good);
+        run.folder.flush(|dir| checkpoint::write(dir, &parts, Vec::new()).map(drop))?;
+    }
+    run.good = Some(good);
+    Ok(())
+}
+
+fn parts<'a>(run: &Run, snapshot: &'a Snapshot) -> Parts<'a> {
+    let network = run.first().pipeline.family.network();
+    let Snapshot { state, adapter, optimizer } = snapshot;
+    Parts { state, adapter, optimizer, network }
+}
+
+/// Restores the epoch that the run was stopped in, where it was.
+///
+/// # Errors
+/// When the checkpoint does not fit the settings.
+pub(super) fn restore(run: &mut Run, visits: Option<Weights>) -> Result<Option<EpochState>> {
+    let dropped = run.folder.keep_records(run.state.metrics_lines);
+    let Some(unfinished) = run.state.unfinished.take() else { return Ok(None) };
+    let file = visits.ok_or_else(|| anyhow!("the stopped epoch has no tensors"))?;
+    let seconds = dropped.iter().rev().find_map(|record| match record {
+        Record::Suspended(s) => Some(s.seconds),
+        Record::Update(_) | Record::Epoch(_) | Record::Evaluation(_) => None,
+    });
+    let seconds = seconds.or(unfinished.seconds).unwrap_or_default();
+    let (plan, latent) = (run.plan_epoch()?, run.latent_shape());
+    // Its beginning is a complete epoch.
+    run.good = earlier(run, run.state.epoch + 1)?;
+    let Unfinished { rewards, updates, .. } = unfinished;
+    EpochState::restore(plan, latent, &file, rewards, updates, seconds).map(Some)
+}
+
+/// The self-test of an epoch that another process began: its adapter has been updated since, so
+/// that rho is not 1 any more. The policy of now takes the first batch's steps anew, by the way
+/// that sampling goes, and the update has to find what it says.
+pub(super) fn test_restored(
+    run: &mut Run,
+    state: &EpochState,
+    batch: &TrajectoryBatch,
+    surrogate: &Surrogate,
+) -> Result<()> {
+    let (s, replica) = (run.settings, run.first());
+    let (compute, net) = (&replica.compute, &*replica.pipeline.net);
+    let lora = run.adapter.to_device(&compute.burn);
+    let images = &state.plan.images[batch.images.clone()];
+    let prompts = prompt_pair(replica, &run.embeddings, run.embeddings.row_of("")?, images)?;
+    let guidance = GuidanceMode::new(net, s.guidance_scale);
+    let policy = Policy { compute, net, lora: Some(&lora), guidance, prompts: &prompts };
+    let again = |(step, before): (&Step, &Transition)| {
+        let x = upload(&before.x, batch.shape, &compute.burn);
+        let context = StepContext {
+            compute,
+            guidance: guidance.combine,
+            coefficients: Coefficients::from(step),
+            key: batch.noise.at(step),
+        };
+        let next = ops::step(&context, &x, &policy.output(&x, step.t))?;
+        anyhow::Ok(Transition { x: before.x.clone(), old_prediction: read(&next.prediction)? })
+    };
+    let trained = &state.plan.trained;
+    let steps = trained.iter().zip(&batch.transitions);
+    let own = TrajectoryBatch {
+        images: batch.images.clone(),
+        noise: batch.noise,
+        shape: batch.shape,
+        transitions: steps.map(again).collect::<Result<_>>()?,
+    };
+    let options = GradientOptions {
+        surrogate,
+        advantage: &state.advantages[batch.images.clone()],
+        rows_at_once: s.activation_checkpointing.then_some(run.rows_at_once),
+    };
+    let found = batch_gradient(&policy, &run.adapter, &own, trained, &options, &|| {})?;
+    let passed = self_test(s, &found.stats, &found.gradients)?;
+    run.observer.on(Event::SelfTest { largest: passed.largest, bound: passed.bound });
+    run.tested = true;
+    Ok(())
+}
+
+/// Ends a run whose values are not finite any more, which `error` says: it goes back to its last
+/// good state and saves that. A model that was never finite is no run that has diverged.
+pub(super) fn diverged<T>(run: &mut Run, error: anyhow::Error) -> Result<T> {
+    if run.state.updates == 0 {
+        return Err(error);
+    }
+    let Some(good) = last_good(run)? else {
+        return Err(error.context(format!(
+            "the run has diverged after {} updates, and no earlier state is in {}; lower \
+             --learning-rate {} or --max-grad-norm {} in a new run",
+            run.state.updates,
+            run.folder.dir.join("checkpoints").display(),
+            run.settings.learning_rate,
+            run.settings.max_grad_norm
+        )));
+    };
+    let (updates, epoch) = (run.state.updates, good.state.epoch);
+    go_back(run, good)?;
+    run.kept = None;
+    let s = run.settings;
+    Err(error.context(format!(
+        "the run has diverged after {updates} updates and went back to its state after {epoch} \
+         epochs, which is saved; lower --learning-rate {} or --max-grad-norm {} in a new run, \
+         which --lora {} starts from there",
+        s.learning_rate,
+        s.max_grad_norm,
+        run.folder.dir.join("adapter.safetensors").display()
+    )))
+}
+
+/// The newest state before this one whose pictures were finite: of this process, or on disk.
+fn last_good(run: &mut Run) -> Result<Option<Snapshot>> {
+    if let Some(good) = run.good.take() {
+        return Ok(Some(good));
+    }
+    earlier(run, run.state.epoch)
+}
+
+/// The newest complete epoch on disk before one.
+fn earlier(run: &Run, epoch: usize) -> Result<Option<Snapshot>> {
+    let linears = run.first().pipeline.net.linears();
+    checkpoint::load_before(&run.folder.dir, epoch, &run.state.model, &linears)
+}
+
+/// Makes a state the run's own, in memory and on disk.
+pub(super) fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
+    let later = good.state.epoch;
+    run.folder.keep_records(good.state.metrics_lines);
+    run.folder.drop_pending(|path| grid_epoch(path).is_some_and(|epoch| epoch > later));
+    let parts = parts(run, &good);
+    let network = parts.network;
+    run.folder.flush(|dir| {
+        let file = dir.join("adapter.safetensors");
+        formats::save(&good.adapter, &file, Format::Diffusers, network)?;
+        checkpoint::rewind(dir, &parts)
+    })?;
+    let Snapshot { state, adapter, optimizer } = good;
+    (run.state, run.adapter, run.optimizer) = (state, adapter, optimizer);
+    Ok(())
+}

@@ -1,0 +1,198 @@
+//! A run's folder: settings, metrics, picture grids, adapter. It is empty, but for its lock, until
+//! there is something to continue from; then every epoch leaves a folder that is whole.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use image::RgbImage;
+
+use super::metrics::Record;
+use crate::io;
+
+/// The folder of a run and what has not been written yet.
+pub struct RunFolder {
+    pub dir: PathBuf,
+    records: Vec<Record>,
+    /// Nothing has been written yet.
+    fresh: bool,
+    /// The folders that were made for the run, innermost first.
+    made: Vec<PathBuf>,
+    pending: Vec<(PathBuf, Vec<u8>)>,
+    /// Locked as long as the run writes here.
+    _lock: std::fs::File,
+}
+
+/// The file that marks a folder as being written to.
+const LOCK: &str = ".lock";
+const METRICS: &str = "metrics.jsonl";
+
+/// Locks a folder for one run.
+fn lock(dir: &Path, flag: &str) -> Result<std::fs::File> {
+    let path = dir.join(LOCK);
+    let file = std::fs::File::create(&path)
+        .with_context(|| format!("{flag} {}: cannot be written", dir.display()))?;
+    // Some network filesystems have no locks: a run goes on without.
+    ensure!(
+        !matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock)),
+        "{flag} {}: another run writes there; wait for it or choose another",
+        dir.display()
+    );
+    Ok(file)
+}
+
+impl RunFolder {
+    /// A new run's folder, which must not exist or be empty.
+    ///
+    /// # Errors
+    /// When it holds something or cannot be made.
+    pub fn new(dir: &Path) -> Result<Self> {
+        let mine = |e: std::io::Result<std::fs::DirEntry>| e.is_ok_and(|e| e.file_name() == LOCK);
+        let empty = || !dir.exists() || std::fs::read_dir(dir).is_ok_and(|mut d| d.all(mine));
+        let occupied = || {
+            format!(
+                "--out {}: is not an empty folder; choose another, or continue it with --resume",
+                dir.display()
+            )
+        };
+        ensure!(empty(), occupied());
+        let missing = dir.ancestors().take_while(|d| !d.as_os_str().is_empty() && !d.exists());
+        let made = missing.map(Path::to_path_buf).collect();
+        std::fs::create_dir_all(dir)
+            .with_context(|| format!("--out {}: cannot be made", dir.display()))?;
+        let lock = lock(dir, "--out")?;
+        // A run that has just ended may have filled it meanwhile.
+        ensure!(empty(), occupied());
+        Ok(Self {
+            _lock: lock,
+            dir: dir.to_path_buf(),
+            records: Vec::new(),
+            fresh: true,
+            made,
+            pending: Vec::new(),
+        })
+    }
+
+    /// A run's folder to continue, with its records.
+    ///
+    /// # Errors
+    /// When another run writes there, or the metrics cannot be read.
+    pub fn resume(dir: &Path) -> Result<Self> {
+        let lock = lock(dir, "--resume")?;
+        let path = dir.join(METRICS);
+        let record = |(i, line): (usize, &str)| {
+            serde_json::from_str(line).with_context(|| {
+                let path = path.display();
+                format!("{path}: line {} is not a record of this version", i + 1)
+            })
+        };
+        let text = io::read_text(&path)?;
+        Ok(Self {
+            _lock: lock,
+            dir: dir.to_path_buf(),
+            records: text.lines().enumerate().map(record).collect::<Result<_>>()?,
+            fresh: false,
+            made: Vec::new(),
+            pending: Vec::new(),
+        })
+    }
+
+    /// Adds a record.
+    pub fn record(&mut self, record: Record) {
+        self.records.push(record);
+    }
+
+    /// All records so far.
+    pub fn records(&self) -> &[Record] {
+        &self.records
+    }
+
+    /// The mean reward of an epoch's evaluation.
+    ///
+    /// # Errors
+    /// When there was none.
+    pub fn reward_of(&self, epoch: usize) -> Result<f64> {
+        let of_epoch = |record: &Record| match record {
+            Record::Evaluation(e) if e.epoch == epoch => Some(e.reward_mean),
+            Record::Evaluation(_) | Record::Update(_) | Record::Epoch(_) | Record::Suspended(_) => {
+                None
+            }
+        };
+        let found = self.records.iter().rev().find_map(of_epoch);
+        found.with_context(|| format!("{METRICS}: there is no evaluation of epoch {epoch}"))
+    }
+
+    /// Drops what was recorded after a checkpoint, and gives it back.
+    pub fn keep_records(&mut self, count: usize) -> Vec<Record> {
+        self.records.split_off(count.min(self.records.len()))
+    }
+
+    /// Drops what would have been written next.
+    pub fn drop_pending(&mut self, of: impl Fn(&Path) -> bool) {
+        self.pending.retain(|(path, _)| !of(path));
+    }
+
+    /// Adds a file to what the next [`Self::flush`] writes.
+    pub fn file(&mut self, name: impl AsRef<Path>, bytes: Vec<u8>) {
+        self.pending.push((self.dir.join(name), bytes));
+    }
+
+    /// Adds a picture.
+    ///
+    /// # Errors
+    /// When it cannot be encoded.
+    pub fn picture(&mut self, name: impl AsRef<Path>, image: &RgbImage) -> Result<()> {
+        self.file(name, io::png(image)?);
+        Ok(())
+    }
+
+    /// Writes everything that is pending, then `last`, which makes it count. A folder that fails at
+    /// its first writing is emptied again; what is pending stays so until it is written.
+    ///
+    /// # Errors
+    /// Names the file that cannot be written.
+    pub fn flush(&mut self, last: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        let written = self.write(last);
+        if written.is_ok() {
+            self.fresh = false;
+            self.pending.clear();
+        } else if self.fresh {
+            let entries = std::fs::read_dir(&self.dir).into_iter().flatten().flatten();
+            entries.filter(|e| e.file_name() != LOCK).for_each(|e| {
+                let _ =
+                    std::fs::remove_dir_all(e.path()).or_else(|_| std::fs::remove_file(e.path()));
+            });
+        }
+        written
+    }
+
+    fn write(&self, last: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        for (path, bytes) in &self.pending {
+            io::write(path, bytes)?;
+        }
+        let mut lines = String::new();
+        for record in &self.records {
+            lines += &serde_json::to_string(record).context("metrics")?;
+            lines.push('\n');
+        }
+        io::write(&self.dir.join(METRICS), lines.as_bytes())?;
+        last(&self.dir)
+    }
+}
+
+impl Drop for RunFolder {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(self.dir.join(LOCK));
+        if self.fresh {
+            // Removes the folders that were made, while they are empty.
+            for dir in &self.made {
+                let _ = std::fs::remove_dir(dir);
+            }
+        }
+    }
+}
+
+/// `runs/NAME-N` with the smallest free N.
+pub fn default_folder(name: &str) -> PathBuf {
+    let candidate = |n: usize| PathBuf::from("runs").join(format!("{name}-{n:03}"));
+    (1..).map(candidate).find(|d| !d.exists()).expect("numbers do not end")
+}

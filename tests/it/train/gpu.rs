@@ -1,0 +1,93 @@
+//! The GPU path trains like the CPU.
+
+use super::{of, run};
+use crate::command_line::program;
+use crate::support::{error_of, gpu_name};
+
+#[test]
+fn the_gpu_path_trains_like_the_cpu() {
+    gpu_like_cpu(&[]);
+}
+
+#[test]
+fn the_gpu_path_trains_a_flow_like_the_cpu() {
+    gpu_like_cpu(&["--model", "emoji-flow"]);
+}
+
+/// One epoch on both devices. What both embedded models' jobs leave open is set here.
+fn gpu_like_cpu(model: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let device = gpu_name();
+    let job = [
+        "--epochs",
+        "1",
+        "--prompt",
+        "red apple on a white background",
+        "--prompt",
+        "cat face on a white background",
+        "--images-per-epoch",
+        "8",
+        "--group-size",
+        "4",
+        "--batch",
+        "4",
+        "--steps",
+        "8",
+        "--train-steps",
+        "2",
+    ];
+    let start = std::time::Instant::now();
+    let gpu = run(&dir.path().join("gpu"), &[&["--device", &device], model, &job[..]].concat());
+    println!("one epoch on {device}: {:.0} s", start.elapsed().as_secs_f64());
+    let cpu = run(&dir.path().join("cpu"), &[&["--device", "cpu"], model, &job[..]].concat());
+    let updates = [&gpu, &cpu].map(|lines| of(lines, "update").count());
+    assert_eq!(updates, [2, 2], "both devices did their updates");
+    let pairs = of(&gpu, "update").zip(of(&cpu, "update"));
+    for (i, (g, c)) in pairs.enumerate() {
+        // The first update starts from the same adapter; the second has gone through AdamW, which
+        // amplifies rounding.
+        let close = |field: &str, tolerance: f64| {
+            let (g, c) = (g[field].as_f64().unwrap(), c[field].as_f64().unwrap());
+            assert!(
+                (g - c).abs() <= tolerance * c.abs().max(1e-6),
+                "{field} of update {i}: {g} on the GPU, {c} on the CPU"
+            );
+        };
+        close("loss", 1e-2);
+        close("grad_norm", 5e-2);
+    }
+    let reward = |lines: &[serde_json::Value]| {
+        of(lines, "epoch").next().unwrap()["reward_mean"].as_f64().unwrap()
+    };
+    assert!((reward(&gpu) - reward(&cpu)).abs() < 1e-3);
+}
+
+/// On one GPU too a resumed run is the unbroken one, to the bit.
+#[test]
+fn a_run_resumes_to_the_bit_on_the_gpu() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, parts) = (dir.path().join("whole"), dir.path().join("parts"));
+    let device = gpu_name();
+    let job = [
+        "--device",
+        &device,
+        "--prompt",
+        "red apple",
+        "--images-per-epoch",
+        "2",
+        "--group-size",
+        "2",
+    ];
+    let short = ["--steps", "3", "--train-steps", "1", "--updates-per-epoch", "1"];
+    run(&whole, &[&job[..], &short, &["--epochs", "2"]].concat());
+    run(&parts, &[&job[..], &short, &["--epochs", "1"]].concat());
+    let output = program(&["train", "--resume", parts.to_str().unwrap(), "--epochs", "2"]);
+    assert!(output.status.success(), "{}", error_of(&output));
+    for file in ["adapter.safetensors", "checkpoints/epoch-00002/state.json", "before_after.png"] {
+        assert_eq!(
+            std::fs::read(whole.join(file)).unwrap(),
+            std::fs::read(parts.join(file)).unwrap(),
+            "{file}"
+        );
+    }
+}

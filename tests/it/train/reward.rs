@@ -1,0 +1,54 @@
+//! Rewards in a run.
+
+use super::{SMALL, of, run};
+use crate::command_line::program;
+use crate::support::error_of;
+
+#[cfg(unix)]
+#[test]
+fn a_reward_that_does_not_vary_is_reported_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let args = [
+        &[
+            "train",
+            "--out",
+            out.to_str().unwrap(),
+            "--device",
+            "cpu",
+            "--epochs",
+            "1",
+            "--reward",
+            "command:while read l; do echo 1; done",
+        ],
+        &SMALL[..],
+    ]
+    .concat();
+    let output = program(&args);
+    assert!(output.status.success());
+    assert!(error_of(&output).contains("does not vary"), "{output:?}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reward_program_is_asked_for_every_image() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    // Answers with the length of the line: prompts differ, so rewards do.
+    let lines = run(
+        &out,
+        &[
+            &[
+                "--device",
+                "cpu",
+                "--epochs",
+                "1",
+                "--reward",
+                "command:while read l; do echo ${#l}; done",
+            ],
+            &SMALL[..],
+        ]
+        .concat(),
+    );
+    assert!(of(&lines, "epoch").next().unwrap()["reward_mean"].as_f64().unwrap() > 20.0);
+}
