@@ -1,5 +1,4 @@
-// Philox noise as a tensor: initial latents, and the test of the generator itself. Grid: (blocks,
-// batch).
+// Philox noise as a tensor, for dumps, the bench and the generator's test. Grid: (blocks, batch).
 
 @group(0) @binding(1) var<storage, read_write> noise: array<Lanes>; // [batch, dim]
 

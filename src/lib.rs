@@ -23,8 +23,8 @@
 //! # anyhow::Ok(())
 //! ```
 //!
-//! Read the module `train` first: it tells the whole story. ARCHITECTURE.md draws the flow of data
-//! and who may import whom.
+//! Whoever changes the crate reads `src/train/mod.rs` first: it tells the whole story.
+//! ARCHITECTURE.md draws the flow of data and who may import whom.
 
 #![warn(missing_docs)]
 
@@ -32,7 +32,6 @@
 pub mod choice;
 #[doc(hidden)]
 pub mod cli;
-#[doc(hidden)]
 pub mod config;
 #[doc(hidden)]
 pub mod device;
@@ -48,7 +47,6 @@ pub mod model;
 pub mod ops;
 #[doc(hidden)]
 pub mod philox;
-#[doc(hidden)]
 pub mod reward;
 #[doc(hidden)]
 pub mod sampling;
@@ -58,12 +56,16 @@ pub mod schedule;
 pub mod stop;
 #[doc(hidden)]
 pub mod tools;
-#[doc(hidden)]
 pub mod train;
 
 pub use image::RgbImage;
 
-pub use crate::config::{Options, Settings};
-pub use crate::model::Pipeline;
+pub use crate::config::{InitialNoise, Options, Preset, Settings};
+pub use crate::model::{Pipeline, Storage};
+pub use crate::ops::advantage::Advantage;
+pub use crate::ops::policy_objective::{GuidanceGradient, Objective};
 pub use crate::reward::Reward;
+pub use crate::schedule::credit::{Credit, Total};
+pub use crate::schedule::{Grid, Sampler};
+pub use crate::train::metrics::EpochRecord;
 pub use crate::train::{Event, Job, Observer, Silent, Summary, train};

@@ -1,9 +1,9 @@
 //! `pcpo-wgpu`: see `pcpo-wgpu --help`.
 
 use clap::Parser;
-use pcpo_wgpu::cli::console::{STOPPED, silence_panics};
+use pcpo_wgpu::cli::console::STOPPED;
 use pcpo_wgpu::cli::{Cli, run};
-use pcpo_wgpu::device::guard;
+use pcpo_wgpu::device::guard::{guard, note_panics};
 use pcpo_wgpu::device::system::set_heaps;
 
 fn main() {
@@ -14,7 +14,7 @@ fn main() {
     }
     set_heaps();
     let cli = Cli::parse();
-    silence_panics();
+    note_panics();
     let code = guard(|| run(cli)).unwrap_or_else(|error| {
         eprintln!("error: {error:#}");
         if pcpo_wgpu::stop::requested() { STOPPED } else { 2 }

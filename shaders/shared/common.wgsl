@@ -1,5 +1,5 @@
 // Shared by all kernels that take a sample in blocks: the uniforms, which thread takes what, and
-// the layout of partial sums. Kept in sync with src/ops/mod.rs (`Params`).
+// the layout of partial sums. Kept in sync with src/ops/context.rs (`Params`).
 
 struct Params {
     batch: u32, dim: u32, blocks: u32, guided: u32,
@@ -17,15 +17,14 @@ struct Params {
 // uniforms over and over.
 var<private> params: Params;
 
-// Threads of a workgroup, and of a run; THREADS in src/ops/mod.rs.
+// Threads of a workgroup, and of a run; THREADS in src/ops/kernels.rs.
 const THREADS: u32 = 64u;
 const RUN: u32 = 8u;
 
 // A workgroup takes a block of THREADS x rounds units of WIDTH elements; a run of eight threads
 // takes an eighth of it from end to end, eight neighbours at a time. That is whole cache lines for
 // a GPU, and one stream for a processor that runs eight threads as one vector: with the threads of
-// a
-// group side by side instead it takes twice to three times as long.
+// a group side by side instead it takes twice to three times as long.
 fn units() -> u32 { return params.dim / WIDTH; }
 fn first_unit(group: vec3<u32>, thread: u32) -> u32 {
     return (group.x * THREADS + thread - thread % RUN) * params.rounds + thread % RUN;

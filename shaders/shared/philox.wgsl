@@ -1,6 +1,5 @@
 // Philox4x32-10 and Box-Muller; kept in sync with src/philox.rs, which explains the polynomials.
-// Prefixed to every shader that draws noise, and a kernel of its own for tests (`main` below is
-// added there).
+// A part of every shader that draws noise.
 
 // The 64-bit product of two words from their halves: (high, low).
 fn mul_wide(a: u32, b: u32) -> vec2<u32> {

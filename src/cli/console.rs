@@ -110,9 +110,3 @@ pub fn catch_signals() {
         );
     });
 }
-
-/// From now on a panic prints nothing: what a device's operations panic with is reported as an
-/// error, in one line.
-pub fn silence_panics() {
-    std::panic::set_hook(Box::new(|_| {}));
-}

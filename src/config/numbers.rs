@@ -2,6 +2,8 @@
 
 use anyhow::{Result, ensure};
 
+use crate::model::text::tokenizer::MOST_TOKENS;
+
 /// More images, steps or epochs than anybody means; far below what would overflow.
 pub const MOST: usize = 1_000_000;
 /// More pixels along a side than any model draws.
@@ -64,10 +66,9 @@ pub fn resolution(value: Option<usize>) -> Result<()> {
 /// Checks the number of T5 tokens, which may be none.
 ///
 /// # Errors
-/// When there are more than any T5 takes.
+/// When there are more than T5 takes.
 pub fn sequence_length(value: usize) -> Result<()> {
-    const MOST: usize = 4096;
-    ensure!(value <= MOST, "--max-sequence-length {value}: must be at most {MOST}");
+    ensure!(value <= MOST_TOKENS, "--max-sequence-length {value}: must be at most {MOST_TOKENS}");
     Ok(())
 }
 

@@ -222,7 +222,7 @@ pub struct Options {
     /// always drawn [default: 1]
     #[arg(long, value_name = "EPOCHS", help_heading = "Pictures and checkpoints")]
     pub sample_every: Option<usize>,
-    /// Epochs from one kept checkpoint to the next; the newest is always kept [default: 10]
+    /// Epochs from one kept checkpoint to the next; the newest two are always kept [default: 10]
     #[arg(long, value_name = "EPOCHS", help_heading = "Pictures and checkpoints")]
     pub keep_every: Option<usize>,
 }
@@ -247,7 +247,7 @@ impl Options {
     }
 
     /// What may change when a run goes on: what alters none of the numbers that it draws or learns.
-    pub fn free_on_resume(&self) -> Self {
+    pub(super) fn free_on_resume(&self) -> Self {
         Self {
             model: self.model.clone(),
             epochs: self.epochs,
@@ -259,7 +259,7 @@ impl Options {
         }
     }
 
-    /// [`Self::free_on_resume`] in words.
+    /// What may change when a run goes on, in words.
     pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --sample-every \
                                       and --model (the same model elsewhere)";
 

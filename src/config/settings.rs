@@ -3,21 +3,20 @@
 
 use std::path::PathBuf;
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Result, ensure};
 use serde::Serialize;
 
 use super::numbers::{self, MOST, MOST_RANK, Range};
-use super::options::{InitialNoise, Options, Preset};
-use super::prompts::{embedded, prompts};
-use crate::lora::formats;
-use crate::model::{Family, Storage};
+use super::options::{InitialNoise, Preset};
+use crate::model::Storage;
 use crate::ops::advantage::Advantage;
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
-use crate::reward;
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler, Sampling};
 
-/// A checked run.
+/// A checked run. Each field is the option of its name, see [`crate::Options`], with presets and
+/// defaults resolved.
+#[allow(missing_docs)]
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Settings {
@@ -83,143 +82,6 @@ pub struct Settings {
     pub sample_every: usize,
 }
 
-impl Options {
-    /// Fills in presets and defaults, and checks.
-    ///
-    /// # Errors
-    /// Names the flag, its value and the way out.
-    pub fn resolve(&self) -> Result<Settings> {
-        let with_job;
-        let (o, model) = match embedded(self.model.as_deref())? {
-            None => (self, self.model.clone().expect("a model that is not embedded was named")),
-            Some((job, folder)) => {
-                let job: Self = toml::from_str(job)
-                    .with_context(|| format!("{}/train.toml", folder.display()))?;
-                with_job = self.over(&job)?;
-                (&with_job, folder)
-            }
-        };
-        let family = Family::of(&model)?;
-        ensure!(
-            o.grid.is_none() || family.is_flow(),
-            "--grid: is for flow models; {} is one of diffusion; leave it out",
-            model.display()
-        );
-        let sampler =
-            o.sampler.unwrap_or(if family.is_flow() { Sampler::FlowGrpo } else { Sampler::Ddim });
-        let preset = o.preset.unwrap_or(Preset::Pcpo);
-        let ddpo = preset == Preset::Ddpo;
-        let pcpo = preset == Preset::Pcpo;
-        let (rank, alpha) = self.adapter_size(o)?;
-        let (prompt, group_size) = (prompts(o)?, o.group_size.unwrap_or(8));
-        let images = group_size.saturating_mul(prompt.len().min(4));
-        let settings = Settings {
-            model,
-            device: o.device.clone().unwrap_or_else(|| "auto".into()),
-            memory: o.memory,
-            storage: o.storage.unwrap_or(Storage::F32),
-            reward: o
-                .reward
-                .clone()
-                .ok_or_else(|| anyhow!("--reward is missing; {} are there", reward::list()))?,
-            resolution: o.resolution,
-            embeddings: o.embeddings.clone(),
-            max_sequence_length: o.max_sequence_length.unwrap_or(family.default_sequence()),
-            prompt,
-            preset,
-            objective: o.objective.unwrap_or(if pcpo {
-                Objective::LogHinge
-            } else {
-                Objective::PpoClip
-            }),
-            credit: o.credit.unwrap_or(if pcpo { Credit::Proportionate } else { Credit::Native }),
-            zeta: o.zeta,
-            credit_total: o.credit_total.unwrap_or(Total::All),
-            initial_noise: o.initial_noise.unwrap_or(if ddpo {
-                InitialNoise::Own
-            } else {
-                InitialNoise::Shared
-            }),
-            advantage: o.advantage.unwrap_or(if ddpo {
-                Advantage::PerPrompt
-            } else {
-                Advantage::Group
-            }),
-            train_last_step: o.train_last_step.unwrap_or(ddpo),
-            kl_beta: o.kl_beta.unwrap_or(0.0),
-            epochs: o.epochs.unwrap_or(10),
-            images_per_epoch: o.images_per_epoch.unwrap_or(images),
-            group_size,
-            updates_per_epoch: o.updates_per_epoch.unwrap_or(2),
-            inner_epochs: o.inner_epochs.unwrap_or(1),
-            batch: o.batch.unwrap_or(8),
-            sampler,
-            steps: o.steps.unwrap_or(sampler.default_steps()),
-            eta: o.eta.unwrap_or(sampler.default_eta()),
-            grid: family.is_flow().then(|| o.grid.unwrap_or(Grid::Shifted)),
-            shift: o.shift,
-            guidance_scale: o.guidance_scale.unwrap_or(family.default_guidance()),
-            guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
-            train_steps: o.train_steps,
-            train_window: o.train_window.unwrap_or(false),
-            noise_only_trained: o.noise_only_trained.unwrap_or(false),
-            activation_checkpointing: o.activation_checkpointing.unwrap_or(true),
-            clip_range: o.clip_range.unwrap_or(1e-4),
-            advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
-            tracker_size: o.tracker_size.unwrap_or(32),
-            tracker_min_count: o.tracker_min_count.unwrap_or(16),
-            learning_rate: o.learning_rate.unwrap_or(3e-4),
-            weight_decay: o.weight_decay.unwrap_or(1e-4),
-            max_grad_norm: o.max_grad_norm.unwrap_or(1.0),
-            rank,
-            alpha,
-            target_modules: match (&o.lora, &o.target_modules) {
-                (Some(_), _) => Vec::new(),
-                (None, Some(targets)) => targets.clone(),
-                (None, None) => family.default_targets(),
-            },
-            lora: o.lora.clone(),
-            seed: o.seed.unwrap_or(0),
-            keep_every: o.keep_every.unwrap_or(10),
-            sample_every: o.sample_every.unwrap_or(1),
-        };
-        settings.check()?;
-        Ok(settings)
-    }
-
-    /// Rank and alpha: those of `--lora`, or of the options with the job's, `o`.
-    fn adapter_size(&self, o: &Self) -> Result<(usize, f64)> {
-        let Some(file) = &o.lora else {
-            let rank = o.rank.unwrap_or(16);
-            return Ok((rank, o.alpha.unwrap_or(rank as f64)));
-        };
-        ensure!(
-            self.target_modules.is_none(),
-            "--target-modules: the adapter of --lora {} has its own layers; leave --target-modules \
-             out",
-            file.display()
-        );
-        // A saved run has both, and may have lost the file.
-        if let (Some(rank), Some(alpha)) = (self.rank, self.alpha) {
-            return Ok((rank, alpha));
-        }
-        let adapter = formats::read(file, &[]).context("--lora")?;
-        let given = [
-            ("--rank", self.rank.map(|r| r as f64), adapter.rank as f64),
-            ("--alpha", self.alpha, adapter.alpha),
-        ];
-        for (flag, given, own) in given {
-            ensure!(
-                given.is_none_or(|g| g == own),
-                "{flag} {}: the adapter of --lora {} has {own}; leave {flag} out",
-                given.unwrap_or_default(),
-                file.display()
-            );
-        }
-        Ok((adapter.rank, adapter.alpha))
-    }
-}
-
 impl Settings {
     /// Prompts an epoch.
     pub fn groups(&self) -> usize {
@@ -244,7 +106,11 @@ impl Settings {
         self.images_per_epoch / self.updates_per_epoch
     }
 
-    fn check(&self) -> Result<()> {
+    /// Whether a run can be made of them.
+    ///
+    /// # Errors
+    /// Names the flag, its value and what is allowed.
+    pub fn check(&self) -> Result<()> {
         self.check_numbers()?;
         self.check_images()?;
         self.check_method()

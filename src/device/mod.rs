@@ -4,7 +4,7 @@
 pub mod adapters;
 pub mod compute;
 pub mod gpu;
-mod guard;
+pub mod guard;
 pub mod system;
 pub mod tensor;
 

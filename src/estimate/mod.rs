@@ -11,11 +11,13 @@ pub mod shapes;
 use anyhow::{Result, bail};
 
 pub use self::shapes::Shapes;
+use crate::choice::name;
 use crate::config::Settings;
 use crate::device::system::memory_text;
 use crate::device::{Compute, rows_at_a_time};
-use crate::model::config::BlockShape;
-use crate::model::{Family, Storage};
+use crate::model::Storage;
+use crate::model::attention::MAX_SCORES;
+use crate::model::config::{BlockShape, rows_at_once};
 use crate::ops::Guidance;
 
 /// How many tensors of each kind are alive at once in a block.
@@ -48,8 +50,6 @@ const KERNEL: f64 = 9.0;
 const PROGRAM: f64 = 45e6;
 const PROGRAM_GPU: f64 = 250e6;
 const PROGRAM_SOFTWARE: f64 = 370e6;
-/// Scores that an attention pass without gradients holds at most on a GPU: it splits beyond.
-const MAX_SCORES: f64 = (1 << 24) as f64;
 
 impl Factors {
     fn bytes(&self, b: &BlockShape, rows: f64, scores: f64) -> f64 {
@@ -122,16 +122,6 @@ impl Target {
     }
 }
 
-/// Attention scores of all rows that a block is differentiated for at a time: 256 MiB a copy.
-const SCORES_AT_ONCE: f64 = (1 << 26) as f64;
-
-/// Rows that a block is differentiated for at a time. A function of the shapes alone, so that a run
-/// resumes to the bit.
-pub fn rows_at_once(shapes: &Shapes) -> usize {
-    let most = shapes.blocks.iter().map(|b| b.scores).fold(1.0, f64::max);
-    ((SCORES_AT_ONCE / most) as usize).max(1)
-}
-
 /// What a run's batches are like on a device.
 struct Batches {
     /// Rows of the network in a batch, guidance's second among them.
@@ -192,9 +182,12 @@ pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
         // The host keeps all transitions; it is the device's own memory unless the device is a
         // card.
         on_host: target.gpu && !target.software,
+        // The host has what each encoder makes of the prompts beside what is put together of it.
         encode: text.weights
             + 4.0
-                * (INFERENCE.stream * text.stream + INFERENCE.scores * text.scores.min(MAX_SCORES)),
+                * (INFERENCE.stream * text.stream
+                    + INFERENCE.scores * text.scores.min(MAX_SCORES as f64)
+                    + 2.0 * text.embedding * prompts),
         rollout: rollout(shapes, &batches, target) * sampling + on_device,
         update: update(shapes, s, &batches, target) * updating,
         decode: decode(shapes, target) * sampling,
@@ -202,16 +195,9 @@ pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
     }
 }
 
-fn is_unet(shapes: &Shapes) -> bool {
-    match shapes.family {
-        Family::StableDiffusion => true,
-        Family::StableDiffusion3 | Family::Flux => false,
-    }
-}
-
 /// A convolution works on one image at a time.
 fn convolution(shapes: &Shapes, b: &BlockShape) -> f64 {
-    if is_unet(shapes) { 4.0 * KERNEL * b.stream } else { 0.0 }
+    if shapes.convolves { 4.0 * KERNEL * b.stream } else { 0.0 }
 }
 
 fn largest(blocks: &[BlockShape], f: impl Fn(&BlockShape) -> f64) -> f64 {
@@ -222,7 +208,8 @@ fn largest(blocks: &[BlockShape], f: impl Fn(&BlockShape) -> f64) -> f64 {
 fn rollout(shapes: &Shapes, batches: &Batches, target: Target) -> f64 {
     let rows = batches.rows;
     // The CPU's attention without gradients never holds its scores.
-    let scores = |b: &BlockShape| if target.gpu { (rows * b.scores).min(MAX_SCORES) } else { 0.0 };
+    let scores =
+        |b: &BlockShape| if target.gpu { (rows * b.scores).min(MAX_SCORES as f64) } else { 0.0 };
     largest(&shapes.blocks, |b| {
         INFERENCE.bytes(b, rows, scores(b))
             + 4.0 * rows * (b.input - b.stream).max(0.0)
@@ -233,9 +220,12 @@ fn rollout(shapes: &Shapes, batches: &Batches, target: Target) -> f64 {
 /// Activations of one batch of an update.
 fn update(shapes: &Shapes, s: &Settings, batches: &Batches, target: Target) -> f64 {
     let rows = batches.rows;
-    let unet = is_unet(shapes);
-    let tracked =
-        if s.activation_checkpointing { rows.min(rows_at_once(shapes) as f64) } else { rows };
+    let unet = shapes.convolves;
+    let tracked = if s.activation_checkpointing {
+        rows.min(rows_at_once(&shapes.blocks) as f64)
+    } else {
+        rows
+    };
     let factors = if unet { SAVED_UNET } else { SAVED_TRANSFORMER };
     let saved = |b: &BlockShape| factors.bytes(b, tracked, tracked * b.scores);
     let backward =
@@ -253,7 +243,7 @@ fn update(shapes: &Shapes, s: &Settings, batches: &Batches, target: Target) -> f
 
 /// Activations of one picture's decoding.
 fn decode(shapes: &Shapes, target: Target) -> f64 {
-    let scores = |b: &BlockShape| if target.gpu { b.scores.min(MAX_SCORES) } else { 0.0 };
+    let scores = |b: &BlockShape| if target.gpu { b.scores.min(MAX_SCORES as f64) } else { 0.0 };
     largest(&shapes.decoder, |b| DECODER.bytes(b, 1.0, scores(b)))
 }
 
@@ -300,9 +290,9 @@ fn way_out(shapes: &Shapes, s: &Settings, target: Target) -> String {
         Storage::Q8 => Some("q4"),
         Storage::Q4 => None,
     };
-    let embeddings =
-        if s.embeddings.is_none() && shapes.family.is_flow() { ", --embeddings FILE" } else { "" };
     let least = estimate(shapes, &Settings { batch: 1, ..s.clone() }, target);
+    let text = least.peak() <= least.program + least.encode;
+    let embeddings = if text { ", --embeddings FILE" } else { "" };
     match smaller {
         Some(storage) => format!(
             "even --batch 1 needs {}: use --storage {storage}{embeddings} or a smaller \
@@ -316,9 +306,9 @@ fn way_out(shapes: &Shapes, s: &Settings, target: Target) -> String {
 /// The table of `pcpo-wgpu plan`.
 pub fn text(estimate: &Estimate, s: &Settings, largest: Option<usize>) -> String {
     let mib = |b: f64| format!("{:>10.0} MiB", b / f64::from(1 << 20));
-    let storage = format!("weights ({:?})", s.storage).to_lowercase();
+    let storage = format!("weights ({})", name(s.storage));
     let mut out = format!("{storage:<20} {}\n", mib(estimate.weights));
-    for (name, bytes) in [
+    for (line, bytes) in [
         ("program and casts", estimate.program),
         ("adapter", estimate.adapter),
         ("kept by rollout", estimate.kept),
@@ -327,7 +317,7 @@ pub fn text(estimate: &Estimate, s: &Settings, largest: Option<usize>) -> String
         ("update", estimate.update),
         ("decode", estimate.decode),
     ] {
-        out += &format!("{name:<20} {}\n", mib(bytes));
+        out += &format!("{line:<20} {}\n", mib(bytes));
     }
     out += &format!(
         "peak                 {}   program and text encoders, or weights, program, adapter, \

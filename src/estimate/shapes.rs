@@ -15,7 +15,7 @@ use crate::model::loader::{QUANTISED_BLOCK, Storage};
 use crate::model::pipeline::latent_size;
 use crate::model::text::clip::ClipConfig;
 use crate::model::text::embeddings::PromptEmbeddings;
-use crate::model::text::t5::{PROMPTS_AT_ONCE, T5Config};
+use crate::model::text::t5::T5Config;
 use crate::model::vae::VaeConfig;
 
 /// Inputs and outputs of a layer that the adapter is on.
@@ -30,7 +30,7 @@ pub struct TargetShape {
 pub struct TextShape {
     /// Bytes of the weights that are held while they run.
     pub weights: f64,
-    /// Elements of what a few prompts take in the widest layer, and of their scores.
+    /// Elements of what a prompt takes in the widest layer, and of its scores.
     pub stream: f64,
     pub scores: f64,
     /// Elements of a prompt's embedding, which the host keeps.
@@ -40,7 +40,6 @@ pub struct TextShape {
 /// What a model folder looks like to the estimate.
 #[derive(Clone, Debug)]
 pub struct Shapes {
-    pub family: Family,
     pub blocks: Vec<BlockShape>,
     pub decoder: Vec<BlockShape>,
     pub text: TextShape,
@@ -52,6 +51,8 @@ pub struct Shapes {
     pub latent: f64,
     pub targets: Vec<TargetShape>,
     pub distilled: bool,
+    /// Whether its blocks convolve.
+    pub convolves: bool,
 }
 
 /// Reads the shapes of a model folder for a run's settings; `lora` is the adapter's file where it
@@ -109,7 +110,6 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
         targets.extend(adapter.layers.iter().map(shape));
     }
     Ok(Shapes {
-        family,
         blocks: network.block_shapes(size, tokens),
         decoder: vae.decoder_shapes(size),
         text,
@@ -118,6 +118,7 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
         latent: channels as f64 * size[0] as f64 * size[1] as f64,
         targets,
         distilled: network.distilled(),
+        convolves: network.convolves(),
     })
 }
 
@@ -144,8 +145,7 @@ fn text_shape(
             .map(|(name, shape)| elements(shape) * bytes_per_weight(name, shape, s.storage))
             .sum::<f64>();
     }
-    let prompts = s.prompt.len().min(PROMPTS_AT_ONCE) as f64;
-    let rows = prompts * clip.max_tokens as f64;
+    let rows = clip.max_tokens as f64;
     text.stream = rows * clip.inner as f64;
     text.scores = rows * clip.heads as f64 * clip.max_tokens as f64;
     let Some(dir) = layout.streamed().map(|part| s.model.join(part)).filter(|d| d.is_dir()) else {
@@ -158,7 +158,7 @@ fn text_shape(
         .filter(|(name, _)| name.contains(".block.0."))
         .map(|(name, shape)| elements(shape) * bytes_per_weight(name, shape, s.storage));
     text.weights += layer.sum::<f64>();
-    let rows = prompts * s.max_sequence_length as f64;
+    let rows = s.max_sequence_length as f64;
     text.stream = text.stream.max(rows * t5.inner as f64);
     text.scores = text.scores.max(rows * (t5.heads * s.max_sequence_length) as f64);
     Ok(text)

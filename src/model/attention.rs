@@ -10,7 +10,7 @@ use crate::lora::Lora;
 
 /// Scores of one pass stay below this many elements (64 MiB): within every device's largest
 /// binding.
-const MAX_SCORES: usize = 1 << 24;
+pub const MAX_SCORES: usize = 1 << 24;
 
 /// softmax(q k^T / sqrt(d)) v over `[B, heads, T, d]`; `bias` `[1, 1 or heads, Tq, Tk]` is added to
 /// the scores.

@@ -10,8 +10,10 @@ use super::nn::Activation;
 /// More layers, levels or heads than any network has: a number beyond is damage, and would be
 /// counted through.
 const MOST_PARTS: usize = 4096;
-/// A wider layer, a larger picture or a longer text than any network has.
+/// A wider layer or a longer text than any network has.
 const MOST_WIDTH: usize = 1 << 24;
+/// The side of a larger latent than any network has: that of `--resolution`'s largest picture.
+const MOST_SIDE: usize = 2048;
 
 /// One config.json with its path, for messages.
 pub struct Config {
@@ -143,6 +145,12 @@ impl Config {
         }
     }
 
+    /// The sides of the latents that a network was made for, one for both or a list of two.
+    pub fn sides(&self, field: &str, default: usize) -> Result<[usize; 2]> {
+        let sides = self.each(field, 2, &[default], MOST_SIDE)?;
+        Ok([sides[0], sides[1]])
+    }
+
     /// A positive width, or a list of `n` of them, one for each block; `default` is one for all or
     /// the `n` themselves, and without a default the field has to be there.
     pub fn widths(&self, field: &str, n: usize, default: &[usize]) -> Result<Vec<usize>> {
@@ -237,6 +245,16 @@ pub struct BlockShape {
     pub scores: f64,
 }
 
+/// Attention scores of all rows that a block is differentiated for at a time: 256 MiB a copy.
+const SCORES_AT_ONCE: f64 = (1 << 26) as f64;
+
+/// Rows that a block of a network is differentiated for at a time. A function of the shapes alone,
+/// so that a run resumes to the bit.
+pub fn rows_at_once(blocks: &[BlockShape]) -> usize {
+    let most = blocks.iter().map(|b| b.scores).fold(1.0, f64::max);
+    ((SCORES_AT_ONCE / most) as usize).max(1)
+}
+
 /// What a network is from outside, read from its configuration alone.
 pub trait NetworkConfig {
     /// Shape of the latents that it was made for, `[C, H, W]`.
@@ -249,6 +267,10 @@ pub trait NetworkConfig {
     /// Whether guidance was distilled into it: one pass replaces the two of classifier-free
     /// guidance.
     fn distilled(&self) -> bool;
+
+    /// Whether its blocks convolve, as a UNet's do: the memory estimate counts such blocks
+    /// otherwise.
+    fn convolves(&self) -> bool;
 
     /// Its blocks for latents of a height and width and so many text tokens, in the order in which
     /// they run.

@@ -102,9 +102,7 @@ pub trait Denoiser: Send + Sync {
 
     /// Whether guidance was distilled into it: one pass, with the scale as an input where it takes
     /// one, replaces the two of classifier-free guidance.
-    fn distilled(&self) -> bool {
-        false
-    }
+    fn distilled(&self) -> bool;
 
     /// The linear layers that a LoRA can target, in the order of the network.
     fn linears(&self) -> Vec<LinearShape>;

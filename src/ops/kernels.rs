@@ -18,7 +18,7 @@ pub fn width(dim: usize) -> u32 {
 }
 
 /// Declares a [`Kernel`] from the files of `shaders/` that it is made of, in order, its own last.
-/// `NAME in FOLDER/PART` makes a variant of it with a part of another folder.
+/// `; "FOLDER/PART"` makes a variant of it with a part of another folder.
 macro_rules! kernel {
     ($name:literal $(, $shared:literal)* $(; $variant:literal)?) => {
         $crate::device::gpu::Kernel {

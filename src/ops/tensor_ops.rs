@@ -105,8 +105,10 @@ pub fn policy_objective(
     match guidance {
         Guidance::Off => g,
         Guidance::Scale(scale) => {
-            let through =
-                if s.guidance_gradient == GuidanceGradient::Both { 1.0 - scale } else { 0.0 };
+            let through = match s.guidance_gradient {
+                GuidanceGradient::Both => 1.0 - scale,
+                GuidanceGradient::Conditional => 0.0,
+            };
             Tensor::cat(vec![g.clone() * through, g * scale], 0)
         }
     }

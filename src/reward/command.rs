@@ -183,3 +183,25 @@ impl Drop for Command {
         end(&mut self.child);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The shell waits for what it has started, deaf to the end of its input. Both hold the
+    /// program's output open as long as they live.
+    #[test]
+    fn a_program_that_does_not_end_is_ended_with_what_it_started() {
+        let endless =
+            if cfg!(windows) { "ping -n 600 127.0.0.1" } else { "sleep 600 & echo started; wait" };
+        let mut command = Command::start(endless).unwrap();
+        let answers = std::mem::replace(&mut command.answers, Mutex::new(channel().1));
+        let answers = answers.into_inner().unwrap();
+        answers.recv_timeout(Duration::from_secs(60)).unwrap();
+        drop(command);
+        let start = Instant::now();
+        while answers.recv_timeout(Duration::from_secs(10)) != Err(RecvTimeoutError::Disconnected) {
+            assert!(start.elapsed() < Duration::from_secs(10), "what the shell started lives on");
+        }
+    }
+}

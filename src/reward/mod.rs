@@ -11,6 +11,7 @@ pub use self::score::{Reward, score};
 
 /// A reward that `--reward` can name.
 pub struct Named {
+    /// What stands before the colon.
     pub name: &'static str,
     /// What stands behind the colon, for people.
     pub argument: Option<&'static str>,

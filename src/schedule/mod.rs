@@ -53,40 +53,31 @@ impl Schedule {
         }
     }
 
-    /// The sampler of the family's published trainers.
-    pub fn default_sampler(&self) -> Sampler {
-        match self {
-            Self::Ddim(_) => Sampler::Ddim,
-            Self::Flow(_) => Sampler::FlowGrpo,
-        }
-    }
-
     /// The steps of a run in sampling order, with native weights.
     ///
     /// # Errors
     /// When the sampler is of the other family, or a number is out of range.
     pub fn steps(&self, s: &Sampling) -> Result<Vec<Step>> {
-        let steps = match self {
-            Self::Ddim(ddim) => {
-                ensure!(
-                    !s.sampler.is_flow(),
-                    "--sampler {}: is for flow models, and this is a diffusion model; use ddim",
-                    name(s.sampler)
-                );
+        use Sampler::{Cps, Dance, FlowGrpo, Ode};
+        let steps = match (self, s.sampler) {
+            (Self::Ddim(ddim), Sampler::Ddim) => {
                 ensure!(
                     s.shift.is_none(),
                     "--shift: is for flow models, and this is a diffusion model; leave it out"
                 );
                 ddim.steps(s.steps, s.eta)?
             }
-            Self::Flow(flow) => {
-                ensure!(
-                    s.sampler.is_flow(),
-                    "--sampler ddim: is for diffusion models, and this is a flow model; use \
-                     flow-grpo, dance, cps or ode"
-                );
-                flow.steps(s)?
-            }
+            (Self::Flow(flow), FlowGrpo | Dance | Cps | Ode) => flow.steps(s)?,
+            (Self::Ddim(_), FlowGrpo | Dance | Cps | Ode) => bail!(
+                "--sampler {}: is for flow models, and this is a diffusion model; use {}",
+                name(s.sampler),
+                Sampler::names(false)
+            ),
+            (Self::Flow(_), Sampler::Ddim) => bail!(
+                "--sampler {}: is for diffusion models, and this is a flow model; use {}",
+                name(s.sampler),
+                Sampler::names(true)
+            ),
         };
         // Kernels compute in f32: an extreme --eta or --shift must not reach them as an infinity.
         let fits = |v: f64| (v as f32).is_finite();

@@ -4,6 +4,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::grid::Grid;
+use crate::choice::name;
 
 /// What the network predicts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +32,30 @@ pub enum Sampler {
 }
 
 impl Sampler {
+    /// What the published trainers of a family draw with.
+    pub fn of_trainers(flow: bool) -> Self {
+        if flow { Self::FlowGrpo } else { Self::Ddim }
+    }
+
+    /// What the pipelines of a family draw with.
+    pub fn of_pipelines(flow: bool) -> Self {
+        if flow { Self::Ode } else { Self::Ddim }
+    }
+
+    /// Those of flows, or of diffusion, in words.
+    pub fn names(flow: bool) -> String {
+        let own = Self::value_variants().iter().filter(|s| s.is_flow() == flow);
+        own.map(|s| name(*s)).collect::<Vec<_>>().join(", ")
+    }
+
+    /// Steps of a pipeline that draws with it.
+    pub fn pipeline_steps(self) -> usize {
+        match self {
+            Self::Ode => 28,
+            Self::Ddim | Self::Dance | Self::FlowGrpo | Self::Cps => self.default_steps(),
+        }
+    }
+
     /// Whether it draws a flow's steps.
     pub fn is_flow(self) -> bool {
         match self {

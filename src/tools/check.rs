@@ -223,7 +223,7 @@ impl Subject<'_> {
         net.accepts([h, w]).with_context(|| format!("{}: in.latents", r.path().display()))?;
         let prompts = self.encode(net, &run)?;
         let mut lines = self.embeddings(&prompts)?;
-        let sampler = if self.family.is_flow() { Sampler::Ode } else { Sampler::Ddim };
+        let sampler = Sampler::of_pipelines(self.family.is_flow());
         let steps = load_schedule(self.model)?.steps(&Sampling {
             sampler,
             steps: run.steps,

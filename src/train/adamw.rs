@@ -12,6 +12,13 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
 }
 
+impl AdamWConfig {
+    /// With PyTorch's betas and eps, which all four trainers keep.
+    pub fn new(lr: f64, weight_decay: f64) -> Self {
+        Self { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay }
+    }
+}
+
 /// First and second moments of every parameter, and the number of steps taken.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct AdamWState {
@@ -87,7 +94,7 @@ mod tests {
         let (mut moved, mut clipped) = (0, 0);
         for (n, case) in cases.into_iter().enumerate() {
             let Case { lr, weight_decay, max_norm, mut parameters, .. } = case;
-            let config = AdamWConfig { lr, beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay };
+            let config = AdamWConfig::new(lr, weight_decay);
             let mut state = AdamWState::new(parameters.iter().map(Vec::len));
             let start = parameters.clone();
             for (step, mut gradients) in case.gradients.into_iter().enumerate() {

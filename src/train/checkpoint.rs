@@ -2,6 +2,7 @@
 //! of the seed and the counters, so no generator state is among it. Nothing in one depends on time,
 //! place or device: equal runs write equal checkpoints.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -24,6 +25,8 @@ const EPOCH: &str = "epoch-";
 /// The checkpoint of an epoch that was stopped between two of its updates, with their number behind
 /// it; more than one only where a run was killed while it saved.
 const UNFINISHED: &str = "unfinished-";
+/// The tensors of an epoch that was stopped.
+const TRANSITIONS: &str = "visits.safetensors";
 
 /// The part of a checkpoint that is not tensors.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,7 +48,7 @@ pub struct RunState {
 }
 
 /// An epoch that was stopped between two updates. Its prompts, noise and steps are functions of the
-/// seed; its transitions and advantages are in visits.safetensors.
+/// seed; its transitions and advantages are in a file of tensors beside it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Unfinished {
     #[serde(with = "io::exact")]
@@ -87,7 +90,7 @@ pub struct Snapshot {
 pub struct Loaded {
     pub snapshot: Snapshot,
     /// The tensors of the epoch that was stopped, where one was.
-    pub visits: Option<Weights>,
+    pub transitions: Option<Weights>,
 }
 
 /// What a checkpoint is written of.
@@ -104,23 +107,31 @@ fn folder(run: &Path, epoch: usize) -> PathBuf {
     run.join("checkpoints").join(format!("{EPOCH}{epoch:05}"))
 }
 
-/// The folders among a run's checkpoints whose names begin with a prefix, in the order of their
-/// numbers.
-fn named(run: &Path, prefix: &str) -> Vec<PathBuf> {
+/// The folders among a run's checkpoints whose names begin with a prefix, by what follows it.
+fn named(run: &Path, prefix: &str) -> Vec<(String, PathBuf)> {
     let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
-    let wanted = |e: &std::fs::DirEntry| e.file_name().to_string_lossy().starts_with(prefix);
-    let mut all: Vec<PathBuf> = entries.filter(wanted).map(|e| e.path()).collect();
-    all.sort_unstable();
-    all
+    let wanted = |e: std::fs::DirEntry| {
+        Some((e.file_name().to_str()?.strip_prefix(prefix)?.to_string(), e.path()))
+    };
+    entries.filter_map(wanted).collect()
 }
 
-/// The epochs that have a checkpoint, in order.
-fn epochs(run: &Path) -> Vec<usize> {
-    let number =
-        |dir: PathBuf| dir.file_name()?.to_str()?.strip_prefix(EPOCH)?.parse::<usize>().ok();
-    let mut all: Vec<usize> = named(run, EPOCH).into_iter().filter_map(number).collect();
-    all.sort_unstable();
-    all
+/// The checkpoints whose names are a prefix and a number, in the order of the numbers.
+fn numbered(run: &Path, prefix: &str) -> BTreeMap<usize, PathBuf> {
+    let number = |(rest, path): (String, PathBuf)| Some((rest.parse().ok()?, path));
+    named(run, prefix).into_iter().filter_map(number).collect()
+}
+
+/// Removes a checkpoint: from one moment to the next it is none any more, and what a run that is
+/// killed meanwhile leaves of it is swept by [`load`].
+fn remove(dir: &Path) -> Result<()> {
+    let aside = || {
+        let parent = dir.parent().expect("a checkpoint has a parent");
+        let aside = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(parent)?;
+        std::fs::rename(dir, aside.path().join("old"))?;
+        aside.close()
+    };
+    aside().with_context(|| format!("{}: cannot be removed", dir.display()))
 }
 
 /// Whether an epoch has a checkpoint.
@@ -128,19 +139,21 @@ pub fn exists(run: &Path, epoch: usize) -> bool {
     folder(run, epoch).is_dir()
 }
 
-/// Writes the checkpoint of a state whole or not at all, then drops older ones that are not a
-/// multiple of `keep`, and what an epoch that is complete by now had left. `visits` are the tensors
-/// of an epoch that was stopped.
+/// Writes the checkpoint of a state whole or not at all, then drops what an epoch that is complete
+/// by now had left, and older epochs whose number is not a multiple of `keep`. The epoch before the
+/// newest stays: whether the newest policy can be used shows when an epoch is drawn with it.
+/// `transitions` are the tensors of an epoch that was stopped.
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub fn save(run: &Path, parts: &Parts, visits: Vec<TensorParts>, keep: usize) -> Result<()> {
-    let target = write(run, parts, visits)?;
-    for old in named(run, UNFINISHED).into_iter().filter(|old| *old != target) {
-        let _ = std::fs::remove_dir_all(old);
-    }
-    for old in epochs(run).into_iter().filter(|&e| e < parts.state.epoch && e % keep != 0) {
-        let _ = std::fs::remove_dir_all(folder(run, old));
+pub fn save(run: &Path, parts: &Parts, transitions: Vec<TensorParts>, keep: usize) -> Result<()> {
+    let target = write(run, parts, transitions)?;
+    let outdated = |e: usize| e + 1 < parts.state.epoch && (e == 0 || !e.is_multiple_of(keep));
+    let epochs = numbered(run, EPOCH).into_iter().filter(|(epoch, _)| outdated(*epoch));
+    let unfinished = numbered(run, UNFINISHED).into_iter().filter(|(_, old)| *old != target);
+    for (_, old) in unfinished.chain(epochs) {
+        // What cannot be removed does no harm: the newest is what counts.
+        let _ = remove(&old);
     }
     Ok(())
 }
@@ -154,20 +167,19 @@ pub fn rewind(run: &Path, parts: &Parts) -> Result<()> {
     if !exists(run, parts.state.epoch) {
         write(run, parts, Vec::new())?;
     }
-    let later = epochs(run).into_iter().filter(|&e| e > parts.state.epoch);
-    let later: Vec<PathBuf> = later.map(|e| folder(run, e)).chain(named(run, UNFINISHED)).collect();
-    for dir in later {
-        std::fs::remove_dir_all(&dir)
-            .with_context(|| format!("{}: cannot be removed", dir.display()))?;
-    }
-    Ok(())
+    let later = numbered(run, EPOCH).into_iter().filter(|(epoch, _)| *epoch > parts.state.epoch);
+    // Newest first: what a kill leaves of the rest is later than this epoch still, and goes back
+    // to it again.
+    let mut later: Vec<PathBuf> = later.map(|(_, dir)| dir).collect();
+    later.extend(numbered(run, UNFINISHED).into_values());
+    later.iter().rev().try_for_each(|dir| remove(dir))
 }
 
 /// Writes the checkpoint of a state whole or not at all, beside those that are there.
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub fn write(run: &Path, parts: &Parts, visits: Vec<TensorParts>) -> Result<PathBuf> {
+pub fn write(run: &Path, parts: &Parts, transitions: Vec<TensorParts>) -> Result<PathBuf> {
     let parent = run.join("checkpoints");
     let target = match parts.state.unfinished {
         Some(_) => parent.join(format!("{UNFINISHED}{:06}", parts.state.updates)),
@@ -187,12 +199,11 @@ pub fn write(run: &Path, parts: &Parts, visits: Vec<TensorParts>) -> Result<Path
         .collect();
     write_tensors(&file("optimizer.safetensors"), &tensors, &[])?;
     if parts.state.unfinished.is_some() {
-        write_parts(&file("visits.safetensors"), visits, &[])?;
+        write_parts(&file(TRANSITIONS), transitions, &[])?;
     }
     io::write(&file("state.json"), serde_json::to_string_pretty(parts.state)?.as_bytes())?;
     if target.exists() {
-        std::fs::remove_dir_all(&target)
-            .with_context(|| format!("{}: cannot be replaced", target.display()))?;
+        remove(&target)?;
     }
     std::fs::rename(temporary.keep(), &target)
         .with_context(|| format!("{}: cannot be written", target.display()))?;
@@ -209,11 +220,11 @@ fn moment(name: &str, i: usize, values: &[f32]) -> HostTensor {
 /// When there is none, it is of another version or another model, or a file is damaged.
 pub fn load(run: &Path, model: &str, linears: &[LinearShape]) -> Result<Loaded> {
     // What a killed run was writing.
-    for partial in named(run, PARTIAL) {
+    for (_, partial) in named(run, PARTIAL) {
         let _ = std::fs::remove_dir_all(partial);
     }
-    let newest = epochs(run).pop();
-    if let Some(dir) = named(run, UNFINISHED).pop() {
+    let newest = numbered(run, EPOCH).into_keys().next_back();
+    if let Some(dir) = numbered(run, UNFINISHED).into_values().next_back() {
         let state = read_state(&dir)?;
         // One that an epoch's own checkpoint has overtaken was about to be removed.
         if newest.is_none_or(|n| state.epoch >= n) {
@@ -240,8 +251,8 @@ pub fn load_before(
     model: &str,
     linears: &[LinearShape],
 ) -> Result<Option<Snapshot>> {
-    let Some(earlier) = epochs(run).into_iter().rfind(|&e| e < epoch) else { return Ok(None) };
-    let dir = folder(run, earlier);
+    let earlier = numbered(run, EPOCH).into_iter().rfind(|(e, _)| *e < epoch);
+    let Some((_, dir)) = earlier else { return Ok(None) };
     let loaded = read(run, &dir, read_state(&dir)?, model, linears)?;
     Ok(Some(loaded.snapshot))
 }
@@ -290,11 +301,11 @@ fn read(
         adapter.parameters().enumerate().map(read).collect()
     };
     let optimizer = AdamWState { step: state.optimizer_step, m: moments("m")?, v: moments("v")? };
-    let visits = match state.unfinished {
-        Some(_) => Some(Weights::open_file(&dir.join("visits.safetensors"))?),
+    let transitions = match state.unfinished {
+        Some(_) => Some(Weights::open_file(&dir.join(TRANSITIONS))?),
         None => None,
     };
-    Ok(Loaded { snapshot: Snapshot { state, adapter, optimizer }, visits })
+    Ok(Loaded { snapshot: Snapshot { state, adapter, optimizer }, transitions })
 }
 
 #[cfg(test)]
@@ -308,7 +319,7 @@ mod tests {
         use crate::device::system::{peak, reset_peak};
         let dir = tempfile::tempdir().unwrap();
         let values = vec![1.0f32; 4 << 20];
-        let visits = (0..8).map(|i| TensorParts {
+        let transitions = (0..8).map(|i| TensorParts {
             name: format!("x.{i}"),
             shape: vec![2, values.len()],
             parts: vec![&values, &values],
@@ -322,11 +333,11 @@ mod tests {
         let parts = Parts { state: &state, adapter, optimizer, network: "unet" };
         reset_peak();
         let before = peak().unwrap();
-        let target = write(dir.path(), &parts, visits.collect()).unwrap();
+        let target = write(dir.path(), &parts, transitions.collect()).unwrap();
         let taken = peak().unwrap() - before;
         // Other tests of this process take some meanwhile; a copy alone would be 256.
         assert!(taken < 128 << 20, "{} MiB for a file of 256", taken >> 20);
-        let file = Weights::open_file(&target.join("visits.safetensors")).unwrap();
+        let file = Weights::open_file(&target.join(TRANSITIONS)).unwrap();
         assert_eq!(file.shape("x.7"), Some(&[2, values.len()][..]));
     }
 }

@@ -9,9 +9,13 @@ use crate::schedule::Step;
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Record {
+    /// After each update.
     Update(UpdateRecord),
+    /// After each epoch.
     Epoch(EpochRecord),
+    /// After each evaluation.
     Evaluation(EvaluationRecord),
+    /// At the end of a run that was stopped between two updates.
     Suspended(SuspendedRecord),
 }
 
@@ -22,18 +26,25 @@ pub struct UpdateRecord {
     pub epoch: usize,
     /// Counted from 1 over the run.
     pub update: usize,
+    /// Mean over images, with the part of the KL.
     #[serde(deserialize_with = "or_nan")]
     pub loss: f64,
+    /// Share of the entries that are clipped, 0 to 1.
     #[serde(deserialize_with = "or_nan")]
     pub clip_frac: f64,
+    /// 1/2 mean(log rho^2).
     #[serde(deserialize_with = "or_nan")]
     pub approx_kl: f64,
+    /// Exact KL to the model without its adapter; 0 where it is not asked for.
     #[serde(deserialize_with = "or_nan")]
     pub kl: f64,
+    /// Mean of the log-ratio.
     #[serde(deserialize_with = "or_nan")]
     pub log_rho_mean: f64,
+    /// Population standard deviation of the log-ratio.
     #[serde(deserialize_with = "or_nan")]
     pub log_rho_std: f64,
+    /// Norm of the gradient before it is cut.
     #[serde(deserialize_with = "or_nan")]
     pub grad_norm: f64,
     /// Whether loss or gradient was not finite.
@@ -48,22 +59,31 @@ pub struct StepRecord {
     /// The timestep, 0..1000: a whole number for diffusion.
     #[serde(serialize_with = "whole_if_possible")]
     pub t: f64,
+    /// The step's credit weight.
     #[serde(deserialize_with = "or_nan")]
     pub weight: f64,
+    /// The sampler's own weight, b / sigma.
     #[serde(deserialize_with = "or_nan")]
     pub w_native: f64,
+    /// Mean of the log-ratio.
     #[serde(deserialize_with = "or_nan")]
     pub log_rho_mean: f64,
+    /// Population standard deviation of the log-ratio.
     #[serde(deserialize_with = "or_nan")]
     pub log_rho_std: f64,
+    /// Mean over images, with the part of the KL.
     #[serde(deserialize_with = "or_nan")]
     pub loss: f64,
+    /// Share of the entries that are clipped, 0 to 1.
     #[serde(deserialize_with = "or_nan")]
     pub clip_frac: f64,
+    /// 1/2 mean(log rho^2).
     #[serde(deserialize_with = "or_nan")]
     pub approx_kl: f64,
+    /// Exact KL to the model without its adapter; 0 where it is not asked for.
     #[serde(deserialize_with = "or_nan")]
     pub kl: f64,
+    /// How much the step adds to the gradient: mean |d loss / d log rho| times the weight.
     #[serde(deserialize_with = "or_nan")]
     pub contribution: f64,
 }
@@ -73,22 +93,34 @@ pub struct StepRecord {
 pub struct EpochRecord {
     /// Counted from 1.
     pub epoch: usize,
+    /// Mean reward of the rollout.
     pub reward_mean: f64,
+    /// Population standard deviation of the reward.
     pub reward_std: f64,
+    /// Mean over the updates.
     #[serde(deserialize_with = "or_nan")]
     pub clip_frac: f64,
+    /// Mean over the updates.
     #[serde(deserialize_with = "or_nan")]
     pub approx_kl: f64,
+    /// Images over `seconds`.
     #[serde(deserialize_with = "or_nan")]
     pub images_per_second: f64,
+    /// Sum of the phases below, without the evaluation.
     pub seconds: f64,
+    /// Sampling.
     pub rollout_seconds: f64,
+    /// Decoding latents.
     pub decode_seconds: f64,
+    /// Scoring.
     pub reward_seconds: f64,
+    /// Updates.
     pub update_seconds: f64,
-    /// Largest memory of the phase, where the system keeps it.
+    /// Largest resident memory of the process while it sampled, where the system tells.
     pub rollout_peak_mib: Option<u64>,
+    /// The same of decoding.
     pub decode_peak_mib: Option<u64>,
+    /// The same of the updates.
     pub update_peak_mib: Option<u64>,
     /// Of the whole run.
     pub skipped_updates: usize,
@@ -97,7 +129,9 @@ pub struct EpochRecord {
 /// Fixed prompts and noise after an epoch; epoch 0 is the beginning.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EvaluationRecord {
+    /// Complete epochs.
     pub epoch: usize,
+    /// Mean reward of the pictures.
     pub reward_mean: f64,
 }
 
@@ -107,6 +141,7 @@ pub struct EvaluationRecord {
 pub struct SuspendedRecord {
     /// Counted from 1.
     pub epoch: usize,
+    /// In seconds, by phase.
     #[serde(flatten)]
     pub seconds: Seconds,
 }
@@ -114,13 +149,18 @@ pub struct SuspendedRecord {
 /// Where an epoch's time went.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Seconds {
+    /// Sampling.
     pub rollout: f64,
+    /// Decoding latents.
     pub decode: f64,
+    /// Scoring.
     pub reward: f64,
+    /// Updates.
     pub update: f64,
 }
 
 impl Seconds {
+    /// Their sum.
     pub fn all(&self) -> f64 {
         self.rollout + self.decode + self.reward + self.update
     }
@@ -129,8 +169,11 @@ impl Seconds {
 /// Largest memory of an epoch's phases in bytes, where the system keeps it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct PeakMemory {
+    /// Sampling.
     pub rollout: Option<u64>,
+    /// Decoding latents.
     pub decode: Option<u64>,
+    /// Updates.
     pub update: Option<u64>,
 }
 
@@ -189,8 +232,8 @@ impl EpochRecord {
         skipped_updates: usize,
     ) -> Self {
         let over_updates = |f: fn(&UpdateRecord) -> f64| {
-            let values: Vec<f64> = updates.iter().map(f).filter(|v| v.is_finite()).collect();
-            values.iter().sum::<f64>() / values.len().max(1) as f64
+            let taken: Vec<f64> = updates.iter().filter(|u| !u.skipped).map(f).collect();
+            taken.iter().sum::<f64>() / taken.len().max(1) as f64
         };
         let images = rewards.len() as f64;
         let reward_mean = rewards.iter().sum::<f64>() / images;

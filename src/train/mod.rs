@@ -7,8 +7,11 @@
 //! credit weights, the surrogate its objective. Method: Lee & Ye 2026 (PCPO), Black et al. 2023
 //! (DDPO), Xue et al. 2025 (DanceGRPO).
 
+#[doc(hidden)]
 pub mod adamw;
+#[doc(hidden)]
 pub mod backward;
+#[doc(hidden)]
 pub mod checkpoint;
 mod dump;
 mod epoch;
@@ -18,8 +21,10 @@ pub mod observer;
 mod prepare;
 mod recovery;
 mod run;
+#[doc(hidden)]
 pub mod run_folder;
 mod self_test;
+#[doc(hidden)]
 pub mod update;
 
 use std::time::Instant;
@@ -34,7 +39,7 @@ use self::evaluation::{Extent, before_after};
 use self::metrics::{EpochRecord, PeakMemory, Record, Seconds, UpdateRecord};
 pub use self::observer::{Event, Observer, Silent};
 use self::prepare::{Prepared, prepare};
-use self::recovery::{diverged, restore, suspend, test_restored};
+use self::recovery::{diverged, keep_beginning, restore, suspend, test_restored};
 pub use self::run::{DumpRequest, Job, Summary};
 use self::run::{Run, open_grid};
 use self::update::{GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient};
@@ -66,13 +71,14 @@ const MAX_SKIPPED: usize = 3;
 /// something to continue from.
 pub fn train(mut job: Job, observer: &dyn Observer) -> Result<Summary> {
     let reward = job.reward.take();
-    let Prepared { mut run, visits } = prepare(&job, reward, observer)?;
+    let Prepared { mut run, transitions } = prepare(&job, reward, observer)?;
     let result = device::guard(|| {
         // Also of a resumed run, which may have been given more epochs.
         let settings = toml::to_string(run.settings).context("settings")?;
         run.folder.file("settings.toml", settings.into_bytes());
-        let mut restored = restore(&mut run, visits)?;
-        if run.state.epoch == 0 && restored.is_none() {
+        let mut restored = restore(&mut run, transitions)?;
+        // A run that has gone back to its beginning has its first pictures already.
+        if run.state.epoch == 0 && restored.is_none() && run.folder.reward_of(0).is_err() {
             begin(&mut run)?;
         }
         while run.state.epoch < run.settings.epochs {
@@ -104,7 +110,7 @@ fn epoch(run: &mut Run, restored: Option<EpochState>) -> Result<()> {
         None => {
             let before = run.snapshot();
             let state = match rollout(run) {
-                Err(e) if e.is::<NotFinite>() => return diverged(run, e),
+                Err(e) if e.is::<NotFinite>() => return Err(diverged(run, e)),
                 other => other?,
             };
             // Its pictures are finite: it can be gone back to.
@@ -116,7 +122,7 @@ fn epoch(run: &mut Run, restored: Option<EpochState>) -> Result<()> {
     let result = device::guard(|| updates(run, &mut state).and_then(|()| record(run, &state)));
     match result {
         // An adapter with an infinity in it could not be read again.
-        Err(e) if e.is::<NotFinite>() || !run.adapter.is_finite() => diverged(run, e),
+        Err(e) if e.is::<NotFinite>() || !run.adapter.is_finite() => Err(diverged(run, e)),
         // What was learnt is kept, whatever stopped the epoch.
         Err(e) if !state.updates.is_empty() => match suspend(run, &state) {
             Ok(()) => Err(e),
@@ -280,13 +286,7 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
         ));
     } else {
         run.skipped_in_a_row = 0;
-        let config = AdamWConfig {
-            lr: s.learning_rate,
-            beta1: 0.9,
-            beta2: 0.999,
-            eps: 1e-8,
-            weight_decay: s.weight_decay,
-        };
+        let config = AdamWConfig::new(s.learning_rate, s.weight_decay);
         run.optimizer.update(&config, run.adapter.parameters_mut(), &sum.gradients);
     }
     Ok(record)
@@ -354,6 +354,7 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
         run.draw(&run.plan_evaluation(Extent::Probe)?)?;
         None
     };
+    keep_beginning(run)?;
     updates.iter().for_each(|update| run.folder.record(Record::Update(update.clone())));
     run.folder.record(Record::Epoch(record.clone()));
     if let Some(shown) = shown {

@@ -13,35 +13,47 @@ pub enum Event<'a> {
     Device(&'a str),
     /// A run goes on after an epoch.
     Resuming {
+        /// The run's folder.
         folder: &'a Path,
+        /// Complete epochs.
         epoch: usize,
     },
     /// What the run is, a line each: model, run, method, memory.
     Ready(&'a [String]),
     /// A phase begins that has so many units, some of which are done.
     PhaseBegins {
+        /// `rollout` or `update`.
         phase: &'static str,
+        /// Of the whole phase.
         units: usize,
+        /// Of them, before this process.
         done: usize,
     },
     /// A unit of the phase is done.
     PhaseAdvances,
+    /// The phase has ended.
     PhaseEnds,
     /// The self-test passed: the largest |log rho| before the first update, and its bound.
     SelfTest {
+        /// The largest |log rho|.
         largest: f32,
+        /// What it may be at most.
         bound: f64,
     },
     /// Something that the user should know of.
     Warning(&'a str),
     /// An update was written whole, as `--dump-update` asks.
     Dumped {
+        /// Counted from 1 over the run.
         update: usize,
+        /// Where it was written to.
         file: &'a Path,
     },
     /// An epoch is complete and saved.
     Epoch {
+        /// What it was like.
         record: &'a EpochRecord,
+        /// Epochs that the run is to have.
         epochs: usize,
     },
 }

@@ -23,6 +23,7 @@ use crate::io::weights::Weights;
 use crate::lora::formats;
 use crate::lora::{Adapter, LinearShape};
 use crate::model::Pipeline;
+use crate::model::config::rows_at_once;
 use crate::model::pipeline::{TextFrom, embed, fingerprint};
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::ops::advantage::Tracker;
@@ -34,7 +35,7 @@ use crate::schedule::credit;
 /// A run, and the tensors of the epoch that it was stopped in.
 pub(crate) struct Prepared<'a> {
     pub run: Run<'a>,
-    pub visits: Option<Weights>,
+    pub transitions: Option<Weights>,
 }
 
 /// Checks everything that can be checked and opens what the run needs.
@@ -47,7 +48,8 @@ pub(crate) fn prepare<'a>(
     observer: &'a dyn Observer,
 ) -> Result<Prepared<'a>> {
     let s = &job.settings;
-    let new_folder = if job.resume { None } else { Some(RunFolder::new(&job.out)?) };
+    s.check()?;
+    let folder = if job.resume { RunFolder::resume(&job.out)? } else { RunFolder::new(&job.out)? };
     let reward = reward.map_or_else(|| reward::parse(&s.reward), Ok)?;
     let compute = device::open(&s.device)?;
     observer.on(Event::Device(&compute.name));
@@ -60,11 +62,11 @@ pub(crate) fn prepare<'a>(
     let (steps, trainable) = steps(s, &pipeline)?;
     let linears = pipeline.net.linears();
     let model = fingerprint(&s.model, s.embeddings.as_deref())?;
-    let (loaded, folder) = match new_folder {
-        Some(folder) => (begin(s, model, &linears)?, folder),
-        None => resume(job, &model, &linears, observer)?,
+    let loaded = match job.resume {
+        true => resume(job, &model, &linears, observer)?,
+        false => begin(s, model, &linears)?,
     };
-    let Loaded { snapshot: Snapshot { state, adapter, optimizer }, visits } = loaded;
+    let Loaded { snapshot: Snapshot { state, adapter, optimizer }, transitions } = loaded;
     check_dump(job, &state)?;
     let counts = StepCounts { all: steps.len(), trainable: trainable.len() };
     let lines = summary(s, &compute, &adapter, &estimated, counts);
@@ -78,7 +80,7 @@ pub(crate) fn prepare<'a>(
         embeddings,
         steps,
         trainable,
-        rows_at_once: estimate::rows_at_once(&found),
+        rows_at_once: rows_at_once(&found.blocks),
         state,
         adapter,
         optimizer,
@@ -89,7 +91,7 @@ pub(crate) fn prepare<'a>(
         good: None,
         kept,
     };
-    Ok(Prepared { run, visits })
+    Ok(Prepared { run, transitions })
 }
 
 /// The file of an adapter that is not a fresh one. A resumed run has its own in its folder; the
@@ -157,17 +159,16 @@ fn begin(s: &Settings, model: String, linears: &[LinearShape]) -> Result<Loaded>
     let (size, min_count) = (s.tracker_size, s.tracker_min_count);
     let tracker = Tracker { size, min_count, ..Default::default() };
     let snapshot = Snapshot { state: RunState::new(model, tracker), adapter, optimizer };
-    Ok(Loaded { snapshot, visits: None })
+    Ok(Loaded { snapshot, transitions: None })
 }
 
-/// The state of a run that goes on, and its folder.
+/// The state of a run that goes on.
 fn resume(
     job: &Job,
     model: &str,
     linears: &[LinearShape],
     observer: &dyn Observer,
-) -> Result<(Loaded, RunFolder)> {
-    let folder = RunFolder::resume(&job.out)?;
+) -> Result<Loaded> {
     let loaded = checkpoint::load(&job.out, model, linears)?;
     let state = &loaded.snapshot.state;
     let begun = state.epoch + usize::from(state.unfinished.is_some());
@@ -179,7 +180,7 @@ fn resume(
         if begun > state.epoch { " and begun the next" } else { "" }
     );
     observer.on(Event::Resuming { folder: &job.out, epoch: state.epoch });
-    Ok((loaded, folder))
+    Ok(loaded)
 }
 
 fn check_dump(job: &Job, state: &RunState) -> Result<()> {

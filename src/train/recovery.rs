@@ -5,9 +5,10 @@ use anyhow::{Result, anyhow};
 
 use super::checkpoint::{self, Parts, RunState, Snapshot, Unfinished};
 use super::epoch::EpochState;
+use super::evaluation::Extent;
 use super::metrics::{Record, SuspendedRecord};
 use super::observer::Event;
-use super::run::{Run, grid_epoch};
+use super::run::Run;
 use super::self_test::self_test;
 use super::update::{GradientOptions, TrajectoryBatch, batch_gradient};
 use crate::device::tensor::{read, upload};
@@ -23,6 +24,8 @@ use crate::schedule::Step;
 /// Writes the run as it stands between two updates: settings, metrics and pictures so far, the
 /// adapter, and a checkpoint that goes on with the next update.
 pub(super) fn suspend(run: &mut Run, state: &EpochState) -> Result<()> {
+    // What the epoch's end had recorded when it could not be saved.
+    run.forget_after(run.state.epoch, run.state.metrics_lines);
     keep_beginning(run)?;
     let epoch = run.state.epoch + 1;
     // The times are the log's, not the checkpoint's: equal runs have equal checkpoints.
@@ -38,16 +41,15 @@ pub(super) fn suspend(run: &mut Run, state: &EpochState) -> Result<()> {
     Ok(())
 }
 
-/// An epoch that is suspended may turn out to have diverged: the state before the first epoch,
-/// which has no checkpoint of its own, is kept beside it.
-fn keep_beginning(run: &mut Run) -> Result<()> {
-    let Some(good) = run.good.take_if(|g| g.state.epoch == 0) else { return Ok(()) };
-    if !checkpoint::exists(&run.folder.dir, 0) {
-        let parts = parts(run, &good);
-        run.folder.flush(|dir| checkpoint::write(dir, &parts, Vec::new()).map(drop))?;
+/// A policy may turn out to have diverged when it is drawn with: the state before the first epoch,
+/// which has no checkpoint of its own, is kept beside what comes of it.
+pub(super) fn keep_beginning(run: &mut Run) -> Result<()> {
+    let Some(good) = run.good.clone().filter(|g| g.state.epoch == 0) else { return Ok(()) };
+    if checkpoint::exists(&run.folder.dir, 0) {
+        return Ok(());
     }
-    run.good = Some(good);
-    Ok(())
+    let parts = parts(run, &good);
+    run.folder.flush(|dir| checkpoint::write(dir, &parts, Vec::new()).map(drop))
 }
 
 fn parts<'a>(run: &Run, snapshot: &'a Snapshot) -> Parts<'a> {
@@ -60,10 +62,10 @@ fn parts<'a>(run: &Run, snapshot: &'a Snapshot) -> Parts<'a> {
 ///
 /// # Errors
 /// When the checkpoint does not fit the settings.
-pub(super) fn restore(run: &mut Run, visits: Option<Weights>) -> Result<Option<EpochState>> {
-    let dropped = run.folder.keep_records(run.state.metrics_lines);
+pub(super) fn restore(run: &mut Run, transitions: Option<Weights>) -> Result<Option<EpochState>> {
+    let dropped = run.forget_after(run.state.epoch, run.state.metrics_lines);
     let Some(unfinished) = run.state.unfinished.take() else { return Ok(None) };
-    let file = visits.ok_or_else(|| anyhow!("the stopped epoch has no tensors"))?;
+    let file = transitions.ok_or_else(|| anyhow!("the stopped epoch has no tensors"))?;
     let seconds = dropped.iter().rev().find_map(|record| match record {
         Record::Suspended(s) => Some(s.seconds),
         Record::Update(_) | Record::Epoch(_) | Record::Evaluation(_) => None,
@@ -125,32 +127,53 @@ pub(super) fn test_restored(
 
 /// Ends a run whose values are not finite any more, which `error` says: it goes back to its last
 /// good state and saves that. A model that was never finite is no run that has diverged.
-pub(super) fn diverged<T>(run: &mut Run, error: anyhow::Error) -> Result<T> {
+pub(super) fn diverged(run: &mut Run, error: anyhow::Error) -> anyhow::Error {
     if run.state.updates == 0 {
-        return Err(error);
+        return error;
     }
-    let Some(good) = last_good(run)? else {
-        return Err(error.context(format!(
-            "the run has diverged after {} updates, and no earlier state is in {}; lower \
-             --learning-rate {} or --max-grad-norm {} in a new run",
-            run.state.updates,
-            run.folder.dir.join("checkpoints").display(),
-            run.settings.learning_rate,
-            run.settings.max_grad_norm
-        )));
-    };
-    let (updates, epoch) = (run.state.updates, good.state.epoch);
-    go_back(run, good)?;
+    let (s, dir) = (run.settings, run.folder.dir.clone());
+    let updates = run.state.updates;
+    let advice =
+        format!("lower --learning-rate {} or --max-grad-norm {}", s.learning_rate, s.max_grad_norm);
+    // What is on disk would end like this again: nobody is told to continue with it.
     run.kept = None;
-    let s = run.settings;
-    Err(error.context(format!(
+    let good = match last_good(run) {
+        Ok(Some(good)) => good,
+        Ok(None) => {
+            return error.context(format!(
+                "the run has diverged after {updates} updates, and no earlier state is in {}; \
+                 {advice} in a new run",
+                dir.join("checkpoints").display()
+            ));
+        }
+        Err(unreadable) => {
+            return error.context(format!("the run cannot go back ({unreadable:#})"));
+        }
+    };
+    let epoch = good.state.epoch;
+    if let Err(device) = draws(run, &good) {
+        return error.context(format!(
+            "the pictures of the state after {epoch} epochs are not finite on this device either \
+             ({device:#}); {} is left as it was: continue it with another --device",
+            dir.display()
+        ));
+    }
+    if let Err(disk) = go_back(run, good) {
+        return error.context(format!("the run cannot go back ({disk:#})"));
+    }
+    error.context(format!(
         "the run has diverged after {updates} updates and went back to its state after {epoch} \
-         epochs, which is saved; lower --learning-rate {} or --max-grad-norm {} in a new run, \
-         which --lora {} starts from there",
-        s.learning_rate,
-        s.max_grad_norm,
-        run.folder.dir.join("adapter.safetensors").display()
-    )))
+         epochs, which is saved; {advice} in a new run, which --lora {} starts from there",
+        dir.join("adapter.safetensors").display()
+    ))
+}
+
+/// Whether a state's pictures are finite on this device: one is drawn.
+fn draws(run: &mut Run, good: &Snapshot) -> Result<()> {
+    let now = std::mem::replace(&mut run.adapter, good.adapter.clone());
+    let drawn = run.plan_evaluation(Extent::Probe).and_then(|plan| run.draw(&plan));
+    run.adapter = now;
+    drawn.map(drop)
 }
 
 /// The newest state before this one whose pictures were finite: of this process, or on disk.
@@ -168,10 +191,8 @@ fn earlier(run: &Run, epoch: usize) -> Result<Option<Snapshot>> {
 }
 
 /// Makes a state the run's own, in memory and on disk.
-pub(super) fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
-    let later = good.state.epoch;
-    run.folder.keep_records(good.state.metrics_lines);
-    run.folder.drop_pending(|path| grid_epoch(path).is_some_and(|epoch| epoch > later));
+fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
+    run.forget_after(good.state.epoch, good.state.metrics_lines);
     let parts = parts(run, &good);
     let network = parts.network;
     run.folder.flush(|dir| {

@@ -13,7 +13,7 @@ use super::evaluation::{EvaluationPlan, Extent, columns, grid};
 use super::metrics::{EvaluationRecord, Record};
 use super::observer::{Event, Observer};
 use super::run_folder::RunFolder;
-use crate::config::Settings;
+use crate::config::{Options, Settings};
 use crate::io::tensors::TensorParts;
 use crate::lora::Adapter;
 use crate::lora::formats::{self, Format};
@@ -40,9 +40,14 @@ impl Job {
         Self { settings, out: out.into(), resume: false, dump: None, reward: None }
     }
 
-    /// The run in the folder `out` goes on; `settings` are those that it was begun with.
-    pub fn resume(settings: Settings, out: impl Into<PathBuf>) -> Self {
-        Self { resume: true, ..Self::new(settings, out) }
+    /// The run in the folder `out` goes on with the settings that it was begun with. Options that
+    /// alter none of its numbers, such as `epochs`, may be given anew.
+    ///
+    /// # Errors
+    /// When the folder is not that of a run, or another option is given.
+    pub fn resume(options: &Options, out: impl Into<PathBuf>) -> Result<Self> {
+        let out = out.into();
+        Ok(Self { resume: true, ..Self::new(options.resumed(&out)?, out) })
     }
 
     /// Scores pictures by a reward of one's own in place of the settings'; `name` is what the run's
@@ -64,6 +69,7 @@ impl Job {
 /// Which update is written whole, and to which file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DumpRequest {
+    /// Where it is written.
     pub file: PathBuf,
     /// Counted from 1 over the run.
     pub update: usize,
@@ -220,21 +226,36 @@ impl Run<'_> {
         })
     }
 
+    /// Drops the records past a line and the grids past an epoch, written or not, and gives the
+    /// records back.
+    pub fn forget_after(&mut self, epoch: usize, lines: usize) -> Vec<Record> {
+        let later = |path: &Path| grid_epoch(path).is_some_and(|of| of > epoch);
+        self.folder.drop_pending(later);
+        let grids = std::fs::read_dir(self.folder.dir.join(GRIDS)).into_iter().flatten().flatten();
+        for path in grids.map(|entry| entry.path()).filter(|path| later(path)) {
+            // The epoch's next grid writes over one that stays.
+            let _ = std::fs::remove_file(path);
+        }
+        self.folder.keep_records(lines)
+    }
+
     pub fn warn(&self, text: &str) {
         self.observer.on(Event::Warning(text));
     }
 }
 
+/// The folder of a run's grids.
+const GRIDS: &str = "grids";
 /// What stands before the number in the name of a grid's file.
 const GRID: &str = "epoch-";
 
 /// A grid's file in a run's folder.
 fn grid_name(epoch: usize) -> String {
-    format!("grids/{GRID}{epoch:05}.png")
+    format!("{GRIDS}/{GRID}{epoch:05}.png")
 }
 
 /// The epoch that a grid's file is of.
-pub(crate) fn grid_epoch(path: &Path) -> Option<usize> {
+fn grid_epoch(path: &Path) -> Option<usize> {
     path.file_stem()?.to_str()?.strip_prefix(GRID)?.parse().ok()
 }
 

@@ -58,7 +58,7 @@ impl Source {
         self.module()[0].clone()
     }
 
-    /// The files that it imports: by `use`, and by paths that begin with `crate::`.
+    /// The files that it imports: by `use`, and by paths that begin with `crate::` or `super::`.
     fn imports(&self) -> BTreeSet<PathBuf> {
         let mut paths = Vec::new();
         for statement in self.code.split(';') {
@@ -69,12 +69,18 @@ impl Source {
                 expand("", &statement[start..], &mut paths);
             }
         }
-        for (i, _) in self.code.match_indices("crate::") {
+        let inline = ["crate::", "super::"].into_iter().flat_map(|s| self.code.match_indices(s));
+        // The second `super` of a path is no beginning.
+        for (i, _) in inline.filter(|(i, _)| !self.code[..*i].ends_with(':')) {
             let path: String = self.code[i..]
                 .chars()
                 .take_while(|c| c.is_alphanumeric() || *c == '_' || *c == ':')
                 .collect();
-            paths.push(path);
+            // A group is read with its `use`; what stands before it is enough elsewhere.
+            let path = path.trim_end_matches("::");
+            if !["crate", "super"].contains(&path) {
+                paths.push(path.to_string());
+            }
         }
         paths.iter().filter_map(|p| self.resolve(p)).filter(|p| *p != self.path).collect()
     }

@@ -4,7 +4,7 @@ use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
 
 use crate::command_line::program;
-use crate::support::{error_of, golden};
+use crate::support::{answers, error_of, for_every_line, golden};
 
 /// Runs `train` with a new folder; the error must hold all `words`, and no folder may be left.
 fn refused(args: &[&str], words: &[&str]) {
@@ -109,18 +109,27 @@ fn files() {
     refused(&["--lora", foreign.to_str().unwrap()], &["peft.safetensors", "another model"]);
 }
 
-#[cfg(unix)]
 #[test]
 fn a_reward_program_that_dies_or_answers_nonsense() {
     let small = ["--steps", "2", "--train-steps", "1", "--epochs", "1"];
-    let with = |reward: &'static str, words: &[&str]| {
+    let with = |reward: &str, words: &[&str]| {
         refused(&[&small[..], &["--reward", reward]].concat(), words)
     };
     with("command:exit 3", &["command:exit 3", "ended without an answer"]);
     with("command:", &["no program"]);
-    with("command:while read l; do echo nan; done", &["not a number"]);
-    with("command:while read l; do echo 1; echo 2; done", &["without being asked"]);
-    with("command:exec >&-; exec sleep 600", &["ended without an answer", "closed its output"]);
+    with(&answers("nan", "'nan'"), &["not a number"]);
+    with(
+        &for_every_line(
+            "echo 1; echo 2",
+            "[Console]::Out.WriteLine(1); [Console]::Out.WriteLine(2)",
+        ),
+        &["without being asked"],
+    );
+    // It closes its output and lives on; PowerShell cannot.
+    if cfg!(unix) {
+        let closed = "command:exec >&-; exec sleep 600";
+        with(closed, &["ended without an answer", "closed its output"]);
+    }
 }
 
 #[test]

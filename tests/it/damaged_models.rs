@@ -142,7 +142,11 @@ fn files_that_are_missing_or_cut() {
     // An estimate reads no values.
     damaged(&["train", "sample", "check", "convert"], nan, &["NaN", "damaged"]);
     damaged(&OF_VAE, |m| std::fs::write(m.join(VAE), "{").unwrap(), &["vae", "JSON"]);
-    damaged(&OF_VAE, |m| std::fs::write(m.join(VAE), "[]").unwrap(), &["vae", "not a JSON object"]);
+    damaged(
+        &["train", "plan", "sample"],
+        |m| std::fs::write(m.join(VAE), "[]").unwrap(),
+        &["vae", "not a JSON object"],
+    );
     let text = ["train", "sample", "embed"];
     damaged(&text, |m| std::fs::remove_dir_all(m.join("tokenizer")).unwrap(), &["tokenizer"]);
 }

@@ -1,11 +1,13 @@
 //! What the presets and the layers of settings resolve to.
 
+use clap::{Args, ValueEnum};
 use pcpo_wgpu::config::{InitialNoise, Options, Preset, Settings};
 use pcpo_wgpu::ops::advantage::Advantage;
 use pcpo_wgpu::ops::policy_objective::Objective;
+use pcpo_wgpu::schedule::Sampler;
 use pcpo_wgpu::schedule::credit::Credit;
 
-use crate::support::golden;
+use crate::support::{emoji, golden};
 
 fn options() -> Options {
     Options {
@@ -77,4 +79,48 @@ fn an_adapter_brings_its_own_rank_and_alpha() {
     refused(Options { rank: Some(99), ..own.clone() }, "--rank 99");
     refused(Options { alpha: Some(0.5), ..own.clone() }, "--alpha 0.5");
     refused(Options { target_modules: Some(vec!["to_q".into()]), ..own }, "--target-modules");
+}
+
+/// Help texts name defaults, and say what a run takes.
+#[test]
+fn defaults_in_the_help_are_those_of_a_run() {
+    let options = Options {
+        model: Some(emoji()),
+        reward: Some("color:blue".into()),
+        prompt: Some(vec!["cat".into()]),
+        ..Default::default()
+    };
+    let settings = toml::Table::try_from(options.resolve().unwrap()).unwrap();
+    let command = Options::augment_args(clap::Command::new("train"));
+    let mut compared = 0;
+    for arg in command.get_arguments() {
+        let (flag, help) = (arg.get_long().unwrap(), arg.get_help().unwrap().to_string());
+        let Some((_, default)) = help.split_once("[default: ") else { continue };
+        let default = default.split(']').next().unwrap();
+        if ["steps", "eta"].contains(&flag) {
+            // `N for a, M for b and c`
+            for part in default.split(", ") {
+                let (value, names) = part.split_once(" for ").unwrap();
+                for name in names.split(" and ") {
+                    let sampler = Sampler::from_str(name, false).unwrap();
+                    let own = match flag {
+                        "steps" => sampler.default_steps() as f64,
+                        _ => sampler.default_eta(),
+                    };
+                    assert_eq!(value.parse::<f64>().unwrap(), own, "--{flag}: {part}");
+                }
+            }
+        }
+        // What is a sentence is not compared, nor the default model: it is another one here.
+        let named = flag != "model" && !default.contains(' ');
+        let Some(own) = settings.get(flag).filter(|_| named) else { continue };
+        let own = own.as_str().map_or_else(|| own.to_string(), str::to_string);
+        let same = match (default.parse::<f64>(), own.parse::<f64>()) {
+            (Ok(said), Ok(own)) => said == own,
+            _ => default == own,
+        };
+        assert!(same, "--{flag}: the help says {default}, a run takes {own}");
+        compared += 1;
+    }
+    assert!(compared >= 20, "{compared} defaults");
 }

@@ -43,3 +43,24 @@ pub fn gpu() -> Compute {
 pub fn error_of(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
+
+/// A reward program for `--reward`, in the language that the system has: sh, or PowerShell.
+pub fn reward_program(sh: &str, powershell: &str) -> String {
+    if cfg!(windows) {
+        format!("command:powershell -NoProfile -Command \"{powershell}\"")
+    } else {
+        format!("command:{sh}")
+    }
+}
+
+/// A reward program that does the same for every line it reads, which is `l` there.
+pub fn for_every_line(sh: &str, powershell: &str) -> String {
+    let powershell =
+        format!("while ($null -ne ($l = [Console]::In.ReadLine())) {{ {powershell} }}");
+    reward_program(&format!("while read l; do {sh}; done"), &powershell)
+}
+
+/// [`for_every_line`], with one answer.
+pub fn answers(sh: &str, powershell: &str) -> String {
+    for_every_line(&format!("echo {sh}"), &format!("[Console]::Out.WriteLine({powershell})"))
+}

@@ -198,9 +198,8 @@ fn given_latents(file: &Path, total: usize, channels: usize) -> Result<HostTenso
 }
 
 fn steps(args: &SampleArgs, pipeline: &Pipeline, [_, h, w]: [usize; 3]) -> Result<Vec<Step>> {
-    let (sampler, steps) =
-        if pipeline.family.is_flow() { (Sampler::Ode, 28) } else { (Sampler::Ddim, 50) };
-    let sampler = args.steps.sampler.unwrap_or(sampler);
+    let own = Sampler::of_pipelines(pipeline.family.is_flow());
+    let sampler = args.steps.sampler.unwrap_or(own);
     ensure!(
         sampler != Sampler::Ode || args.eta == 0.0,
         "--eta {}: the ode sampler draws no noise; leave it out, or give --sampler flow-grpo, \
@@ -209,7 +208,7 @@ fn steps(args: &SampleArgs, pipeline: &Pipeline, [_, h, w]: [usize; 3]) -> Resul
     );
     pipeline.schedule.steps(&Sampling {
         sampler,
-        steps: args.steps.steps.unwrap_or(steps),
+        steps: args.steps.steps.unwrap_or(own.pipeline_steps()),
         eta: args.eta,
         grid: args.steps.grid,
         shift: args.steps.shift,

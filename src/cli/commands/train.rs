@@ -1,12 +1,12 @@
 //! `train`: runs a job, new or resumed.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Args;
 
 use crate::cli::console::{Console, catch_signals};
-use crate::config::{Options, Settings};
+use crate::config::Options;
 use crate::train::run_folder::default_folder;
 use crate::train::{self, DumpRequest, Job};
 
@@ -36,7 +36,7 @@ pub struct TrainArgs {
 
 pub fn run(args: TrainArgs) -> Result<i32> {
     let job = match &args.resume {
-        Some(dir) => Job::resume(resumed_settings(&args.options, dir)?, dir),
+        Some(dir) => Job::resume(&args.options, dir)?,
         None => {
             let settings = args.options.with_config(args.config.as_deref())?.resolve()?;
             let name = crate::choice::name(settings.preset);
@@ -53,24 +53,4 @@ pub fn run(args: TrainArgs) -> Result<i32> {
         done.out.display()
     );
     Ok(0)
-}
-
-/// The settings of a run's folder, with what may change of them.
-fn resumed_settings(options: &Options, dir: &Path) -> Result<Settings> {
-    let path = dir.join("settings.toml");
-    ensure!(
-        path.is_file(),
-        "--resume {}: there is no settings.toml in it; give the folder of a run",
-        dir.display()
-    );
-    let saved = Options::from_file(&path)?;
-    let resumed = options.over(&saved)?.resolve()?;
-    let free = options.free_on_resume().over(&saved)?.resolve()?;
-    ensure!(
-        toml::to_string(&free)? == toml::to_string(&resumed)?,
-        "--resume {}: only {} can change; start a new run for the rest",
-        dir.display(),
-        Options::FREE_ON_RESUME
-    );
-    Ok(resumed)
 }

@@ -94,15 +94,13 @@ impl PromptEmbeddings {
     /// # Errors
     /// When the file of embeddings has none of it.
     pub fn row_of(&self, prompt: &str) -> Result<usize> {
-        self.rows.get(prompt).copied().with_context(|| {
-            let file = match &self.source {
-                Source::File(file) => file.source().display().to_string(),
-                Source::Host { .. } => String::new(),
-            };
-            format!(
-                "--embeddings {file}: has no embedding of the prompt {prompt:?}; make the file \
-                 again with `pcpo-wgpu embed` and all prompts"
-            )
+        self.rows.get(prompt).copied().with_context(|| match &self.source {
+            Source::File(file) => format!(
+                "--embeddings {}: has no embedding of the prompt {prompt:?}; make the file again \
+                 with `pcpo-wgpu embed` and all prompts",
+                file.source().display()
+            ),
+            Source::Host { .. } => format!("the prompt {prompt:?} has not been encoded"),
         })
     }
 

@@ -13,7 +13,7 @@ use burn::tensor::{Device, Tensor};
 
 use self::clip::{ClipOutput, ClipText};
 use self::embeddings::PromptEmbeddings;
-use self::t5::{PROMPTS_AT_ONCE, T5Encoder};
+use self::t5::T5Encoder;
 use self::tokenizer::Tokenizer;
 use super::loader::Storage;
 use crate::device::tensor::read;
@@ -178,7 +178,8 @@ impl TextEncoders {
         }
     }
 
-    /// Text embeddings of prompts; equal ones are encoded once.
+    /// Text embeddings of prompts; equal ones are encoded once, and each by itself: a prompt has
+    /// the same bits whatever others a run has.
     ///
     /// # Errors
     /// When a prompt cannot be tokenized, or the device fails.
@@ -186,8 +187,8 @@ impl TextEncoders {
         let mut seen = std::collections::HashSet::new();
         let prompts: Vec<String> = prompts.iter().filter(|p| seen.insert(*p)).cloned().collect();
         let (mut clips, mut pooled) = (Vec::new(), Vec::new());
-        for chunk in prompts.chunks(PROMPTS_AT_ONCE) {
-            let part = self.encode_clips(chunk)?;
+        for prompt in prompts.chunks(1) {
+            let part = self.encode_clips(prompt)?;
             if let Some(sequence) = part.sequence {
                 clips.push(read(&sequence)?);
             }

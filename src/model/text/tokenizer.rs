@@ -12,6 +12,9 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
+/// T5 tokens that diffusers' pipelines take at most.
+pub const MOST_TOKENS: usize = 512;
+
 /// Text to token numbers of one fixed length.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
@@ -127,8 +130,9 @@ impl Tokenizer {
     /// Names the file that is missing or cannot be used, or the length that is out of range.
     pub fn load_t5(dir: &Path, length: usize) -> Result<Self> {
         ensure!(
-            (1..=512).contains(&length),
-            "--max-sequence-length {length}: must lie between 1 and 512 where there is a T5"
+            (1..=MOST_TOKENS).contains(&length),
+            "--max-sequence-length {length}: must lie between 1 and {MOST_TOKENS} where there is a \
+             T5"
         );
         let path = dir.join("tokenizer.json");
         ensure!(

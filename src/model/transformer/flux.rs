@@ -102,6 +102,10 @@ impl NetworkConfig for FluxConfig {
         true
     }
 
+    fn convolves(&self) -> bool {
+        false
+    }
+
     fn block_shapes(&self, [h, w]: [usize; 2], text: usize) -> Vec<BlockShape> {
         let block = block_shape((h / PACK) * (w / PACK) + text, self.width, self.heads);
         let single = BlockShape { wide: 1.25 * block.wide, ..block };

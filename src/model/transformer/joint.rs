@@ -15,7 +15,7 @@ use crate::model::nn::{LayerNorm, Linear, RmsNorm, silu};
 /// Width of the sinusoidal embedding of time and guidance.
 const TIME: usize = 256;
 
-/// Tokens as a state holds them.
+/// Tokens as `Hidden` holds them: with one dimension more.
 pub fn hold(tokens: Tensor<3>) -> Tensor<4> {
     tokens.unsqueeze_dim(1)
 }

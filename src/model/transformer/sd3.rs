@@ -80,7 +80,7 @@ impl Sd3Config {
             dual: c.list("dual_attention_layers")?,
             qk_norm,
             channels,
-            sample_size: c.width("sample_size", 128)?,
+            sample_size: c.sides("sample_size", 128)?[0],
             patch: c.width("patch_size", 2)?,
             side,
             context: [
@@ -101,6 +101,10 @@ impl NetworkConfig for Sd3Config {
     }
 
     fn distilled(&self) -> bool {
+        false
+    }
+
+    fn convolves(&self) -> bool {
         false
     }
 
@@ -287,6 +291,10 @@ impl Denoiser for Sd3 {
 
     fn context(&self) -> [usize; 2] {
         self.config.context()
+    }
+
+    fn distilled(&self) -> bool {
+        self.config.distilled()
     }
 
     fn linears(&self) -> Vec<LinearShape> {

@@ -132,7 +132,6 @@ impl UNetConfig {
             downsample_padding <= 1,
             c.bad("downsample_padding", "is not supported; 0 and 1 are")
         );
-        let size = c.widths("sample_size", 2, &[64])?;
         Ok(Self {
             resnet: resnet(c, &levels)?,
             levels,
@@ -140,7 +139,7 @@ impl UNetConfig {
             mid_scale: c.float("mid_block_scale_factor", 1.0)?,
             channels,
             context: c.width("cross_attention_dim", 1280)?,
-            sample_size: [size[0], size[1]],
+            sample_size: c.sides("sample_size", 64)?,
             linear: c.flag("use_linear_projection", false)?,
             downsample_padding,
             center_input: c.flag("center_input_sample", false)?,
@@ -235,6 +234,10 @@ impl NetworkConfig for UNetConfig {
 
     fn distilled(&self) -> bool {
         false
+    }
+
+    fn convolves(&self) -> bool {
+        true
     }
 
     fn block_shapes(&self, size: [usize; 2], _text: usize) -> Vec<BlockShape> {

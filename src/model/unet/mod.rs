@@ -186,6 +186,10 @@ impl Denoiser for UNet {
         self.config.context()
     }
 
+    fn distilled(&self) -> bool {
+        self.config.distilled()
+    }
+
     fn linears(&self) -> Vec<LinearShape> {
         let down = self.down.iter().flat_map(|b| &b.attentions);
         let mid = self.mid.iter().flat_map(|m| &m.attention);

@@ -2,9 +2,10 @@
 
 use std::path::Path;
 
+use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
 
-use super::{SMALL, run};
+use super::{SMALL, metrics, of, run};
 use crate::command_line::program;
 use crate::support::error_of;
 
@@ -19,7 +20,7 @@ fn diverges(args: &[&str]) -> String {
     let lines = error.lines().filter(|l| l.starts_with("error: ")).count();
     assert_eq!(lines, 1, "{args:?}: {error}");
     assert!(!error.contains("panicked"), "{args:?}: {error}");
-    for word in ["has diverged", "--learning-rate 1", "--max-grad-norm", "adapter.safetensors"] {
+    for word in ["has diverged", "--learning-rate ", "--max-grad-norm", "adapter.safetensors"] {
         assert!(error.contains(word), "{args:?}: {word} is not in {error}");
     }
     error
@@ -99,7 +100,7 @@ fn a_good_epoch_outlives_the_one_that_diverges() {
     for _ in 0..2 {
         let error = diverges(&["--resume", out.to_str().unwrap(), "--epochs", "4"]);
         assert!(error.contains("after 1 epochs"), "{error}");
-        assert_eq!(checkpoints(&out), ["epoch-00001"]);
+        assert_eq!(checkpoints(&out), ["epoch-00000", "epoch-00001"]);
         assert_eq!(std::fs::read(out.join("adapter.safetensors")).unwrap(), adapter);
     }
     // With its own learning rate it goes on as if nothing had been.
@@ -134,4 +135,79 @@ fn a_poisoned_epoch_that_was_stopped_gives_way_to_its_beginning() {
     diverges(&["--resume", out.to_str().unwrap()]);
     assert_eq!(checkpoints(&out), ["epoch-00000"]);
     assert!(largest(&out.join("adapter.safetensors")) < 1.0);
+}
+
+/// Makes the adapter of a checkpoint finite and useless.
+fn poison(run: &Path, checkpoint: &str) {
+    let path = run.join("checkpoints").join(checkpoint).join("adapter.safetensors");
+    let file = Weights::open_file(&path).unwrap();
+    let large = |name: &str| {
+        let tensor = file.f32(name).unwrap();
+        HostTensor::new(name, tensor.shape.clone(), vec![1e15; tensor.values.len()])
+    };
+    let tensors: Vec<HostTensor> = file.names().map(large).collect();
+    drop(file);
+    write_tensors(&path, &tensors, &[]).unwrap();
+}
+
+/// A checkpoint whose pictures turn out not to be finite only when its run goes on: the epoch
+/// before it is there.
+#[test]
+fn a_poisoned_checkpoint_gives_way_to_the_one_before() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let path = out.to_str().unwrap();
+    let resume = ["--resume", path, "--epochs", "3"];
+    run(&out, &[&["--device", "cpu", "--epochs", "2"], &SMALL[..]].concat());
+    assert_eq!(checkpoints(&out), ["epoch-00001", "epoch-00002"]);
+    poison(&out, "epoch-00002");
+    let error = diverges(&resume);
+    assert!(error.contains("after 1 epochs"), "{error}");
+    assert_eq!(checkpoints(&out), ["epoch-00001"]);
+    let grids = std::fs::read_dir(out.join("grids")).unwrap().count();
+    assert_eq!(grids, 2, "grids of epochs that are gone");
+    assert_eq!(of(&metrics(&out), "epoch").count(), 1);
+    // Nothing earlier is left now, which is said, and nothing is promised.
+    poison(&out, "epoch-00001");
+    let output = program(&[&["train"], &resume[..]].concat());
+    let error = error_of(&output);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("no earlier state"), "{error}");
+    assert!(!error.contains("are kept"), "{error}");
+}
+
+/// Going back to before the first epoch keeps the evaluation that was made there.
+#[test]
+fn the_beginning_is_evaluated_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    run(&out, &[&["--device", "cpu", "--epochs", "1"], &SMALL[..]].concat());
+    assert_eq!(checkpoints(&out), ["epoch-00000", "epoch-00001"]);
+    poison(&out, "epoch-00001");
+    let resume = ["--resume", out.to_str().unwrap(), "--epochs", "2"];
+    let error = diverges(&resume);
+    assert!(error.contains("after 0 epochs"), "{error}");
+    let more = program(&[&["train"], &resume[..]].concat());
+    assert!(more.status.success(), "{}", error_of(&more));
+    let lines = metrics(&out);
+    let epochs: Vec<u64> = of(&lines, "evaluation").map(|l| l["epoch"].as_u64().unwrap()).collect();
+    assert_eq!(epochs, [0, 1, 2]);
+}
+
+/// A device that cannot draw with the earlier state either is not a reason to throw work away.
+#[test]
+fn a_run_whose_earlier_state_draws_nothing_either_is_left_as_it_was() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    run(&out, &[&["--device", "cpu", "--epochs", "2"], &SMALL[..]].concat());
+    poison(&out, "epoch-00001");
+    poison(&out, "epoch-00002");
+    let adapter = std::fs::read(out.join("adapter.safetensors")).unwrap();
+    let output = program(&["train", "--resume", out.to_str().unwrap(), "--epochs", "3"]);
+    let error = error_of(&output);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("on this device either") && error.contains("--device"), "{error}");
+    assert_eq!(checkpoints(&out), ["epoch-00001", "epoch-00002"]);
+    assert!(std::fs::read(out.join("adapter.safetensors")).unwrap() == adapter);
+    assert_eq!(of(&metrics(&out), "epoch").count(), 2);
 }

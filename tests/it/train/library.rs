@@ -93,7 +93,7 @@ fn a_panic_in_an_update_saves_the_epoch() {
     let error = format!("{:#}", train(Job::new(settings(1), &broken), &bomb).unwrap_err());
     assert!(error.contains("the device was lost"), "{error}");
     assert!(error.contains("1 updates of epoch 1 are kept"), "{error}");
-    train(Job::resume(settings(1), &broken), &Silent).unwrap();
+    train(Job::resume(&Options::default(), &broken).unwrap(), &Silent).unwrap();
     train(Job::new(settings(1), &whole), &Silent).unwrap();
     let adapter = |run: &std::path::Path| std::fs::read(run.join("adapter.safetensors")).unwrap();
     assert!(adapter(&broken) == adapter(&whole), "the adapters differ");

@@ -7,7 +7,7 @@ use pcpo_wgpu::io::weights::Weights;
 
 use super::{SMALL, of, run};
 use crate::command_line::program;
-use crate::support::error_of;
+use crate::support::{error_of, for_every_line};
 
 #[test]
 fn every_preset_and_variant_trains_and_leaves_a_whole_folder() {
@@ -237,30 +237,23 @@ fn grids_are_drawn_every_so_many_epochs() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let asked = dir.path().join("asked");
-    let reward =
-        format!("command:while read l; do echo ${{#l}}; echo >> {}; done", asked.display());
-    let mut args = vec!["--device", "cpu", "--epochs", "3", "--sample-every", "2"];
-    if cfg!(unix) {
-        args.extend(["--reward", &reward]);
-    }
-    let lines = run(&out, &[&args, &SMALL[..]].concat());
+    let file = asked.display();
+    let reward = for_every_line(
+        &format!("echo ${{#l}}; echo >> {file}"),
+        &format!("[Console]::Out.WriteLine($l.Length); Add-Content '{file}' ''"),
+    );
+    let job = ["--device", "cpu", "--epochs", "3", "--reward", &reward];
+    let lines = run(&out, &[&job[..], &["--sample-every", "2"], &SMALL].concat());
     let epochs: Vec<u64> = of(&lines, "evaluation").map(|l| l["epoch"].as_u64().unwrap()).collect();
     assert_eq!(epochs, [0, 2, 3]);
     let exists = |epoch: usize| out.join(format!("grids/epoch-{epoch:05}.png")).is_file();
     assert_eq!([0, 1, 2, 3].map(exists), [true, false, true, true]);
-    if cfg!(unix) {
-        // Two prompts: 8 pictures before and after, 2 between, and 8 of each rollout.
-        let scored = std::fs::read_to_string(&asked).unwrap().lines().count();
-        assert_eq!(scored, 8 + 2 + 8 + 3 * 8, "an epoch without a grid asks for its rollout only");
-    }
+    // Two prompts: 8 pictures before and after, 2 between, and 8 of each rollout.
+    let scored = std::fs::read_to_string(&asked).unwrap().lines().count();
+    assert_eq!(scored, 8 + 2 + 8 + 3 * 8, "an epoch without a grid asks for its rollout only");
     // It changes none of the run's numbers, so that a run may go on with another.
     let whole = dir.path().join("whole");
-    let every = ["--device", "cpu", "--epochs", "3"];
-    let mut args = every.to_vec();
-    if cfg!(unix) {
-        args.extend(["--reward", &reward]);
-    }
-    run(&whole, &[&args, &SMALL[..]].concat());
+    run(&whole, &[&job[..], &SMALL].concat());
     let adapter = |out: &Path| std::fs::read(out.join("adapter.safetensors")).unwrap();
     assert!(adapter(&out) == adapter(&whole), "the adapters differ");
 }

@@ -2,13 +2,13 @@
 
 use super::{SMALL, of, run};
 use crate::command_line::program;
-use crate::support::error_of;
+use crate::support::{answers, error_of};
 
-#[cfg(unix)]
 #[test]
 fn a_reward_that_does_not_vary_is_reported_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
+    let always_one = answers("1", "1");
     let args = [
         &[
             "train",
@@ -19,7 +19,7 @@ fn a_reward_that_does_not_vary_is_reported_at_once() {
             "--epochs",
             "1",
             "--reward",
-            "command:while read l; do echo 1; done",
+            &always_one,
         ],
         &SMALL[..],
     ]
@@ -29,7 +29,6 @@ fn a_reward_that_does_not_vary_is_reported_at_once() {
     assert!(error_of(&output).contains("does not vary"), "{output:?}");
 }
 
-#[cfg(unix)]
 #[test]
 fn a_reward_program_is_asked_for_every_image() {
     let dir = tempfile::tempdir().unwrap();
@@ -38,14 +37,7 @@ fn a_reward_program_is_asked_for_every_image() {
     let lines = run(
         &out,
         &[
-            &[
-                "--device",
-                "cpu",
-                "--epochs",
-                "1",
-                "--reward",
-                "command:while read l; do echo ${#l}; done",
-            ],
+            &["--device", "cpu", "--epochs", "1", "--reward", &answers("${#l}", "$l.Length")],
             &SMALL[..],
         ]
         .concat(),

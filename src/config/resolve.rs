@@ -1,0 +1,200 @@
+//! From options to settings: presets and defaults are filled in, and the run's folder is asked
+//! where one goes on.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow, ensure};
+
+use super::options::{InitialNoise, Options, Preset};
+use super::prompts::{embedded, prompts};
+use super::settings::Settings;
+use crate::lora::formats;
+use crate::model::{Family, Storage};
+use crate::ops::advantage::Advantage;
+use crate::ops::policy_objective::{GuidanceGradient, Objective};
+use crate::reward;
+use crate::schedule::credit::{Credit, Total};
+use crate::schedule::{Grid, Sampler};
+
+/// What a preset stands for.
+struct Method {
+    objective: Objective,
+    credit: Credit,
+    initial_noise: InitialNoise,
+    advantage: Advantage,
+    train_last_step: bool,
+}
+
+impl Preset {
+    fn method(self) -> Method {
+        match self {
+            Self::Ddpo => Method {
+                objective: Objective::PpoClip,
+                credit: Credit::Native,
+                initial_noise: InitialNoise::Own,
+                advantage: Advantage::PerPrompt,
+                train_last_step: true,
+            },
+            Self::Grpo => Method {
+                objective: Objective::PpoClip,
+                credit: Credit::Native,
+                initial_noise: InitialNoise::Shared,
+                advantage: Advantage::Group,
+                train_last_step: false,
+            },
+            Self::Pcpo => Method {
+                objective: Objective::LogHinge,
+                credit: Credit::Proportionate,
+                initial_noise: InitialNoise::Shared,
+                advantage: Advantage::Group,
+                train_last_step: false,
+            },
+        }
+    }
+}
+
+impl Options {
+    /// Fills in presets and defaults, and checks.
+    ///
+    /// # Errors
+    /// Names the flag, its value and the way out.
+    pub fn resolve(&self) -> Result<Settings> {
+        let with_job;
+        let (o, model) = match embedded(self.model.as_deref())? {
+            None => (self, self.model.clone().expect("a model that is not embedded was named")),
+            Some((job, folder)) => {
+                let job: Self = toml::from_str(job)
+                    .with_context(|| format!("{}/train.toml", folder.display()))?;
+                with_job = self.over(&job)?;
+                (&with_job, folder)
+            }
+        };
+        let family = Family::of(&model)?;
+        ensure!(
+            o.grid.is_none() || family.is_flow(),
+            "--grid: is for flow models; {} is one of diffusion; leave it out",
+            model.display()
+        );
+        let sampler = o.sampler.unwrap_or(Sampler::of_trainers(family.is_flow()));
+        let preset = o.preset.unwrap_or(Preset::Pcpo);
+        let method = preset.method();
+        let (rank, alpha) = self.adapter_size(o)?;
+        let (prompt, group_size) = (prompts(o)?, o.group_size.unwrap_or(8));
+        let images = group_size.saturating_mul(prompt.len().min(4));
+        let settings = Settings {
+            model,
+            device: o.device.clone().unwrap_or_else(|| "auto".into()),
+            memory: o.memory,
+            storage: o.storage.unwrap_or(Storage::F32),
+            reward: o
+                .reward
+                .clone()
+                .ok_or_else(|| anyhow!("--reward is missing; {} are there", reward::list()))?,
+            resolution: o.resolution,
+            embeddings: o.embeddings.clone(),
+            max_sequence_length: o.max_sequence_length.unwrap_or(family.default_sequence()),
+            prompt,
+            preset,
+            objective: o.objective.unwrap_or(method.objective),
+            credit: o.credit.unwrap_or(method.credit),
+            zeta: o.zeta,
+            credit_total: o.credit_total.unwrap_or(Total::All),
+            initial_noise: o.initial_noise.unwrap_or(method.initial_noise),
+            advantage: o.advantage.unwrap_or(method.advantage),
+            train_last_step: o.train_last_step.unwrap_or(method.train_last_step),
+            kl_beta: o.kl_beta.unwrap_or(0.0),
+            epochs: o.epochs.unwrap_or(10),
+            images_per_epoch: o.images_per_epoch.unwrap_or(images),
+            group_size,
+            updates_per_epoch: o.updates_per_epoch.unwrap_or(2),
+            inner_epochs: o.inner_epochs.unwrap_or(1),
+            batch: o.batch.unwrap_or(8),
+            sampler,
+            steps: o.steps.unwrap_or(sampler.default_steps()),
+            eta: o.eta.unwrap_or(sampler.default_eta()),
+            grid: family.is_flow().then(|| o.grid.unwrap_or(Grid::Shifted)),
+            shift: o.shift,
+            guidance_scale: o.guidance_scale.unwrap_or(family.default_guidance()),
+            guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
+            train_steps: o.train_steps,
+            train_window: o.train_window.unwrap_or(false),
+            noise_only_trained: o.noise_only_trained.unwrap_or(false),
+            activation_checkpointing: o.activation_checkpointing.unwrap_or(true),
+            clip_range: o.clip_range.unwrap_or(1e-4),
+            advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
+            tracker_size: o.tracker_size.unwrap_or(32),
+            tracker_min_count: o.tracker_min_count.unwrap_or(16),
+            learning_rate: o.learning_rate.unwrap_or(3e-4),
+            weight_decay: o.weight_decay.unwrap_or(1e-4),
+            max_grad_norm: o.max_grad_norm.unwrap_or(1.0),
+            rank,
+            alpha,
+            target_modules: match (&o.lora, &o.target_modules) {
+                (Some(_), _) => Vec::new(),
+                (None, Some(targets)) => targets.clone(),
+                (None, None) => family.default_targets(),
+            },
+            lora: o.lora.clone(),
+            seed: o.seed.unwrap_or(0),
+            keep_every: o.keep_every.unwrap_or(10),
+            sample_every: o.sample_every.unwrap_or(1),
+        };
+        settings.check()?;
+        Ok(settings)
+    }
+
+    /// The settings of a run's folder, with what of these options may change.
+    ///
+    /// # Errors
+    /// When the folder has no settings, or an option that may not change differs from them.
+    pub fn resumed(&self, run: &Path) -> Result<Settings> {
+        let path = run.join("settings.toml");
+        ensure!(
+            path.is_file(),
+            "--resume {}: there is no settings.toml in it; give the folder of a run",
+            run.display()
+        );
+        let saved = Self::from_file(&path)?;
+        let resumed = self.over(&saved)?.resolve()?;
+        let free = self.free_on_resume().over(&saved)?.resolve()?;
+        ensure!(
+            toml::to_string(&free)? == toml::to_string(&resumed)?,
+            "--resume {}: only {} can change; start a new run for the rest",
+            run.display(),
+            Self::FREE_ON_RESUME
+        );
+        Ok(resumed)
+    }
+
+    /// Rank and alpha: those of `--lora`, or of the options with the job's, `o`.
+    fn adapter_size(&self, o: &Self) -> Result<(usize, f64)> {
+        let Some(file) = &o.lora else {
+            let rank = o.rank.unwrap_or(16);
+            return Ok((rank, o.alpha.unwrap_or(rank as f64)));
+        };
+        ensure!(
+            self.target_modules.is_none(),
+            "--target-modules: the adapter of --lora {} has its own layers; leave --target-modules \
+             out",
+            file.display()
+        );
+        // A saved run has both, and may have lost the file.
+        if let (Some(rank), Some(alpha)) = (self.rank, self.alpha) {
+            return Ok((rank, alpha));
+        }
+        let adapter = formats::read(file, &[]).context("--lora")?;
+        let given = [
+            ("--rank", self.rank.map(|r| r as f64), adapter.rank as f64),
+            ("--alpha", self.alpha, adapter.alpha),
+        ];
+        for (flag, given, own) in given {
+            ensure!(
+                given.is_none_or(|g| g == own),
+                "{flag} {}: the adapter of --lora {} has {own}; leave {flag} out",
+                given.unwrap_or_default(),
+                file.display()
+            );
+        }
+        Ok((adapter.rank, adapter.alpha))
+    }
+}
