@@ -8,6 +8,7 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::Tensor;
 
 use super::conditioning::Conditioning;
+use super::config::NetworkConfig;
 use super::reference::ReferenceTensors;
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
@@ -81,8 +82,25 @@ impl Hidden {
 
 /// A network that predicts noise or velocity.
 pub trait Denoiser: Send + Sync {
+    /// What it is from outside.
+    fn config(&self) -> &dyn NetworkConfig;
+
     /// Shape of the latents that it was made for, `[C, H, W]`.
-    fn latent_shape(&self) -> [usize; 3];
+    fn latent_shape(&self) -> [usize; 3] {
+        self.config().latent_shape()
+    }
+
+    /// Widths of the sequence and of the pooled embedding (0 without one) that it is conditioned
+    /// on.
+    fn context(&self) -> [usize; 2] {
+        self.config().context()
+    }
+
+    /// Whether guidance was distilled into it: one pass, with the scale as an input where it takes
+    /// one, replaces the two of classifier-free guidance.
+    fn distilled(&self) -> bool {
+        self.config().distilled()
+    }
 
     /// Checks that it takes latents of a height and width.
     ///
@@ -95,14 +113,6 @@ pub trait Denoiser: Send + Sync {
 
     /// Tokens that it makes of a latent of a size: what dynamic shifting depends on.
     fn tokens(&self, size: [usize; 2]) -> usize;
-
-    /// Widths of the sequence and of the pooled embedding (0 without one) that it is conditioned
-    /// on.
-    fn context(&self) -> [usize; 2];
-
-    /// Whether guidance was distilled into it: one pass, with the scale as an input where it takes
-    /// one, replaces the two of classifier-free guidance.
-    fn distilled(&self) -> bool;
 
     /// The linear layers that a LoRA can target, in the order of the network.
     fn linears(&self) -> Vec<LinearShape>;

@@ -277,9 +277,16 @@ fn those_of(gradients: &Gradients) -> impl Fn(&str) -> Vec<f32> {
 #[test]
 fn gradients_of_an_update_are_those_of_pytorch() {
     for compute in [cpu(), gpu()] {
-        for case in cases() {
-            // At once; block by block with all rows; with three at a time, of eight or four.
-            for rows_at_once in [None, Some(64), Some(3)] {
+        for (i, case) in cases().into_iter().enumerate() {
+            // At once; block by block with all rows; with three at a time, of eight or four. How
+            // rows are split is the host's work: the GPU, slow in software, takes one way for each
+            // case but the first.
+            let ways: &[Option<usize>] = match (&compute.gpu, i) {
+                (None, _) => &[None, Some(64), Some(3)],
+                (Some(_), 0) => &[None, Some(3)],
+                (Some(_), _) => &[Some(3)],
+            };
+            for &rows_at_once in ways {
                 let found = replay(&case, Replay { rows_at_once, ..Replay::on(&compute) });
                 let worst = worst(case.name, &found, torch(&case));
                 let what = format!("{} on {}, {rows_at_once:?} rows", case.name, compute.name);
@@ -350,7 +357,7 @@ fn gradients_through_quantised_weights_are_those_of_the_rounded_weights() {
             let dir = tempfile::tempdir().unwrap();
             rounded(&case.model, storage, &compute, dir.path());
             let in_f32 = Case { model: dir.path().to_path_buf(), ..cases()[1].clone() };
-            let expected = replay(&in_f32, Replay::on(&compute));
+            let expected = replay(&in_f32, Replay::on(&cpu()));
             let found = replay(case, Replay { storage, ..Replay::on(&compute) });
             let off = worst(case.name, &found, those_of(&expected));
             println!("{storage:?} on {}: {off:.1e}", compute.name);

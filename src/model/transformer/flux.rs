@@ -288,8 +288,8 @@ impl Flux {
 }
 
 impl Denoiser for Flux {
-    fn latent_shape(&self) -> [usize; 3] {
-        self.config.latent_shape()
+    fn config(&self) -> &dyn NetworkConfig {
+        &self.config
     }
 
     fn accepts(&self, [h, w]: [usize; 2]) -> Result<()> {
@@ -302,14 +302,6 @@ impl Denoiser for Flux {
 
     fn tokens(&self, [h, w]: [usize; 2]) -> usize {
         (h / PACK) * (w / PACK)
-    }
-
-    fn context(&self) -> [usize; 2] {
-        self.config.context()
-    }
-
-    fn distilled(&self) -> bool {
-        self.config.distilled()
     }
 
     fn linears(&self) -> Vec<LinearShape> {

@@ -271,8 +271,8 @@ fn positions(side: usize, base: usize, width: usize, device: &Device) -> Tensor<
 }
 
 impl Denoiser for Sd3 {
-    fn latent_shape(&self) -> [usize; 3] {
-        self.config.latent_shape()
+    fn config(&self) -> &dyn NetworkConfig {
+        &self.config
     }
 
     fn accepts(&self, [h, w]: [usize; 2]) -> Result<()> {
@@ -287,14 +287,6 @@ impl Denoiser for Sd3 {
 
     fn tokens(&self, [h, w]: [usize; 2]) -> usize {
         (h / self.config.patch) * (w / self.config.patch)
-    }
-
-    fn context(&self) -> [usize; 2] {
-        self.config.context()
-    }
-
-    fn distilled(&self) -> bool {
-        self.config.distilled()
     }
 
     fn linears(&self) -> Vec<LinearShape> {

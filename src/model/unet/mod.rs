@@ -174,20 +174,12 @@ fn units(down: &[Level], mid: bool, up: &[Level]) -> Vec<Unit> {
 }
 
 impl Denoiser for UNet {
-    fn latent_shape(&self) -> [usize; 3] {
-        self.config.latent_shape()
+    fn config(&self) -> &dyn NetworkConfig {
+        &self.config
     }
 
     fn tokens(&self, [h, w]: [usize; 2]) -> usize {
         h * w
-    }
-
-    fn context(&self) -> [usize; 2] {
-        self.config.context()
-    }
-
-    fn distilled(&self) -> bool {
-        self.config.distilled()
     }
 
     fn linears(&self) -> Vec<LinearShape> {
