@@ -269,6 +269,7 @@ fn fields_of_transformers() {
         ("sd3", "transformer/config.json", "pos_embed_max_size", "100000"),
         ("sd3", "text_encoder_3/config.json", "relative_attention_num_buckets", "1"),
         ("sd3", "text_encoder_3/config.json", "num_layers", "1000000000000000"),
+        ("sd3", "tokenizer_2/tokenizer_config.json", "model_max_length", "7"),
         ("flux-dev", "transformer/config.json", "num_layers", "1000000000000000"),
         ("flux-dev", "transformer/config.json", "axes_dims_rope", "[]"),
         ("flux-dev", "transformer/config.json", "in_channels", "3"),

@@ -153,6 +153,13 @@ impl TextEncoders {
                      {width}; the parts belong to different models",
                     dir.display()
                 );
+                let [first, second] = [&clips[0], &clips[1]].map(|c| c.tokenizer.length);
+                ensure!(
+                    first == second,
+                    "{}: model_max_length is {first} in tokenizer/ and {second} in tokenizer_2/; \
+                     the two CLIP encoders take one length",
+                    dir.display()
+                );
                 Parts::TwoClipsAndT5 { clips, t5: t5()? }
             }
             TextLayout::T5AndPooledClip => {
