@@ -6,12 +6,12 @@
 //! a reward of one's own:
 //!
 //! ```no_run
-//! use pcpo_wgpu::{Job, Options, Reward, RgbImage, Silent, train};
+//! use pcpo_wgpu::{Job, Options, Prompt, Reward, RgbImage, Silent, train};
 //!
 //! struct Brightness;
 //!
 //! impl Reward for Brightness {
-//!     fn score(&mut self, images: &[RgbImage], _: &[&str]) -> anyhow::Result<Vec<f64>> {
+//!     fn score(&mut self, images: &[RgbImage], _: &[&Prompt]) -> anyhow::Result<Vec<f64>> {
 //!         let mean = |i: &RgbImage| i.iter().map(|&v| f64::from(v)).sum::<f64>() / i.len() as f64;
 //!         Ok(images.iter().map(mean).collect())
 //!     }
@@ -62,9 +62,9 @@ pub use image::RgbImage;
 
 pub use crate::config::{InitialNoise, Options, Preset, Settings};
 pub use crate::model::{Pipeline, Storage};
-pub use crate::ops::advantage::Advantage;
+pub use crate::ops::advantage::{Advantage, Mix};
 pub use crate::ops::policy_objective::{GuidanceGradient, Objective};
-pub use crate::reward::Reward;
+pub use crate::reward::{JudgeAnswer, Prompt, Reward};
 pub use crate::schedule::credit::{Credit, Total};
 pub use crate::schedule::{Grid, Sampler};
 pub use crate::train::metrics::EpochRecord;

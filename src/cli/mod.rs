@@ -7,7 +7,7 @@ pub mod console;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use self::commands::{bench, check, convert, credit, devices, embed, plan, sample, train};
+use self::commands::{bench, check, convert, credit, devices, embed, plan, sample, score, train};
 
 /// Aligns text-to-image models with a reward by policy gradients (PCPO), on any GPU, without CUDA.
 #[derive(Parser)]
@@ -29,6 +29,9 @@ pub enum Command {
     /// Draw images from prompts
     #[command(allow_negative_numbers = true)]
     Sample(sample::SampleArgs),
+    /// Score pictures that exist by rewards
+    #[command(allow_negative_numbers = true)]
+    Score(score::ScoreArgs),
     /// Compare a model folder with a reference file of diffusers
     #[command(allow_negative_numbers = true)]
     Check(check::CheckArgs),
@@ -54,6 +57,7 @@ pub fn run(cli: Cli) -> Result<i32> {
         Command::Train(args) => train::run(*args),
         Command::Plan(args) => plan::run(&args),
         Command::Sample(args) => sample::run(&args),
+        Command::Score(args) => score::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Credit(args) => credit::run(&args),
         Command::Embed(args) => embed::run(&args),

@@ -5,12 +5,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::model::Storage;
-use crate::ops::advantage::Advantage;
+use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
-use crate::reward;
+use crate::reward::{self, JudgeAnswer};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler};
 
@@ -63,7 +63,7 @@ pub struct Options {
     /// says]
     #[arg(long, value_name = "GIB", help_heading = "Model and device")]
     pub memory: Option<f64>,
-    /// Text file of prompts, one a line
+    /// Text file of prompts, one a line: text, or JSON {"prompt": TEXT, ..} with metadata
     #[arg(
         long,
         value_name = "FILE",
@@ -74,9 +74,35 @@ pub struct Options {
     /// One prompt; can be repeated instead of a file
     #[arg(long = "prompt", value_name = "TEXT", help_heading = "Prompts and reward")]
     pub prompt: Option<Vec<String>>,
-    /// What pictures are scored by; see [`crate::reward::REWARDS`]
-    #[arg(long, help = format!("Reward: {}", reward::list()), help_heading = "Prompts and reward")]
-    pub reward: Option<String>,
+    /// What pictures are scored by, `[WEIGHT*]SPEC`; see [`crate::reward::REWARDS`]
+    #[arg(
+        long,
+        value_name = "[WEIGHT*]SPEC",
+        allow_hyphen_values = true,
+        help = format!("Reward; can be repeated, with a weight in front: {}", reward::list()),
+        help_heading = "Prompts and reward"
+    )]
+    #[serde(default, deserialize_with = "one_or_several")]
+    pub reward: Option<Vec<String>>,
+    /// How several rewards become one advantage [default: per-reward]
+    #[arg(long, value_enum, help_heading = "Prompts and reward")]
+    pub mix: Option<Mix>,
+    /// A reward that is scored and recorded, not trained on; can be repeated
+    #[arg(long, value_name = "SPEC", help_heading = "Prompts and reward")]
+    #[serde(default, deserialize_with = "one_or_several")]
+    pub watch: Option<Vec<String>>,
+    /// Device of the reward models [default: that of the training]
+    #[arg(long, value_name = "DEVICE", help_heading = "Prompts and reward")]
+    pub reward_device: Option<String>,
+    /// Seconds that a reward's server has for an answer [default: 60]
+    #[arg(long, value_name = "SECONDS", help_heading = "Prompts and reward")]
+    pub reward_timeout: Option<f64>,
+    /// What a judge is asked, with {prompt} in its place [default: by --judge-answer]
+    #[arg(long, value_name = "TEXT", help_heading = "Prompts and reward")]
+    pub judge_question: Option<String>,
+    /// What a judge's answer is read for [default: number]
+    #[arg(long, value_enum, help_heading = "Prompts and reward")]
+    pub judge_answer: Option<JudgeAnswer>,
     /// Method whose settings are the defaults [default: pcpo]
     #[arg(long, value_enum, help_heading = "Method")]
     pub preset: Option<Preset>,
@@ -227,6 +253,22 @@ pub struct Options {
     pub keep_every: Option<usize>,
 }
 
+/// A text or a list of texts.
+fn one_or_several<'de, D: Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<Option<Vec<String>>, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged, expecting = "a text or a list of texts")]
+    enum Texts {
+        One(String),
+        Several(Vec<String>),
+    }
+    Ok(Option::<Texts>::deserialize(from)?.map(|texts| match texts {
+        Texts::One(text) => vec![text],
+        Texts::Several(texts) => texts,
+    }))
+}
+
 impl Options {
     /// Reads a TOML file.
     ///
@@ -255,13 +297,16 @@ impl Options {
             memory: self.memory,
             keep_every: self.keep_every,
             sample_every: self.sample_every,
+            reward_device: self.reward_device.clone(),
+            reward_timeout: self.reward_timeout,
             ..Default::default()
         }
     }
 
     /// What may change when a run goes on, in words.
-    pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --sample-every \
-                                      and --model (the same model elsewhere)";
+    pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --sample-every, \
+                                      --reward-device, --reward-timeout and --model (the same \
+                                      model elsewhere)";
 
     /// `self` where it says something, `base` elsewhere.
     ///

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, ensure};
 
 use super::options::Options;
+use crate::reward::Prompt;
 
 /// The embedded models with the jobs that `train` runs for them.
 const EMBEDDED: [(&str, &str); 2] = [
@@ -58,15 +59,32 @@ fn folder(name: &str) -> Result<PathBuf> {
 ///
 /// # Errors
 /// As [`read_prompts`].
-pub fn prompts(o: &Options) -> Result<Vec<String>> {
+pub fn prompts(o: &Options) -> Result<Vec<Prompt>> {
     read_prompts(o.prompts.as_deref(), o.prompt.as_ref())
 }
 
 /// The prompts of a file or of the flags, each once.
 ///
 /// # Errors
-/// When the file cannot be read, there is none, or one stands there twice.
-pub fn read_prompts(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<Vec<String>> {
+/// When the file cannot be read, a line is damaged, there is none, or one stands there twice.
+pub fn read_prompts(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<Vec<Prompt>> {
+    let (list, source) = lines(file, list)?;
+    let mut seen = std::collections::BTreeSet::new();
+    for p in &list {
+        ensure!(
+            seen.insert(&p.text),
+            "{source}: the prompt {:?} stands there twice; keep one",
+            p.text
+        );
+    }
+    Ok(list)
+}
+
+/// The prompts of a file or of the flags as they stand there, and what to call their source.
+///
+/// # Errors
+/// When the file cannot be read, a line is damaged, or there is none.
+pub fn lines(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<(Vec<Prompt>, String)> {
     let (list, source) = match (file, list) {
         (Some(file), _) => {
             let text = crate::io::read_text(file).context("--prompts")?;
@@ -79,9 +97,7 @@ pub fn read_prompts(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<V
         (None, None) => (vec![], "--prompts FILE or --prompt TEXT".into()),
     };
     ensure!(!list.is_empty(), "{source}: there is no prompt; give at least one");
-    let mut seen = std::collections::BTreeSet::new();
-    for p in &list {
-        ensure!(seen.insert(p), "{source}: the prompt {p:?} stands there twice; keep one");
-    }
-    Ok(list)
+    let prompt = |line: &String| Prompt::parse(line).with_context(|| source.clone());
+    let prompts = list.iter().map(prompt).collect::<Result<_>>()?;
+    Ok((prompts, source))
 }

@@ -10,11 +10,16 @@ use super::prompts::{embedded, prompts};
 use super::settings::Settings;
 use crate::lora::formats;
 use crate::model::{Family, Storage};
-use crate::ops::advantage::Advantage;
+use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
-use crate::reward;
+use crate::reward::{self, DEFAULT_TIMEOUT, JudgeAnswer, RewardSpec};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler};
+
+/// The rewards that a flag names.
+fn specs(flag: &str, given: &[String]) -> Result<Vec<RewardSpec>> {
+    given.iter().map(|given| RewardSpec::parse(flag, given)).collect()
+}
 
 /// What a preset stands for.
 struct Method {
@@ -81,15 +86,19 @@ impl Options {
         let (rank, alpha) = self.adapter_size(o)?;
         let (prompt, group_size) = (prompts(o)?, o.group_size.unwrap_or(8));
         let images = group_size.saturating_mul(prompt.len().min(4));
+        let missing = || anyhow!("--reward is missing; {} are there", reward::list());
         let settings = Settings {
             model,
             device: o.device.clone().unwrap_or_else(|| "auto".into()),
             memory: o.memory,
             storage: o.storage.unwrap_or(Storage::F32),
-            reward: o
-                .reward
-                .clone()
-                .ok_or_else(|| anyhow!("--reward is missing; {} are there", reward::list()))?,
+            reward: specs("--reward", o.reward.as_ref().ok_or_else(missing)?)?,
+            mix: o.mix.unwrap_or(Mix::PerReward),
+            watch: specs("--watch", o.watch.as_deref().unwrap_or_default())?,
+            reward_device: o.reward_device.clone(),
+            reward_timeout: o.reward_timeout.unwrap_or(DEFAULT_TIMEOUT as f64),
+            judge_question: o.judge_question.clone(),
+            judge_answer: o.judge_answer.unwrap_or(JudgeAnswer::Number),
             resolution: o.resolution,
             embeddings: o.embeddings.clone(),
             max_sequence_length: o.max_sequence_length.unwrap_or(family.default_sequence()),

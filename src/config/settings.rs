@@ -1,16 +1,19 @@
 //! What a run is told, resolved once and checked: [`Settings`], which is printed, and saved with
 //! the run as a file that `--config` reads.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::numbers::{self, MOST, MOST_RANK, Range};
 use super::options::{InitialNoise, Preset};
 use crate::model::Storage;
-use crate::ops::advantage::Advantage;
+use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
+use crate::reward::{JudgeAnswer, Prompt, RemoteOptions, RewardSpec};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler, Sampling};
 
@@ -25,13 +28,23 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<f64>,
     pub storage: Storage,
-    pub reward: String,
+    #[serde(serialize_with = "one_or_several")]
+    pub reward: Vec<RewardSpec>,
+    pub mix: Mix,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub watch: Vec<RewardSpec>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reward_device: Option<String>,
+    pub reward_timeout: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub judge_question: Option<String>,
+    pub judge_answer: JudgeAnswer,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub embeddings: Option<PathBuf>,
     pub max_sequence_length: usize,
-    pub prompt: Vec<String>,
+    pub prompt: Vec<Prompt>,
     pub preset: Preset,
     pub objective: Objective,
     pub credit: Credit,
@@ -82,7 +95,32 @@ pub struct Settings {
     pub sample_every: usize,
 }
 
+/// One as a text, as it has always been written; several as a list.
+fn one_or_several<S: Serializer>(
+    specs: &[RewardSpec],
+    to: S,
+) -> std::result::Result<S::Ok, S::Error> {
+    match specs {
+        [one] => one.serialize(to),
+        several => to.collect_seq(several),
+    }
+}
+
 impl Settings {
+    /// All rewards, those that are trained on and those that are watched.
+    pub fn rewards(&self) -> impl Iterator<Item = &RewardSpec> {
+        self.reward.iter().chain(&self.watch)
+    }
+
+    /// How servers are asked for rewards.
+    pub fn remote(&self) -> RemoteOptions {
+        RemoteOptions {
+            timeout: Duration::from_secs_f64(self.reward_timeout),
+            judge_question: self.judge_question.clone(),
+            judge_answer: self.judge_answer,
+        }
+    }
+
     /// Prompts an epoch.
     pub fn groups(&self) -> usize {
         self.images_per_epoch / self.group_size
@@ -113,6 +151,7 @@ impl Settings {
     pub fn check(&self) -> Result<()> {
         self.check_numbers()?;
         self.check_images()?;
+        self.check_rewards()?;
         self.check_method()
     }
 
@@ -146,6 +185,7 @@ impl Settings {
             ("--weight-decay", self.weight_decay, Range::NotNegative),
             ("--guidance-scale", self.guidance_scale, Range::NotNegative),
             ("--eta", self.eta, Range::NotNegative),
+            ("--reward-timeout", self.reward_timeout, Range::Below(1e6)),
         ] {
             numbers::number(flag, value, range)?;
         }
@@ -183,6 +223,19 @@ impl Settings {
              --images-per-epoch",
             self.epochs
         );
+        Ok(())
+    }
+
+    fn check_rewards(&self) -> Result<()> {
+        ensure!(!self.reward.is_empty(), "--reward: names no reward; give at least one");
+        let mut seen = BTreeSet::new();
+        for spec in self.rewards() {
+            ensure!(
+                seen.insert(&spec.reward),
+                "--reward {}: stands there twice; give it once, with the weight that is meant",
+                spec.reward
+            );
+        }
         Ok(())
     }
 

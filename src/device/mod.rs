@@ -5,6 +5,7 @@ pub mod adapters;
 pub mod compute;
 pub mod gpu;
 pub mod guard;
+pub mod in_order;
 pub mod system;
 pub mod tensor;
 

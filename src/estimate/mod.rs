@@ -62,6 +62,8 @@ impl Factors {
 pub struct Estimate {
     /// Frozen weights on the device: network and VAE.
     pub weights: f64,
+    /// Weights of reward models on the same device.
+    pub reward: f64,
     /// The program, and the largest weight in f32 where weights are stored smaller.
     pub program: f64,
     /// The adapter with its gradients and the optimizer's moments.
@@ -83,13 +85,17 @@ pub struct Estimate {
 impl Estimate {
     /// What stays through all phases of an epoch.
     pub fn resident(&self) -> f64 {
-        self.weights + self.program + self.adapter + if self.on_host { 0.0 } else { self.kept }
+        self.weights
+            + self.reward
+            + self.program
+            + self.adapter
+            + if self.on_host { 0.0 } else { self.kept }
     }
 
     /// The most that is held at once.
     pub fn peak(&self) -> f64 {
         let epoch = self.resident() + self.rollout.max(self.update).max(self.decode);
-        epoch.max(self.program + self.encode)
+        epoch.max(self.program + self.reward + self.encode)
     }
 }
 
@@ -171,6 +177,7 @@ pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
     let text = &shapes.text;
     Estimate {
         weights: shapes.weights,
+        reward: shapes.reward * if s.storage == Storage::F32 { 4.0 } else { 2.0 },
         program: program + cast,
         // On the host the values and two moments, now and at the last good epoch, and the sum of
         // gradients; on the device the values once; of each batch its gradient there and on the
@@ -309,6 +316,7 @@ pub fn text(estimate: &Estimate, s: &Settings, largest: Option<usize>) -> String
     let storage = format!("weights ({})", name(s.storage));
     let mut out = format!("{storage:<20} {}\n", mib(estimate.weights));
     for (line, bytes) in [
+        ("reward models", estimate.reward),
         ("program and casts", estimate.program),
         ("adapter", estimate.adapter),
         ("kept by rollout", estimate.kept),

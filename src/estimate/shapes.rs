@@ -17,6 +17,7 @@ use crate::model::text::clip::ClipConfig;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::model::text::t5::T5Config;
 use crate::model::vae::VaeConfig;
+use crate::reward::model_size;
 
 /// Inputs and outputs of a layer that the adapter is on.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -45,6 +46,8 @@ pub struct Shapes {
     pub text: TextShape,
     /// Bytes of network and VAE in a storage type.
     pub weights: f64,
+    /// Values of the weights of reward models.
+    pub reward: f64,
     /// Elements of the largest matrix.
     pub largest: f64,
     /// Elements of one latent.
@@ -109,11 +112,16 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
             |l: &crate::lora::adapter::Layer| TargetShape { inputs: l.inputs, outputs: l.outputs };
         targets.extend(adapter.layers.iter().map(shape));
     }
+    let reward = match s.reward_device.is_none() {
+        true => s.rewards().map(|r| model_size(&r.reward)).sum::<Result<usize>>()?,
+        false => 0,
+    };
     Ok(Shapes {
         blocks: network.block_shapes(size, tokens),
         decoder: vae.decoder_shapes(size),
         text,
         weights,
+        reward: reward as f64,
         largest,
         latent: channels as f64 * size[0] as f64 * size[1] as f64,
         targets,

@@ -1,5 +1,9 @@
 //! Files: every result is written to a temporary name and renamed; every error names the file.
 
+pub mod checkpoint;
+pub mod imports;
+pub mod mapped;
+pub mod shards;
 pub mod tensors;
 pub mod weights;
 

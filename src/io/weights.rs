@@ -1,23 +1,40 @@
-//! Reading safetensors: tensors are mapped into memory and read when asked for; one file, a sharded
-//! set with its index, or an fp16 variant; f32, f16 and bf16.
+//! Reading weights: safetensors are mapped into memory and read when asked for, as one file, a
+//! sharded set with its index, or an fp16 variant; PyTorch's checkpoints tensor by tensor. f32, f16
+//! and bf16.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
-use serde_json::Value;
 
+use super::checkpoint;
+use super::mapped::map;
+use super::shards;
 use super::tensors::HostTensor;
 
+#[derive(Clone)]
 struct Entry {
-    file: usize,
     dtype: Dtype,
     shape: Vec<usize>,
+    place: Place,
+    /// Its bytes there.
     range: Range<usize>,
+    /// Whether its rows are read as columns.
+    transposed: bool,
+}
+
+/// Where a tensor lies.
+#[derive(Clone)]
+enum Place {
+    /// In one of the mapped files.
+    Mapped(usize),
+    /// In a checkpoint, which is read a whole tensor at a time.
+    Checkpoint(pytorch_reader::Tensor),
 }
 
 /// The tensors of a file, or of a component's files, mapped into memory and read when asked for.
@@ -30,55 +47,13 @@ pub struct Weights {
     pub reads: std::sync::atomic::AtomicUsize,
 }
 
-/// The candidates for a component's weight file, in the order in which they are tried.
-fn weight_files(dir: &Path) -> Result<Vec<PathBuf>> {
-    for stem in ["diffusion_pytorch_model", "model"] {
-        for suffix in ["", ".fp16"] {
-            let one = dir.join(format!("{stem}{suffix}.safetensors"));
-            if one.is_file() {
-                return Ok(vec![one]);
-            }
-            let index = dir.join(format!("{stem}.safetensors.index{suffix}.json"));
-            if index.is_file() {
-                return shards(dir, &index);
-            }
-        }
-    }
-    bail!(
-        "{}: no weights found; expected diffusion_pytorch_model.safetensors or model.safetensors, \
-         alone, as .fp16 variant or with an index (.bin files: convert them with diffusers)",
-        dir.display()
-    )
-}
-
-/// The files that an index names, all of which lie beside it.
-fn shards(dir: &Path, index: &Path) -> Result<Vec<PathBuf>> {
-    let json: Value = super::read_json(index)?;
-    let map = json["weight_map"].as_object().filter(|m| !m.is_empty());
-    let map = map.ok_or_else(|| anyhow!("{}: field weight_map is missing", index.display()))?;
-    let mut names = Vec::new();
-    for (tensor, file) in map {
-        let name = file.as_str().unwrap_or_default();
-        let plain = Path::new(name).components().all(|c| matches!(c, Component::Normal(_)));
-        ensure!(
-            !name.is_empty() && plain,
-            "{}: weight_map of {tensor} is {file}, not the name of a file beside the index",
-            index.display()
-        );
-        names.push(dir.join(name));
-    }
-    names.sort_unstable();
-    names.dedup();
-    Ok(names)
-}
-
 impl Weights {
     /// Opens the weights of a component folder (`unet`, `vae`, `text_encoder`).
     ///
     /// # Errors
     /// When no weight file is there, or one is truncated or not safetensors.
     pub fn open_dir(dir: &Path) -> Result<Self> {
-        Self::open(&weight_files(dir)?, dir)
+        Self::open(&shards::weight_files(dir)?, dir)
     }
 
     /// Opens one safetensors file.
@@ -87,6 +62,72 @@ impl Weights {
     /// When the file is missing, truncated or not safetensors.
     pub fn open_file(file: &Path) -> Result<Self> {
         Self::open(&[file.to_path_buf()], file)
+    }
+
+    /// Opens a file of weights of either kind: PyTorch's checkpoints end in .pt, .pth or .bin. The
+    /// names begin below `state_dict`, where the file has one.
+    ///
+    /// # Errors
+    /// As [`Self::open_file`] and [`checkpoint::open`].
+    pub fn open_any(file: &Path) -> Result<Self> {
+        if !checkpoint::is_one(file) {
+            return Self::open_file(file);
+        }
+        let mut entries = BTreeMap::new();
+        for tensor in checkpoint::open(file)? {
+            let Some(dtype) = checkpoint::dtype(tensor.dtype()) else { continue };
+            let name = tensor.name.strip_prefix("state_dict.").unwrap_or(&tensor.name).to_string();
+            let (shape, range) = (tensor.shape().to_vec(), 0..tensor.byte_len());
+            let place = Place::Checkpoint(tensor);
+            entries.insert(name, Entry { dtype, shape, place, range, transposed: false });
+        }
+        Ok(Self {
+            files: Vec::new(),
+            entries,
+            source: file.to_path_buf(),
+            #[cfg(test)]
+            reads: Default::default(),
+        })
+    }
+
+    /// Gives a tensor another name.
+    pub fn rename(&mut self, from: &str, to: &str) {
+        if let Some(entry) = self.entries.remove(from) {
+            self.entries.insert(to.to_string(), entry);
+        }
+    }
+
+    /// Reads a matrix transposed from now on.
+    pub fn transpose(&mut self, name: &str) {
+        if let Some(e) = self.entries.get_mut(name).filter(|e| e.shape.len() == 2) {
+            e.shape.swap(0, 1);
+            e.transposed = !e.transposed;
+        }
+    }
+
+    /// Splits a tensor along its first dimension into equal parts, which take its place.
+    ///
+    /// # Errors
+    /// When its rows cannot be dealt out evenly.
+    pub fn split(&mut self, name: &str, parts: &[String]) -> Result<()> {
+        let Some(entry) = self.entries.remove(name) else { return Ok(()) };
+        let rows = entry.shape.first().copied().unwrap_or_default();
+        ensure!(
+            rows.is_multiple_of(parts.len()) && !entry.transposed,
+            "{}: tensor {name} has shape {:?}; its rows must be a multiple of {}",
+            self.source.display(),
+            entry.shape,
+            parts.len()
+        );
+        let bytes = entry.range.len() / parts.len();
+        for (i, part) in parts.iter().enumerate() {
+            let mut piece = entry.clone();
+            piece.shape[0] = rows / parts.len();
+            let start = entry.range.start + i * bytes;
+            piece.range = start..start + bytes;
+            self.entries.insert(part.clone(), piece);
+        }
+        Ok(())
     }
 
     fn open(paths: &[PathBuf], source: &Path) -> Result<Self> {
@@ -100,8 +141,9 @@ impl Weights {
             for (name, view) in tensors.tensors() {
                 let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
                 let range = start..start + view.data().len();
-                let shape = view.shape().to_vec();
-                entries.insert(name, Entry { file: i, dtype: view.dtype(), shape, range });
+                let (dtype, shape) = (view.dtype(), view.shape().to_vec());
+                let place = Place::Mapped(i);
+                entries.insert(name, Entry { dtype, shape, place, range, transposed: false });
             }
             files.push((path.clone(), map));
         }
@@ -122,6 +164,11 @@ impl Weights {
     /// The names of all tensors.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
+    }
+
+    /// Values of all tensors.
+    pub fn elements(&self) -> usize {
+        self.entries.values().map(|e| e.shape.iter().product::<usize>()).sum()
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -153,7 +200,7 @@ impl Weights {
     /// # Errors
     /// When the header cannot be read.
     pub fn metadata(&self, key: &str) -> Result<Option<String>> {
-        let (path, map) = &self.files[0];
+        let Some((path, map)) = self.files.first() else { return Ok(None) };
         let (_, header) = SafeTensors::read_metadata(map)
             .map_err(|e| anyhow!("{}: not a valid safetensors file ({e})", path.display()))?;
         Ok(header.metadata().as_ref().and_then(|m| m.get(key)).cloned())
@@ -165,9 +212,17 @@ impl Weights {
     /// When the file has no such entry.
     pub fn required_metadata(&self, key: &str) -> Result<String> {
         let found = self.metadata(key)?;
-        found.ok_or_else(|| {
-            anyhow!("{}: its metadata has no entry {key}", self.files[0].0.display())
-        })
+        found.ok_or_else(|| anyhow!("{}: its metadata has no entry {key}", self.source.display()))
+    }
+
+    /// The bytes of a tensor of bytes.
+    ///
+    /// # Errors
+    /// When it is missing or of another type.
+    pub fn bytes(&self, name: &str) -> Result<Vec<u8>> {
+        let e = self.entry(name)?;
+        ensure!(e.dtype == Dtype::U8, "{}: tensor {name} is not bytes", self.source.display());
+        Ok(self.stored(e, &e.range)?.into_owned())
     }
 
     /// One tensor in f32; refuses values that are not finite.
@@ -177,7 +232,7 @@ impl Weights {
     pub fn f32(&self, name: &str) -> Result<HostTensor> {
         let tensor = self.raw(name)?;
         if let Some(i) = tensor.values.iter().position(|v| !v.is_finite()) {
-            let path = self.files[self.entries[name].file].0.display();
+            let path = self.path_of(&self.entries[name]).display();
             let value = tensor.values[i];
             bail!("{path}: tensor {name} holds {value} at element {i}; the file is damaged");
         }
@@ -190,7 +245,13 @@ impl Weights {
     /// When it is missing or of another type.
     pub fn raw(&self, name: &str) -> Result<HostTensor> {
         let e = self.entry(name)?;
-        Ok(HostTensor::new(name, e.shape.clone(), self.values(name, e, e.range.clone())?))
+        let mut values = self.values(name, e, e.range.clone())?;
+        if e.transposed {
+            let [rows, columns] = [e.shape[0], e.shape[1]];
+            let at = |i: usize| values[(i % columns) * rows + i / columns];
+            values = (0..values.len()).map(at).collect();
+        }
+        Ok(HostTensor::new(name, e.shape.clone(), values))
     }
 
     /// Row `i` along the first dimension of a tensor whose rows have a known shape, in f32,
@@ -209,7 +270,9 @@ impl Weights {
     pub fn rows(&self, name: &str, rows: Range<usize>, shape: &[usize]) -> Result<Vec<f32>> {
         let e = self.entry(name)?;
         ensure!(
-            e.shape.first().is_some_and(|&n| rows.end <= n) && &e.shape[1..] == shape,
+            e.shape.first().is_some_and(|&n| rows.end <= n)
+                && &e.shape[1..] == shape
+                && !e.transposed,
             "{}: tensor {name} has shape {:?}; at least {} rows of {shape:?} are expected",
             self.source.display(),
             e.shape,
@@ -233,11 +296,30 @@ impl Weights {
             .ok_or_else(|| anyhow!("{}: tensor {name} is missing", self.source.display()))
     }
 
+    /// The file that a tensor lies in.
+    fn path_of(&self, e: &Entry) -> &Path {
+        match e.place {
+            Place::Mapped(file) => &self.files[file].0,
+            Place::Checkpoint(_) => &self.source,
+        }
+    }
+
+    /// A part of a tensor as it is stored: borrowed where the file is mapped.
+    fn stored(&self, e: &Entry, range: &Range<usize>) -> Result<Cow<'_, [u8]>> {
+        Ok(match &e.place {
+            Place::Mapped(file) => Cow::Borrowed(&self.files[*file].1[range.clone()]),
+            Place::Checkpoint(tensor) => {
+                let path = self.source.display();
+                let read = tensor.read().with_context(|| format!("{path}: cannot be read"))?;
+                Cow::Owned(read[range.clone()].to_vec())
+            }
+        })
+    }
+
     fn values(&self, name: &str, e: &Entry, range: Range<usize>) -> Result<Vec<f32>> {
         #[cfg(test)]
         self.reads.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-        let (path, map) = &self.files[e.file];
-        let bytes = &map[range.clone()];
+        let bytes = self.stored(e, &range)?;
         let half = |b: &[u8]| [b[0], b[1]];
         let values = match e.dtype {
             Dtype::F32 => {
@@ -250,48 +332,27 @@ impl Weights {
             Dtype::BF16 => {
                 bytes.chunks_exact(2).map(|b| bf16::from_le_bytes(half(b)).to_f32()).collect()
             }
+            Dtype::F64 => {
+                let word = |b: &[u8]| f64::from_le_bytes(std::array::from_fn(|i| b[i])) as f32;
+                bytes.chunks_exact(8).map(word).collect()
+            }
             other => bail!(
-                "{}: tensor {name} has type {other:?}; F32, F16 and BF16 are supported",
-                path.display()
+                "{}: tensor {name} has type {other:?}; F64, F32, F16 and BF16 are supported",
+                self.path_of(e).display()
             ),
         };
         // A mapped file counts as this process's memory once it is read: a large model would
         // count twice.
         #[cfg(target_os = "linux")]
-        if range.len() > 1 << 20 {
+        if let Place::Mapped(file) = e.place
+            && range.len() > 1 << 20
+        {
+            let map = &self.files[file].1;
             let advice = memmap2::UncheckedAdvice::DontNeed;
             // SAFETY: the map is read-only and backed by its file; pages that are dropped are read
             // again when needed.
             let _ = unsafe { map.unchecked_advise_range(advice, range.start, range.len()) };
         }
         Ok(values)
-    }
-}
-
-fn map(path: &Path) -> Result<Mmap> {
-    // Opening a pipe would wait for its other end.
-    ensure!(!path.exists() || path.is_file(), "{}: is not a regular file", path.display());
-    let opened = std::fs::File::open(path);
-    let file = opened.with_context(|| format!("{}: cannot be opened", path.display()))?;
-    // SAFETY: the map is read-only; like every program that maps weights we rely on nobody
-    // truncating them.
-    let map = unsafe { Mmap::map(&file) };
-    map.with_context(|| format!("{}: cannot be read", path.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_index_names_only_files_beside_it() {
-        let dir = tempfile::tempdir().unwrap();
-        let index = dir.path().join("model.safetensors.index.json");
-        for name in ["../a.safetensors", "/a.safetensors", "", "b/../../a.safetensors"] {
-            let text = serde_json::json!({ "weight_map": { "x": name } }).to_string();
-            std::fs::write(&index, text).unwrap();
-            let error = Weights::open_dir(dir.path()).err().unwrap().to_string();
-            assert!(error.contains("weight_map of x") && error.contains("index.json"), "{error}");
-        }
     }
 }

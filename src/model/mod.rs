@@ -1,15 +1,19 @@
 //! Models from diffusers folders: the networks, their weights and their text encoders.
 
 pub mod attention;
+pub mod blip;
 pub mod blocks;
+pub mod clip;
 pub mod conditioning;
 pub mod config;
 pub mod denoiser;
 pub mod family;
 pub mod loader;
 pub mod nn;
+pub mod picture;
 pub mod pipeline;
 pub mod reference;
+pub mod resize;
 pub mod text;
 pub mod transformer;
 pub mod unet;

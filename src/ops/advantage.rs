@@ -1,6 +1,12 @@
 //! `advantage`: rewards to advantages, in f64 on the host: an epoch has tens to hundreds of
 //! rewards, which come from the host anyway, so a kernel would cost more than it computes.
 //!
+//! A = norm(r), of one reward; of several
+//! sum: A = norm(sum_k w_k r_k); per-reward: A = sum_k w_k norm(r_k), where each deviation is at
+//! least a tenth of the reward's over the whole epoch, so that a saturated reward's noise is not
+//! blown up; gdpo: the same sum without that floor, normalised once more over the epoch (arXiv
+//! 2601.05242).
+//!
 //! group: (r - mean) / (std + 1e-8) within each prompt's group, population std (DanceGRPO, PCPO).
 //! global: the same over the epoch (DDPO without a tracker). per-prompt: mean and std of a running
 //! buffer for each prompt (DDPO).
@@ -17,6 +23,26 @@ pub enum Advantage {
     Group,
     Global,
     PerPrompt,
+}
+
+/// How several rewards become one advantage.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Mix {
+    /// The weighted sum of the rewards, normalised: the reward of largest spread takes all.
+    Sum,
+    /// Each reward normalised, then weighted.
+    PerReward,
+    /// Each reward normalised and weighted, and their sum normalised over the epoch.
+    Gdpo,
+}
+
+/// Scores of one reward, with its weight.
+#[derive(Clone, Copy, Debug)]
+pub struct Weighted<'a> {
+    pub weight: f64,
+    /// One for each image.
+    pub scores: &'a [f64],
 }
 
 /// DDPO's running buffers: the last `size` rewards of each prompt.
@@ -41,20 +67,66 @@ fn mean_std(values: &[f64]) -> (f64, f64) {
 
 /// Differences at the level of rounding are no signal: a group whose rewards are all equal has
 /// advantage 0.
-fn normalise(r: f64, (mean, std): (f64, f64), eps: f64) -> f64 {
-    if std <= 1e-12 * mean.abs() { 0.0 } else { (r - mean) / (std + eps) }
+fn normalise(r: f64, (mean, std): (f64, f64), floor: f64, eps: f64) -> f64 {
+    if std <= 1e-12 * mean.abs() { 0.0 } else { (r - mean) / (std.max(floor) + eps) }
 }
 
-/// Advantages of an epoch's images; `prompts[i]` is the prompt of image i, a group is all images of
-/// one prompt. The result is clamped to +-`clamp`.
-pub fn advantages(
+/// The part of its deviation over the epoch that a reward's deviation in a group counts for at
+/// least, where there are several rewards.
+const FLOOR: f64 = 0.1;
+
+/// Advantages of an epoch's images by one reward or several; `prompts[i]` is the prompt of image i,
+/// a group is all images of one prompt. Each reward that is normalised on its own has a tracker of
+/// its own; missing ones are made like the first. The result is clamped to +-`clamp`.
+pub fn mixed(
+    mix: Mix,
+    kind: Advantage,
+    rewards: &[Weighted],
+    prompts: &[&str],
+    trackers: &mut Vec<Tracker>,
+    clamp: f64,
+) -> Vec<f32> {
+    let images = prompts.len();
+    let several = rewards.len() > 1;
+    let add = |sum: &mut Vec<f64>, weight: f64, of: &[f64]| {
+        sum.iter_mut().zip(of).for_each(|(sum, v)| *sum += weight * v);
+    };
+    let mut total = vec![0.0; images];
+    match mix {
+        Mix::Sum => {
+            let mut sums = vec![0.0; images];
+            rewards.iter().for_each(|r| add(&mut sums, r.weight, r.scores));
+            total = normalised(kind, &sums, prompts, &mut trackers[0], 0.0);
+        }
+        Mix::PerReward | Mix::Gdpo => {
+            while trackers.len() < rewards.len() {
+                let Tracker { size, min_count, .. } = trackers[0];
+                trackers.push(Tracker { size, min_count, ..Default::default() });
+            }
+            let floor = if several && mix == Mix::PerReward { FLOOR } else { 0.0 };
+            for (r, tracker) in rewards.iter().zip(trackers) {
+                let own = normalised(kind, r.scores, prompts, tracker, floor);
+                add(&mut total, r.weight, &own);
+            }
+            if mix == Mix::Gdpo {
+                let whole = mean_std(&total);
+                total.iter_mut().for_each(|a| *a = normalise(*a, whole, 0.0, 1e-8));
+            }
+        }
+    }
+    total.into_iter().map(|a| a.clamp(-clamp, clamp) as f32).collect()
+}
+
+/// Rewards normalised, not clamped; a deviation is at least `floor` times that over the epoch.
+fn normalised(
     kind: Advantage,
     rewards: &[f64],
     prompts: &[&str],
     tracker: &mut Tracker,
-    clamp: f64,
-) -> Vec<f32> {
+    floor: f64,
+) -> Vec<f64> {
     let whole = mean_std(rewards);
+    let least = floor * whole.1;
     let mut groups: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     for (r, p) in rewards.iter().zip(prompts) {
         groups.entry(p).or_default().push(*r);
@@ -68,20 +140,27 @@ pub fn advantages(
         }
     }
     let advantage = |r: f64, prompt: &str| match kind {
-        Advantage::Global => normalise(r, whole, 1e-8),
-        Advantage::Group => normalise(r, mean_std(&groups[prompt]), 1e-8),
+        Advantage::Global => normalise(r, whole, 0.0, 1e-8),
+        Advantage::Group => normalise(r, mean_std(&groups[prompt]), least, 1e-8),
         Advantage::PerPrompt => match &tracker.buffers[prompt].0 {
-            buffer if buffer.len() >= tracker.min_count => normalise(r, mean_std(buffer), 1e-6),
-            _ => normalise(r, whole, 1e-6),
+            buffer if buffer.len() >= tracker.min_count => {
+                normalise(r, mean_std(buffer), least, 1e-6)
+            }
+            _ => normalise(r, whole, 0.0, 1e-6),
         },
     };
-    rewards.iter().zip(prompts).map(|(&r, p)| advantage(r, p).clamp(-clamp, clamp) as f32).collect()
+    rewards.iter().zip(prompts).map(|(&r, p)| advantage(r, p)).collect()
 }
 
-/// Whether rewards vary within at least one group: without that there is nothing to learn from.
-pub fn varies(rewards: &[f64], prompts: &[&str]) -> bool {
-    rewards
-        .iter()
-        .zip(prompts)
-        .any(|(r, p)| rewards.iter().zip(prompts).any(|(s, q)| p == q && r != s))
+/// Deviations of the rewards within each group, one group after the other by name.
+pub fn group_deviations(rewards: &[f64], prompts: &[&str]) -> Vec<f64> {
+    let mut groups: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for (r, p) in rewards.iter().zip(prompts) {
+        groups.entry(p).or_default().push(*r);
+    }
+    let deviation = |values: &Vec<f64>| match mean_std(values) {
+        (mean, std) if std <= 1e-12 * mean.abs() => 0.0,
+        (_, std) => std,
+    };
+    groups.values().map(deviation).collect()
 }

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use image::codecs::jpeg::JpegEncoder;
 use image::{ExtendedColorType, RgbImage};
 
+use super::prompt::Prompt;
 use super::score::Reward;
 
 /// Size in kB of the image as JPEG of quality 95; negative for compressibility (DDPO, Black et al.
@@ -13,7 +14,7 @@ pub struct Jpeg {
 }
 
 impl Reward for Jpeg {
-    fn score(&mut self, images: &[RgbImage], _prompts: &[&str]) -> Result<Vec<f64>> {
+    fn score(&mut self, images: &[RgbImage], _prompts: &[&Prompt]) -> Result<Vec<f64>> {
         let size = |image: &RgbImage| {
             let mut bytes = Vec::new();
             JpegEncoder::new_with_quality(&mut bytes, 95)
@@ -29,7 +30,7 @@ impl Reward for Jpeg {
 pub struct Symmetry;
 
 impl Reward for Symmetry {
-    fn score(&mut self, images: &[RgbImage], _prompts: &[&str]) -> Result<Vec<f64>> {
+    fn score(&mut self, images: &[RgbImage], _prompts: &[&Prompt]) -> Result<Vec<f64>> {
         let score = |image: &RgbImage| {
             let mut sum = 0u64;
             for (x, y, pixel) in image.enumerate_pixels() {
@@ -80,7 +81,7 @@ impl Color {
 }
 
 impl Reward for Color {
-    fn score(&mut self, images: &[RgbImage], _prompts: &[&str]) -> Result<Vec<f64>> {
+    fn score(&mut self, images: &[RgbImage], _prompts: &[&Prompt]) -> Result<Vec<f64>> {
         let score = |image: &RgbImage| {
             let distance = |p: &image::Rgb<u8>| {
                 p.0.iter()

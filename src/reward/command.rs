@@ -1,6 +1,6 @@
-//! `command:PROGRAM`: a program that reads one JSON object a line, `{"image": PATH, "prompt":
-//! TEXT}`, and answers each with one line that holds a number. It is started once and stays, so
-//! that it loads its model once.
+//! `command:PROGRAM`: a program that reads one JSON object a line, `{"image": PATH, "prompt": TEXT,
+//! "metadata": OBJECT}`, and answers each with one line that holds a number. It is started once and
+//! stays, so that it loads its model once.
 
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use image::RgbImage;
 
+use super::prompt::Prompt;
 use super::score::Reward;
 use crate::stop;
 
@@ -109,12 +110,14 @@ fn kill(child: &mut Child) {
 }
 
 impl Reward for Command {
-    fn score(&mut self, images: &[RgbImage], prompts: &[&str]) -> Result<Vec<f64>> {
+    fn score(&mut self, images: &[RgbImage], prompts: &[&Prompt]) -> Result<Vec<f64>> {
         let mut lines = String::new();
         for (i, (image, prompt)) in images.iter().zip(prompts).enumerate() {
             let path = self.folder.path().join(format!("{i:05}.png"));
             image.save(&path).with_context(|| format!("{}: cannot be written", path.display()))?;
-            lines += &format!("{}\n", serde_json::json!({ "image": path, "prompt": prompt }));
+            let Prompt { text, metadata } = prompt;
+            let item = serde_json::json!({ "image": path, "prompt": text, "metadata": metadata });
+            lines += &format!("{item}\n");
         }
         if let Ok(line) = self.answers.get_mut().expect("no thread panics with it").try_recv() {
             bail!(

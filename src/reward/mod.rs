@@ -1,13 +1,33 @@
 //! Rewards: a picture and its prompt to a number, higher is better. The set is open: [`REWARDS`]
 //! lists what `--reward` names, and a library's user brings an own [`Reward`].
 
+mod address;
+mod aesthetic;
 mod builtin;
+mod clip;
 mod command;
+#[doc(hidden)]
+pub mod http;
+mod image_reward;
+#[doc(hidden)]
+pub mod judge;
+mod open;
+mod prompt;
+mod remote;
 mod score;
+mod spec;
 
-use anyhow::{Result, anyhow, ensure};
+use std::path::Path;
 
+use anyhow::{Context, Result, anyhow, ensure};
+
+use self::clip::Scale;
+pub use self::open::{Opening, RewardContext};
+pub use self::prompt::Prompt;
+pub use self::remote::{DEFAULT_TIMEOUT, JudgeAnswer, RemoteOptions};
 pub use self::score::{Reward, score};
+pub use self::spec::RewardSpec;
+use crate::model::clip::files::Files;
 
 /// A reward that `--reward` can name.
 pub struct Named {
@@ -15,32 +35,85 @@ pub struct Named {
     pub name: &'static str,
     /// What stands behind the colon, for people.
     pub argument: Option<&'static str>,
-    /// Makes it of what stands behind the colon.
-    open: fn(&str) -> Result<Box<dyn Reward>>,
+    /// The file or folder of its model in its argument, where it has one.
+    model: Option<fn(&str) -> &str>,
+    /// Makes it.
+    open: fn(&Opening) -> Result<Box<dyn Reward>>,
 }
 
 /// What `--reward` can name; help texts and errors list it from here.
-pub const REWARDS: [Named; 5] = [
+pub const REWARDS: [Named; 12] = [
     Named {
         name: "jpeg-compressibility",
         argument: None,
+        model: None,
         open: |_| Ok(Box::new(builtin::Jpeg { sign: -1.0 })),
     },
     Named {
         name: "jpeg-incompressibility",
         argument: None,
+        model: None,
         open: |_| Ok(Box::new(builtin::Jpeg { sign: 1.0 })),
     },
-    Named { name: "symmetry", argument: None, open: |_| Ok(Box::new(builtin::Symmetry)) },
+    Named {
+        name: "symmetry",
+        argument: None,
+        model: None,
+        open: |_| Ok(Box::new(builtin::Symmetry)),
+    },
     Named {
         name: "color",
         argument: Some("NAME"),
-        open: |name| Ok(Box::new(builtin::Color::named(name)?)),
+        model: None,
+        open: |o| Ok(Box::new(builtin::Color::named(o.argument)?)),
+    },
+    Named {
+        name: "clip-score",
+        argument: Some("PATH"),
+        model: Some(|path| path),
+        open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Cosine)?)),
+    },
+    Named {
+        name: "pick-score",
+        argument: Some("PATH"),
+        model: Some(|path| path),
+        open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Logit)?)),
+    },
+    Named {
+        name: "hps-v2.1",
+        argument: Some("PATH"),
+        model: Some(|path| path),
+        open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Hps)?)),
+    },
+    Named {
+        name: "aesthetic",
+        argument: Some("CLIP,HEAD"),
+        model: Some(|both| both.rsplit_once(',').map_or(both, |(clip, _)| clip)),
+        open: |o| Ok(Box::new(aesthetic::Aesthetic::open(o)?)),
+    },
+    Named {
+        name: "image-reward",
+        argument: Some("PATH"),
+        model: Some(|path| path),
+        open: |o| Ok(Box::new(image_reward::ImageReward::open(o)?)),
+    },
+    Named {
+        name: "http",
+        argument: Some("URL"),
+        model: None,
+        open: |o| Ok(Box::new(http::Http::open(o.needs("URL")?, o.remote.timeout)?)),
+    },
+    Named {
+        name: "judge",
+        argument: Some("URL#MODEL"),
+        model: None,
+        open: |o| Ok(Box::new(judge::Judge::open(o.needs("URL#MODEL")?, o.remote)?)),
     },
     Named {
         name: "command",
         argument: Some("PROGRAM"),
-        open: |program| Ok(Box::new(command::Command::start(program)?)),
+        model: None,
+        open: |o| Ok(Box::new(command::Command::start(o.argument)?)),
     },
 ];
 
@@ -54,20 +127,42 @@ pub fn list() -> String {
     format!("{} and {last}", all.join(", "))
 }
 
-/// Makes the reward that `--reward` names.
+/// The reward that a name means, and its argument. A plain URL is `http:` with that URL.
 ///
 /// # Errors
 /// Names the value and what is supported.
-pub fn parse(spec: &str) -> Result<Box<dyn Reward>> {
+pub fn find<'a>(flag: &str, spec: &'a str) -> Result<(&'static Named, &'a str)> {
     let (name, argument) = match spec.split_once(':') {
+        Some(("http" | "https", rest)) if rest.starts_with("//") => ("http", Some(spec)),
         Some((name, argument)) => (name, Some(argument)),
         None => (spec, None),
     };
     let found = REWARDS.iter().find(|r| r.name == name);
-    let named = found.ok_or_else(|| anyhow!("--reward {spec}: unknown; {} are there", list()))?;
+    let named = found.ok_or_else(|| anyhow!("{flag} {spec}: unknown; {} are there", list()))?;
     ensure!(
         argument.is_none() || named.argument.is_some(),
-        "--reward {spec}: {name} takes nothing behind a colon; write --reward {name}"
+        "{flag} {spec}: {name} takes nothing behind a colon; write {flag} {name}"
     );
-    (named.open)(argument.unwrap_or_default())
+    Ok((named, argument.unwrap_or_default()))
+}
+
+/// Makes the reward that `--reward` names.
+///
+/// # Errors
+/// Names the value and what is supported, or what its model or server lacks.
+pub fn open(spec: &str, context: &RewardContext) -> Result<Box<dyn Reward>> {
+    let (named, argument) = find("--reward", spec)?;
+    (named.open)(&Opening::new(spec, argument, context))
+}
+
+/// Values of the weights of a reward's model, where it has one; 0 for a reward of one's own.
+///
+/// # Errors
+/// When its files cannot be opened.
+pub fn model_size(spec: &str) -> Result<usize> {
+    let Ok((Named { model: Some(path), .. }, argument)) = find("--reward", spec) else {
+        return Ok(0);
+    };
+    let files = Files::open(Path::new(path(argument)));
+    Ok(files.with_context(|| format!("--reward {spec}"))?.weights.elements())
 }

@@ -3,13 +3,15 @@
 use anyhow::{Result, anyhow, ensure};
 use image::RgbImage;
 
+use super::prompt::Prompt;
+
 /// Scores images.
-pub trait Reward: Send + Sync {
+pub trait Reward: Send {
     /// One number for each image, in order; `prompts[i]` belongs to `images[i]`.
     ///
     /// # Errors
     /// When a score cannot be had, or is not finite.
-    fn score(&mut self, images: &[RgbImage], prompts: &[&str]) -> Result<Vec<f64>>;
+    fn score(&mut self, images: &[RgbImage], prompts: &[&Prompt]) -> Result<Vec<f64>>;
 }
 
 /// Scores images and checks what comes back, whoever scores.
@@ -20,7 +22,7 @@ pub fn score(
     reward: &mut dyn Reward,
     name: &str,
     images: &[RgbImage],
-    prompts: &[&str],
+    prompts: &[&Prompt],
 ) -> Result<Vec<f64>> {
     let scores = reward.score(images, prompts)?;
     ensure!(

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::adamw::AdamWState;
-use super::metrics::{Seconds, UpdateRecord, lines};
+use super::metrics::{ScoreRecord, Seconds, UpdateRecord, lines};
 use crate::io;
 use crate::io::tensors::{HostTensor, TensorParts, write_parts, write_tensors};
 use crate::io::weights::Weights;
@@ -41,6 +41,9 @@ pub struct RunState {
     pub skipped: usize,
     pub optimizer_step: u64,
     pub tracker: Tracker,
+    /// Trackers of the rewards behind the first, where each is normalised on its own.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub more_trackers: Vec<Tracker>,
     /// Lines of metrics.jsonl that belong to the completed epochs.
     pub metrics_lines: usize,
     /// The epoch that was stopped, where one was.
@@ -53,6 +56,9 @@ pub struct RunState {
 pub struct Unfinished {
     #[serde(with = "io::exact")]
     pub rewards: Vec<f64>,
+    /// What each reward gave.
+    #[serde(default)]
+    pub scores: BTreeMap<String, ScoreRecord>,
     /// The updates that are done, as metrics.jsonl will have them.
     #[serde(rename = "lines", with = "lines")]
     pub updates: Vec<UpdateRecord>,
@@ -72,6 +78,7 @@ impl RunState {
             skipped: 0,
             optimizer_step: 0,
             tracker,
+            more_trackers: Vec::new(),
             metrics_lines: 0,
             unfinished: None,
         }
@@ -325,7 +332,8 @@ mod tests {
             parts: vec![&values, &values],
         });
         let tracker = Tracker::default();
-        let unfinished = Unfinished { rewards: vec![], updates: vec![], seconds: None };
+        let (scores, updates) = (BTreeMap::new(), vec![]);
+        let unfinished = Unfinished { rewards: vec![], scores, updates, seconds: None };
         let state = RunState { unfinished: Some(unfinished), ..RunState::new("x".into(), tracker) };
         let adapter = Adapter { rank: 1, alpha: 1.0, layers: vec![] };
         let optimizer = AdamWState::default();

@@ -1,12 +1,13 @@
 //! An epoch: what it draws, and how far it is. It can be suspended between two updates, so that a
 //! stopped run loses no update, and restored to the bit.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 
 use anyhow::{Context, Result, ensure};
 
-use super::metrics::{PeakMemory, Seconds, UpdateRecord};
+use super::checkpoint::Unfinished;
+use super::metrics::{PeakMemory, ScoreRecord, Seconds, UpdateRecord};
 use super::update::TrajectoryBatch;
 use crate::config::{InitialNoise, Settings};
 use crate::device::Compute;
@@ -14,6 +15,7 @@ use crate::io::tensors::TensorParts;
 use crate::io::weights::Weights;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::philox::{self, Stream};
+use crate::reward::Prompt;
 use crate::sampling::generate::{ImageRequest, InitialLatent};
 use crate::sampling::parallel::batches;
 use crate::sampling::trajectory::{Noise, Transition};
@@ -23,7 +25,7 @@ use crate::schedule::credit::{self, Credit, Total};
 /// What an epoch samples and trains: a function of the settings and of the epoch's number.
 pub(crate) struct EpochPlan {
     /// One for each image: image i has prompt i mod P of those that the epoch chose.
-    pub prompts: Vec<String>,
+    pub prompts: Vec<Prompt>,
     pub images: Vec<ImageRequest>,
     /// All steps, without noise where only trained ones have it.
     pub steps: Vec<Step>,
@@ -48,7 +50,7 @@ pub(crate) fn drawn_prompts(s: &Settings) -> Vec<String> {
         }
         drawn.extend(chosen(s, epoch));
     }
-    drawn.into_iter().map(|i| s.prompt[i].clone()).collect()
+    drawn.into_iter().map(|i| s.prompt[i].text.clone()).collect()
 }
 
 impl EpochPlan {
@@ -67,15 +69,15 @@ impl EpochPlan {
         let (groups, total, per_update) = (s.groups(), s.images_per_epoch, s.images_per_update());
         let chosen = chosen(s, epoch);
         let first = (epoch * total) as u32;
-        let prompts: Vec<String> =
+        let prompts: Vec<Prompt> =
             (0..total).map(|i| s.prompt[chosen[i % groups]].clone()).collect();
-        let image = |(i, prompt): (usize, &String)| {
+        let image = |(i, prompt): (usize, &Prompt)| {
             let number = match s.initial_noise {
                 InitialNoise::Shared => i % groups,
                 InitialNoise::Own => i,
             };
             let initial = InitialLatent::Noise(Stream::InitialNoise, first + number as u32);
-            anyhow::Ok(ImageRequest { prompt: embeddings.row_of(prompt)?, initial })
+            anyhow::Ok(ImageRequest { prompt: embeddings.row_of(&prompt.text)?, initial })
         };
         let update = batches(compute, per_update, s.batch);
         let starts = (0..total).step_by(per_update);
@@ -121,7 +123,10 @@ fn trained_steps(s: &Settings, epoch: usize, steps: &[Step], trainable: &[usize]
 pub(crate) struct EpochState {
     pub plan: EpochPlan,
     pub batches: Vec<TrajectoryBatch>,
+    /// The weighted sum of each image's rewards.
     pub rewards: Vec<f64>,
+    /// What each reward gave.
+    pub scores: BTreeMap<String, ScoreRecord>,
     pub advantages: Vec<f32>,
     /// The updates that are done.
     pub updates: Vec<UpdateRecord>,
@@ -173,10 +178,10 @@ impl EpochState {
         plan: EpochPlan,
         latent: [usize; 3],
         file: &Weights,
-        rewards: Vec<f64>,
-        updates: Vec<UpdateRecord>,
+        unfinished: Unfinished,
         seconds: Seconds,
     ) -> Result<Self> {
+        let Unfinished { rewards, scores, updates, .. } = unfinished;
         let images = plan.images.len();
         ensure!(
             rewards.len() == images,
@@ -206,6 +211,7 @@ impl EpochState {
             batches: plan.batches.iter().map(batch).collect::<Result<_>>()?,
             advantages: file.rows("advantages", 0..images, &[])?,
             rewards,
+            scores,
             updates,
             seconds,
             peaks: PeakMemory::default(),
@@ -227,7 +233,7 @@ mod tests {
         let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/simple");
         let options = |epochs: usize| Options {
             model: Some(model.clone()),
-            reward: Some("symmetry".into()),
+            reward: Some(vec!["symmetry".into()]),
             prompt: Some(prompts.clone()),
             epochs: Some(epochs),
             ..Default::default()
@@ -238,7 +244,7 @@ mod tests {
         assert_eq!(unique.len(), drawn.len(), "each once");
         assert!(drawn.len() > 4 && drawn.len() <= 5 * few.groups(), "{}", drawn.len());
         for epoch in 0..5 {
-            let own = chosen(&few, epoch).into_iter().map(|i| few.prompt[i].clone());
+            let own = chosen(&few, epoch).into_iter().map(|i| few.prompt[i].text.clone());
             assert!(own.into_iter().all(|prompt| drawn.contains(&prompt)), "epoch {epoch}");
         }
         assert_eq!(drawn_prompts(&options(1000).resolve().unwrap()).len(), 200);

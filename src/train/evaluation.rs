@@ -7,6 +7,7 @@ use image::{Rgb, RgbImage, imageops};
 use crate::config::Settings;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::philox::Stream;
+use crate::reward::Prompt;
 use crate::sampling::Replica;
 use crate::sampling::generate::{ImageRequest, InitialLatent};
 use crate::sampling::parallel::batches;
@@ -32,7 +33,7 @@ pub(crate) enum Extent {
 /// What an evaluation draws: a function of settings and model.
 pub(crate) struct EvaluationPlan {
     /// One for each image.
-    pub prompts: Vec<String>,
+    pub prompts: Vec<Prompt>,
     pub images: Vec<ImageRequest>,
     pub batches: Vec<Range<usize>>,
     /// Without noise for a flow, as its users will draw it.
@@ -45,7 +46,7 @@ pub(crate) fn columns(s: &Settings) -> usize {
 }
 
 /// The prompts of the grids.
-pub(crate) fn fixed_prompts(s: &Settings) -> &[String] {
+pub(crate) fn fixed_prompts(s: &Settings) -> &[Prompt] {
     &s.prompt[..columns(s)]
 }
 
@@ -65,10 +66,10 @@ impl EvaluationPlan {
             Extent::Row => columns,
             Extent::Probe => 1,
         };
-        let prompts: Vec<String> = (0..total).map(|i| s.prompt[i % columns].clone()).collect();
-        let image = |(i, prompt): (usize, &String)| {
+        let prompts: Vec<Prompt> = (0..total).map(|i| s.prompt[i % columns].clone()).collect();
+        let image = |(i, prompt): (usize, &Prompt)| {
             let initial = InitialLatent::Noise(Stream::Evaluation, i as u32);
-            anyhow::Ok(ImageRequest { prompt: embeddings.row_of(prompt)?, initial })
+            anyhow::Ok(ImageRequest { prompt: embeddings.row_of(&prompt.text)?, initial })
         };
         let deterministic = replica.pipeline.family.is_flow();
         let step = |s: &Step| if deterministic { s.without_noise() } else { *s };

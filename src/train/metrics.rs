@@ -1,7 +1,10 @@
 //! The records of a run, one line of metrics.jsonl each: written and read here and nowhere else.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
+use crate::ops::advantage::group_deviations;
 use crate::ops::credit_reduce::StepStats;
 use crate::schedule::Step;
 
@@ -88,15 +91,42 @@ pub struct StepRecord {
     pub contribution: f64,
 }
 
+/// What one reward gave in a rollout.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ScoreRecord {
+    /// Over the images, without the reward's weight.
+    pub mean: f64,
+    /// Mean over the groups of the population standard deviation within each.
+    pub group_std: f64,
+    /// Share of the groups whose scores are all equal, 0 to 1.
+    pub flat_groups: f64,
+}
+
+impl ScoreRecord {
+    /// Of the scores of images; `prompts[i]` is the prompt of image i.
+    pub fn new(scores: &[f64], prompts: &[&str]) -> Self {
+        let deviations = group_deviations(scores, prompts);
+        let groups = deviations.len().max(1) as f64;
+        Self {
+            mean: scores.iter().sum::<f64>() / scores.len().max(1) as f64,
+            group_std: deviations.iter().sum::<f64>() / groups,
+            flat_groups: deviations.iter().filter(|d| **d == 0.0).count() as f64 / groups,
+        }
+    }
+}
+
 /// A complete epoch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EpochRecord {
     /// Counted from 1.
     pub epoch: usize,
-    /// Mean reward of the rollout.
+    /// Mean reward of the rollout, of several their weighted sum.
     pub reward_mean: f64,
     /// Population standard deviation of the reward.
     pub reward_std: f64,
+    /// What each reward gave, trained on or watched, by its name as it was given.
+    #[serde(default)]
+    pub rewards: BTreeMap<String, ScoreRecord>,
     /// Mean over the updates.
     #[serde(deserialize_with = "or_nan")]
     pub clip_frac: f64,
@@ -131,8 +161,11 @@ pub struct EpochRecord {
 pub struct EvaluationRecord {
     /// Complete epochs.
     pub epoch: usize,
-    /// Mean reward of the pictures.
+    /// Mean reward of the pictures, of several their weighted sum.
     pub reward_mean: f64,
+    /// The mean of each reward, trained on or watched, by its name as it was given.
+    #[serde(default)]
+    pub rewards: BTreeMap<String, f64>,
 }
 
 /// An epoch that was stopped between two updates: where its time went until then. Dropped when the
@@ -226,6 +259,7 @@ impl EpochRecord {
     pub fn new(
         epoch: usize,
         rewards: &[f64],
+        scores: &BTreeMap<String, ScoreRecord>,
         updates: &[UpdateRecord],
         seconds: Seconds,
         peaks: PeakMemory,
@@ -243,6 +277,7 @@ impl EpochRecord {
             epoch,
             reward_mean,
             reward_std: variance.sqrt(),
+            rewards: scores.clone(),
             clip_frac: over_updates(|u| u.clip_frac),
             approx_kl: over_updates(|u| u.approx_kl),
             images_per_second: images / seconds.all(),
@@ -258,9 +293,9 @@ impl EpochRecord {
         }
     }
 
-    /// The line for people.
+    /// The line for people, and one for each of several rewards.
     pub fn text(&self, epochs: usize) -> String {
-        format!(
+        let mut text = format!(
             "epoch {}/{epochs}: reward {:.4} +- {:.4}, clipped {:.0}%, approx. KL {:.2e}, {:.1} s",
             self.epoch,
             self.reward_mean,
@@ -268,7 +303,16 @@ impl EpochRecord {
             100.0 * self.clip_frac,
             self.approx_kl,
             self.seconds
-        )
+        );
+        for (name, r) in self.rewards.iter().filter(|_| self.rewards.len() > 1) {
+            text += &format!(
+                "\n  {name}: {:.4}, within groups +- {:.4}, {:.0}% of them flat",
+                r.mean,
+                r.group_std,
+                100.0 * r.flat_groups
+            );
+        }
+        text
     }
 }
 

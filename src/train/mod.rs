@@ -20,6 +20,7 @@ pub mod metrics;
 pub mod observer;
 mod prepare;
 mod recovery;
+mod rewards;
 mod run;
 #[doc(hidden)]
 pub mod run_folder;
@@ -47,7 +48,6 @@ use crate::device;
 use crate::device::system::{peak, reset_peak};
 use crate::device::tensor::{read, upload};
 use crate::ops::Coefficients;
-use crate::ops::advantage::{advantages, varies};
 use crate::ops::credit_reduce::{StepStats, credit_reduce};
 use crate::ops::policy_objective::{STATS, SampleStats, Surrogate};
 use crate::sampling::Replica;
@@ -98,7 +98,7 @@ pub fn train(mut job: Job, observer: &dyn Observer) -> Result<Summary> {
 /// The pictures and the reward before anything is learnt.
 fn begin(run: &mut Run) -> Result<()> {
     let before = run.evaluate(Extent::Full)?;
-    run.show(0, &before.grid, before.reward_mean)?;
+    run.show(0, before)?;
     run.state.metrics_lines = run.folder.records().len();
     Ok(())
 }
@@ -184,21 +184,14 @@ fn rollout(run: &mut Run) -> Result<EpochState> {
     })?
     .concat();
     let (decoded, decoding_peak) = (start.elapsed().as_secs_f64(), peak());
-    let rewards = run.score(&images, &plan.prompts)?;
+    let scores = run.score(&images, &plan.prompts)?;
     let scored = start.elapsed().as_secs_f64();
 
     // ----------------------------------------------------------------------------------- ADVANTAGE
-    let names: Vec<&str> = plan.prompts.iter().map(String::as_str).collect();
-    let tracker = &mut run.state.tracker;
-    let advantages = advantages(s.advantage, &rewards, &names, tracker, s.advantage_clamp);
-    let flat = s.group_size > 1 && !varies(&rewards, &names);
-    if flat || advantages.iter().all(|a| *a == 0.0) {
-        run.warn(&format!(
-            "the reward {} does not vary within any group of this epoch: nothing can be learnt \
-             from it",
-            s.reward
-        ));
-    }
+    let names: Vec<&str> = plan.prompts.iter().map(|p| p.text.as_str()).collect();
+    let advantages = scores.advantages(s, &mut run.state, &names);
+    scores.flat(s, &names, &advantages).iter().for_each(|warning| run.warn(warning));
+    let (rewards, scores) = (scores.totals(), scores.records(&names));
     let seconds = Seconds {
         rollout: sampled,
         decode: decoded - sampled,
@@ -206,8 +199,8 @@ fn rollout(run: &mut Run) -> Result<EpochState> {
         update: 0.0,
     };
     let peaks = PeakMemory { rollout: sampling_peak, decode: decoding_peak, update: None };
-    let updates = Vec::new();
-    Ok(EpochState { batches, plan, rewards, advantages, updates, seconds, peaks, restored: false })
+    let (updates, restored) = (Vec::new(), false);
+    Ok(EpochState { batches, plan, rewards, scores, advantages, updates, seconds, peaks, restored })
 }
 
 /// The updates of an epoch that are not done yet. A signal is heard between two of them.
@@ -342,8 +335,9 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
     let s = run.settings;
     let state = RunState { epoch: run.state.epoch + 1, unfinished: None, ..run.state.clone() };
     let (updates, skipped) = (&done.updates, state.skipped);
+    let (rewards, scores) = (&done.rewards, &done.scores);
     let record =
-        EpochRecord::new(state.epoch, &done.rewards, updates, done.seconds, done.peaks, skipped);
+        EpochRecord::new(state.epoch, rewards, scores, updates, done.seconds, done.peaks, skipped);
     // Before anything is changed: a reward program that dies here must not cost the epoch.
     let shown = if state.epoch == s.epochs {
         Some(run.evaluate(Extent::Full)?)
@@ -358,7 +352,7 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
     updates.iter().for_each(|update| run.folder.record(Record::Update(update.clone())));
     run.folder.record(Record::Epoch(record.clone()));
     if let Some(shown) = shown {
-        run.show(state.epoch, &shown.grid, shown.reward_mean)?;
+        run.show(state.epoch, shown)?;
     }
     let state = RunState { metrics_lines: run.folder.records().len(), ..state };
     run.save(state.clone(), Vec::new())?;
@@ -378,8 +372,9 @@ fn finish(run: &mut Run) -> Result<Summary> {
         // The run was meant to be longer when its last epoch was drawn, in one row or not at all.
         None => {
             let shown = run.evaluate(Extent::Full)?;
-            run.show(last, &shown.grid, shown.reward_mean)?;
-            shown.grid
+            let grid = shown.grid.clone();
+            run.show(last, shown)?;
+            grid
         }
     };
     run.folder.picture("before_after.png", &before_after(&before, &after))?;

@@ -2,6 +2,7 @@
 //! from a checkpoint.
 
 use std::path::Path;
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
 
@@ -10,6 +11,7 @@ use super::checkpoint::{self, Loaded, RunState, Snapshot};
 use super::epoch::drawn_prompts;
 use super::evaluation::fixed_prompts;
 use super::observer::{Event, Observer};
+use super::rewards::Rewards;
 use super::run::{Job, Run};
 use super::run_folder::RunFolder;
 use crate::choice::name;
@@ -27,7 +29,7 @@ use crate::model::config::rows_at_once;
 use crate::model::pipeline::{TextFrom, embed, fingerprint};
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::ops::advantage::Tracker;
-use crate::reward::{self, Reward};
+use crate::reward::Reward;
 use crate::sampling::Replica;
 use crate::schedule::Step;
 use crate::schedule::credit;
@@ -50,12 +52,15 @@ pub(crate) fn prepare<'a>(
     let s = &job.settings;
     s.check()?;
     let folder = if job.resume { RunFolder::resume(&job.out)? } else { RunFolder::new(&job.out)? };
-    let reward = reward.map_or_else(|| reward::parse(&s.reward), Ok)?;
+    if reward.is_none() {
+        Rewards::check(s)?;
+    }
     let compute = device::open(&s.device)?;
     observer.on(Event::Device(&compute.name));
     let found = shapes(s, adapter_file(job).as_deref())?;
     let target = Target::of(&compute).with_limit(s.memory);
     let estimated = estimate::check(&found, s, target)?;
+    let rewards = device::guard(|| Rewards::open(s, reward, &compute))?;
     let embeddings = device::guard(|| encode(s, &compute))?;
     let pipeline =
         device::guard(|| Pipeline::load(&s.model, &compute.burn, s.storage, s.resolution))?;
@@ -76,7 +81,7 @@ pub(crate) fn prepare<'a>(
         settings: s,
         observer,
         replicas: vec![Replica { compute, pipeline }],
-        reward,
+        rewards: Mutex::new(rewards),
         embeddings,
         steps,
         trainable,
@@ -104,7 +109,7 @@ fn adapter_file(job: &Job) -> Option<std::path::PathBuf> {
 /// The embeddings of all prompts that the run draws, and of the empty one: each is encoded once.
 fn encode(s: &Settings, compute: &Compute) -> Result<PromptEmbeddings> {
     let mut prompts = vec![String::new()];
-    prompts.extend_from_slice(fixed_prompts(s));
+    prompts.extend(fixed_prompts(s).iter().map(|p| p.text.clone()));
     prompts.extend(drawn_prompts(s));
     let from = match &s.embeddings {
         Some(file) => TextFrom::File(file),
@@ -210,6 +215,7 @@ fn summary(
     steps: StepCounts,
 ) -> Vec<String> {
     let batch = rows_at_a_time(compute.threads(), s.images_per_update(), s.batch);
+    let given: Vec<&str> = s.reward.iter().map(|r| r.given.as_str()).collect();
     vec![
         format!(
             "model: {}, LoRA of rank {} on {} layers, {} values",
@@ -226,7 +232,7 @@ fn summary(
             s.train_steps.unwrap_or(steps.trainable),
             steps.all,
             name(s.sampler),
-            s.reward
+            given.join(" + ")
         ),
         format!(
             "memory: about {} at most, {} of it for weights; a rollout keeps {} for the update",

@@ -32,6 +32,7 @@ pub(super) fn suspend(run: &mut Run, state: &EpochState) -> Result<()> {
     run.folder.record(Record::Suspended(SuspendedRecord { epoch, seconds: state.seconds }));
     let unfinished = Unfinished {
         rewards: state.rewards.clone(),
+        scores: state.scores.clone(),
         updates: state.updates.clone(),
         seconds: None,
     };
@@ -74,8 +75,7 @@ pub(super) fn restore(run: &mut Run, transitions: Option<Weights>) -> Result<Opt
     let (plan, latent) = (run.plan_epoch()?, run.latent_shape());
     // Its beginning is a complete epoch.
     run.good = earlier(run, run.state.epoch + 1)?;
-    let Unfinished { rewards, updates, .. } = unfinished;
-    EpochState::restore(plan, latent, &file, rewards, updates, seconds).map(Some)
+    EpochState::restore(plan, latent, &file, unfinished, seconds).map(Some)
 }
 
 /// The self-test of an epoch that another process began: its adapter has been updated since, so

@@ -1,7 +1,9 @@
 //! A job, a run of it, and what a run tells at its end.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
 use image::RgbImage;
@@ -12,13 +14,14 @@ use super::epoch::EpochPlan;
 use super::evaluation::{EvaluationPlan, Extent, columns, grid};
 use super::metrics::{EvaluationRecord, Record};
 use super::observer::{Event, Observer};
+use super::rewards::{Rewards, Scores};
 use super::run_folder::RunFolder;
 use crate::config::{Options, Settings};
 use crate::io::tensors::TensorParts;
 use crate::lora::Adapter;
 use crate::lora::formats::{self, Format};
 use crate::model::text::embeddings::PromptEmbeddings;
-use crate::reward::{self, Reward};
+use crate::reward::{Prompt, Reward, RewardSpec};
 use crate::sampling::Replica;
 use crate::sampling::generate::{Request, generate};
 use crate::sampling::trajectory::decode;
@@ -53,7 +56,7 @@ impl Job {
     /// Scores pictures by a reward of one's own in place of the settings'; `name` is what the run's
     /// folder calls it.
     pub fn with_reward(mut self, name: &str, reward: impl Reward + 'static) -> Self {
-        self.settings.reward = name.to_string();
+        self.settings.reward = vec![RewardSpec::named(name)];
         self.reward = Some(Box::new(reward));
         self
     }
@@ -107,6 +110,8 @@ pub struct Summary {
 pub(crate) struct Evaluation {
     pub grid: RgbImage,
     pub reward_mean: f64,
+    /// The mean of each reward by its name.
+    pub rewards: BTreeMap<String, f64>,
 }
 
 /// A run in progress.
@@ -114,7 +119,8 @@ pub(crate) struct Run<'a> {
     pub settings: &'a Settings,
     pub observer: &'a dyn Observer,
     pub replicas: Vec<Replica>,
-    pub reward: Box<dyn Reward>,
+    /// Behind a lock: the threads of the devices share the run, and ask no reward.
+    pub rewards: Mutex<Rewards>,
     /// Of all prompts that the run draws, and of the empty one.
     pub embeddings: PromptEmbeddings,
     /// All steps of the sampler, with their credit weights.
@@ -154,9 +160,9 @@ impl Run<'_> {
         EpochPlan::new(self.settings, epoch, compute, &self.embeddings, steps, trainable)
     }
 
-    pub fn score(&mut self, images: &[RgbImage], prompts: &[String]) -> Result<Vec<f64>> {
-        let names: Vec<&str> = prompts.iter().map(String::as_str).collect();
-        reward::score(&mut *self.reward, &self.settings.reward, images, &names)
+    /// Scores images by all rewards.
+    pub fn score(&mut self, images: &[RgbImage], prompts: &[Prompt]) -> Result<Scores> {
+        self.rewards.get_mut().expect("no thread panics with it").score(images, prompts)
     }
 
     /// What an evaluation draws.
@@ -170,8 +176,10 @@ impl Run<'_> {
         let plan = self.plan_evaluation(extent)?;
         let images = self.draw(&plan)?;
         let scores = self.score(&images, &plan.prompts)?;
-        let reward_mean = scores.iter().sum::<f64>() / scores.len() as f64;
-        Ok(Evaluation { grid: grid(&images, columns(self.settings)), reward_mean })
+        let totals = scores.totals();
+        let reward_mean = totals.iter().sum::<f64>() / totals.len() as f64;
+        let grid = grid(&images, columns(self.settings));
+        Ok(Evaluation { grid, reward_mean, rewards: scores.means() })
     }
 
     /// The pictures of an evaluation, by the adapter as it is.
@@ -196,9 +204,10 @@ impl Run<'_> {
     }
 
     /// Adds an evaluation to what is written next: its grid and its record.
-    pub fn show(&mut self, epoch: usize, grid: &RgbImage, reward_mean: f64) -> Result<()> {
-        self.folder.picture(grid_name(epoch), grid)?;
-        let record = EvaluationRecord { epoch, reward_mean };
+    pub fn show(&mut self, epoch: usize, shown: Evaluation) -> Result<()> {
+        let Evaluation { grid, reward_mean, rewards } = shown;
+        self.folder.picture(grid_name(epoch), &grid)?;
+        let record = EvaluationRecord { epoch, reward_mean, rewards };
         self.folder.record(Record::Evaluation(record));
         Ok(())
     }

@@ -279,3 +279,18 @@ fn tensors_of_the_wrong_shape() {
         failed(&["check", "--device", "cpu", "--model", model, "--reference", &file], &[word]);
     }
 }
+
+#[test]
+fn rewards() {
+    refused(&["--reward", "clip-score:no/such/folder"], &["no/such/folder"]);
+    refused(&["--reward", "color:blue", "--reward", "2*color:blue"], &["color:blue", "twice"]);
+    refused(&["--reward", "color:blue", "--watch", "color:blue"], &["color:blue", "twice"]);
+    refused(&["--watch", "beauty"], &["--watch beauty"]);
+    refused(&["--reward", "inf*color:blue"], &["inf*color:blue"]);
+    refused(&["--reward-device", "no such gpu"], &["--reward-device", "no such gpu"]);
+    refused(&["--reward-timeout", "0"], &["--reward-timeout 0"]);
+    refused(&["--reward-timeout", "nan"], &["--reward-timeout"]);
+    refused(&["--reward", "http://127.0.0.1:9/score"], &["127.0.0.1:9", "reached"]);
+    let hostile = golden("reward/pickles/hostile_nested.pt");
+    refused(&["--reward", &format!("pick-score:{}", hostile.display())], &["imports"]);
+}

@@ -1,10 +1,16 @@
 //! The built-in rewards on pictures whose scores are known.
 
 use image::{Rgb, RgbImage};
-use pcpo_wgpu::reward::parse;
+use pcpo_wgpu::model::Storage;
+use pcpo_wgpu::reward::{self, Prompt, RemoteOptions, RewardContext};
+
+use crate::support::cpu;
 
 fn scores(spec: &str, images: &[RgbImage]) -> Vec<f64> {
-    parse(spec).unwrap().score(images, &vec!["a"; images.len()]).unwrap()
+    let (compute, remote) = (cpu(), RemoteOptions::default());
+    let context = RewardContext { compute, storage: Storage::F32, remote };
+    let prompt = Prompt::plain("a");
+    reward::open(spec, &context).unwrap().score(images, &vec![&prompt; images.len()]).unwrap()
 }
 
 fn flat(rgb: [u8; 3]) -> RgbImage {

@@ -12,7 +12,7 @@ use crate::support::{emoji, golden};
 fn options() -> Options {
     Options {
         model: Some(golden("simple")),
-        reward: Some("symmetry".into()),
+        reward: Some(vec!["symmetry".into()]),
         prompt: Some(vec!["a".into()]),
         ..Default::default()
     }
@@ -86,7 +86,7 @@ fn an_adapter_brings_its_own_rank_and_alpha() {
 fn defaults_in_the_help_are_those_of_a_run() {
     let options = Options {
         model: Some(emoji()),
-        reward: Some("color:blue".into()),
+        reward: Some(vec!["color:blue".into()]),
         prompt: Some(vec!["cat".into()]),
         ..Default::default()
     };

@@ -35,6 +35,7 @@ pub struct EmbedArgs {
 pub fn run(args: &EmbedArgs) -> Result<i32> {
     let model = args.model.folder()?;
     let prompts = read_prompts(args.prompts.as_deref(), args.prompt.as_ref())?;
+    let prompts: Vec<String> = prompts.into_iter().map(|p| p.text).collect();
     let length = args.sequence.length(Family::of(&model)?)?;
     let compute = args.device.open()?;
     io::probe(&args.out)?;

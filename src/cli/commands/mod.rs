@@ -8,4 +8,5 @@ pub mod devices;
 pub mod embed;
 pub mod plan;
 pub mod sample;
+pub mod score;
 pub mod train;

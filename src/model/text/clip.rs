@@ -21,10 +21,12 @@ pub struct ClipConfig {
     pub layers: usize,
     pub vocabulary: usize,
     pub max_tokens: usize,
-    projection: usize,
-    eps: f64,
-    activation: Activation,
-    end: u32,
+    /// Width of the projected output, where there is a projection.
+    pub projection: usize,
+    pub eps: f64,
+    pub activation: Activation,
+    /// The end token, or [`LARGEST`].
+    pub end: u32,
 }
 
 impl ClipConfig {
@@ -34,6 +36,7 @@ impl ClipConfig {
     /// Names the field that is missing or not supported.
     pub fn read(dir: &Path) -> Result<Self> {
         let c = Config::open(dir)?;
+        let projection = c.width("projection_dim", 512)?;
         let classes = ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"];
         if let Some(architecture) = c.json["architectures"][0].as_str()
             && !classes.contains(&architecture)
@@ -41,6 +44,14 @@ impl ClipConfig {
             let what = "is not supported; CLIPTextModel and CLIPTextModelWithProjection are";
             bail!(c.bad("architectures", what));
         }
+        Self::of(&c, projection)
+    }
+
+    /// Of the fields of a text encoder, alone or in a dual encoder's configuration.
+    ///
+    /// # Errors
+    /// Names the field that is not supported.
+    pub fn of(c: &Config, projection: usize) -> Result<Self> {
         let width = c.width("hidden_size", 512)?;
         let heads = c.count("num_attention_heads", 8)?;
         ensure!(
@@ -54,7 +65,7 @@ impl ClipConfig {
             layers: c.count("num_hidden_layers", 12)?,
             vocabulary: c.width("vocab_size", 49408)?,
             max_tokens: c.width("max_position_embeddings", 77)?,
-            projection: c.width("projection_dim", 512)?,
+            projection,
             eps: c.float("layer_norm_eps", 1e-5)?,
             activation: c.activation("hidden_act", "quick_gelu")?,
             end: c.size("eos_token_id", 49407)? as u32,
@@ -62,7 +73,8 @@ impl ClipConfig {
     }
 }
 
-struct Layer {
+/// A transformer layer, of a text or an image encoder.
+pub struct Layer {
     norm1: LayerNorm,
     attention: Attention,
     norm2: LayerNorm,
@@ -71,16 +83,25 @@ struct Layer {
 }
 
 impl Layer {
-    fn load(root: &Loader, c: &ClipConfig, i: usize) -> Result<Self> {
-        let l = root.at(format!("encoder.layers.{i}"));
+    /// # Errors
+    /// Names the tensor that is missing or of the wrong shape.
+    pub fn load(l: &Loader, width: usize, inner: usize, heads: usize, eps: f64) -> Result<Self> {
         let names = ["q_proj", "k_proj", "v_proj", "out_proj"];
         Ok(Self {
-            norm1: LayerNorm::load(&l, "layer_norm1", c.width, c.eps)?,
-            attention: Attention::load(&l.at("self_attn"), names, c.width, c.width, c.heads)?,
-            norm2: LayerNorm::load(&l, "layer_norm2", c.width, c.eps)?,
-            fc1: Linear::load(&l, "mlp.fc1", c.width, c.inner)?,
-            fc2: Linear::load(&l, "mlp.fc2", c.inner, c.width)?,
+            norm1: LayerNorm::load(l, "layer_norm1", width, eps)?,
+            attention: Attention::load(&l.at("self_attn"), names, width, width, heads)?,
+            norm2: LayerNorm::load(l, "layer_norm2", width, eps)?,
+            fc1: Linear::load(l, "mlp.fc1", width, inner)?,
+            fc2: Linear::load(l, "mlp.fc2", inner, width)?,
         })
+    }
+
+    /// `[B, T, width]`; `bias` `[1, 1, T, T]` is added to the scores.
+    pub fn forward(&self, x: Tensor<3>, bias: Option<Tensor<4>>, act: Activation) -> Tensor<3> {
+        let y = self.norm1.forward(x.clone());
+        let x = x + self.attention.forward(y, None, bias, None);
+        let y = self.fc1.forward(self.norm2.forward(x.clone()), None);
+        x + self.fc2.forward(act.forward(y), None)
     }
 }
 
@@ -112,8 +133,8 @@ pub struct ClipText {
 }
 
 /// The end token of configs from before transformers fixed it: there the pooled position is that of
-/// the largest token.
-const WRONG_END: u32 = 2;
+/// the largest token, as always in open_clip.
+pub const LARGEST: u32 = 2;
 
 impl ClipText {
     /// Loads a `text_encoder` folder, with or without the `text_model.` prefix in its keys.
@@ -123,14 +144,25 @@ impl ClipText {
     pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
         let c = ClipConfig::read(dir)?;
         let weights = Weights::open_dir(dir)?;
-        let outer = Loader::new(&weights, device, storage);
+        Self::of(&Loader::new(&weights, device, storage), &c)
+    }
+
+    /// Of the tensors of a text encoder, alone or in a dual encoder.
+    ///
+    /// # Errors
+    /// Names the tensor that is missing or of the wrong shape.
+    pub fn of(outer: &Loader, c: &ClipConfig) -> Result<Self> {
         let projection = if outer.has("text_projection.weight") {
-            Some(Linear::load(&outer, "text_projection", c.width, c.projection)?)
+            Some(Linear::load(outer, "text_projection", c.width, c.projection)?)
         } else {
             None
         };
-        let prefixed = weights.has("text_model.final_layer_norm.weight");
-        let root = if prefixed { outer.at("text_model") } else { outer };
+        let prefixed = outer.has("text_model.final_layer_norm.weight");
+        let root = if prefixed { outer.at("text_model") } else { outer.clone() };
+        let layer = |i: usize| {
+            let place = root.at(format!("encoder.layers.{i}"));
+            Layer::load(&place, c.width, c.inner, c.heads, c.eps)
+        };
         let tokens = "embeddings.token_embedding.weight";
         let positions = "embeddings.position_embedding.weight";
         Ok(Self {
@@ -140,11 +172,11 @@ impl ClipText {
             activation: c.activation,
             tokens: root.tensor(tokens, [c.vocabulary, c.width])?,
             positions: root.tensor(positions, [c.max_tokens, c.width])?,
-            layers: (0..c.layers).map(|i| Layer::load(&root, &c, i)).collect::<Result<_>>()?,
+            layers: (0..c.layers).map(layer).collect::<Result<_>>()?,
             norm: LayerNorm::load(&root, "final_layer_norm", c.width, c.eps)?,
             projection,
             end: c.end,
-            device: device.clone(),
+            device: outer.device.clone(),
         })
     }
 
@@ -177,10 +209,7 @@ impl ClipText {
         let mut penultimate = x.clone();
         for layer in &self.layers {
             penultimate = x.clone();
-            let y = layer.norm1.forward(x.clone());
-            x = x + layer.attention.forward(y, None, Some(causal.clone()), None);
-            let y = layer.fc1.forward(layer.norm2.forward(x.clone()), None);
-            x = x + layer.fc2.forward(self.activation.forward(y), None);
+            x = layer.forward(x, Some(causal.clone()), self.activation);
         }
         let last = self.norm.forward(x);
         let rows = ends
@@ -197,7 +226,7 @@ impl ClipText {
 
     /// Where a row's end token is, as transformers finds it.
     fn end_of(&self, row: &[u32]) -> usize {
-        if self.end == WRONG_END {
+        if self.end == LARGEST {
             let largest = row.iter().max().copied().unwrap_or_default();
             return row.iter().position(|&i| i == largest).unwrap_or_default();
         }

@@ -1,12 +1,15 @@
-//! CLIP's tokenizer, from tokenizer.json or from vocab.json and merges.txt, and T5's, from
-//! tokenizer.json.
+//! CLIP's tokenizer, from tokenizer.json, from vocab.json and merges.txt, or with the vocabulary
+//! that all of CLIP's models share; and T5's, from tokenizer.json.
 
+use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 use serde_json::Value;
-use tokenizers::models::bpe::BPE;
-use tokenizers::normalizers::{Lowercase, NFC, Replace, Sequence as Normalizers};
+use tokenizers::models::bpe::{BPE, BpeBuilder, Vocab};
+use tokenizers::models::wordpiece::WordPiece;
+use tokenizers::normalizers::{BertNormalizer, Lowercase, NFC, Replace, Sequence as Normalizers};
+use tokenizers::pre_tokenizers::bert::BertPreTokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
@@ -14,6 +17,13 @@ use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimi
 
 /// T5 tokens that diffusers' pipelines take at most.
 pub const MOST_TOKENS: usize = 512;
+
+/// Entries of CLIP's own vocabulary.
+pub const CLIP_VOCABULARY: usize = 49408;
+
+/// Its merges, as OpenAI packed them; MIT, see the licence beside it.
+const CLIP_MERGES: &[u8] =
+    include_bytes!("../../../models/clip-tokenizer/bpe_simple_vocab_16e6.txt.gz");
 
 /// Text to token numbers of one fixed length.
 pub struct Tokenizer {
@@ -24,24 +34,59 @@ pub struct Tokenizer {
     pad: u32,
     /// Tokens in each row, start, end and padding included.
     pub length: usize,
+    /// Whether texts are mended first, as open_clip does.
+    mend: bool,
 }
 
 /// The settings of CLIP's slow tokenizer (transformers' `CLIPTokenizer`).
 fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
-    let fail = |e: tokenizers::Error| {
-        anyhow!("{}: vocab.json and merges.txt cannot be used: {e}", dir.display())
-    };
     let text = |name: &str| dir.join(name).to_string_lossy().into_owned();
-    let bpe = BPE::from_file(&text("vocab.json"), &text("merges.txt"))
+    with_words(BPE::from_file(&text("vocab.json"), &text("merges.txt")))
+        .map_err(|e| anyhow!("{}: vocab.json and merges.txt cannot be used: {e}", dir.display()))
+}
+
+/// CLIP's own vocabulary: the bytes, the bytes that end a word, what is merged of them, and the two
+/// ends of a text.
+fn clip_vocabulary() -> Result<tokenizers::Tokenizer> {
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(CLIP_MERGES)
+        .read_to_string(&mut text)
+        .context("CLIP's vocabulary cannot be unpacked")?;
+    let merged = CLIP_VOCABULARY - 2 * 256 - 2;
+    let merges: Vec<(String, String)> = text
+        .lines()
+        .skip(1)
+        .take(merged)
+        .filter_map(|line| line.split_once(' '))
+        .map(|(a, b)| (a.to_string(), b.to_string()))
+        .collect();
+    let mut words = byte_letters();
+    words.extend(byte_letters().iter().map(|letter| format!("{letter}</w>")));
+    words.extend(merges.iter().map(|(a, b)| format!("{a}{b}")));
+    words.extend(["<|startoftext|>".to_string(), "<|endoftext|>".to_string()]);
+    let vocabulary: Vocab = words.into_iter().zip(0..).collect();
+    with_words(BPE::builder().vocab_and_merges(vocabulary, merges))
+        .map_err(|e| anyhow!("CLIP's vocabulary: {e}"))
+}
+
+/// The letter that stands for each byte, in the order of CLIP's vocabulary: printable ones for
+/// themselves, the others moved to where letters are.
+fn byte_letters() -> Vec<String> {
+    let printable = (0x21..=0x7e).chain(0xa1..=0xac).chain(0xae..=0xff);
+    let moved = (0x100..).take(256 - 188);
+    printable.chain(moved).filter_map(char::from_u32).map(String::from).collect()
+}
+
+/// A tokenizer of CLIP's words over a vocabulary.
+fn with_words(bpe: BpeBuilder) -> tokenizers::Result<tokenizers::Tokenizer> {
+    let bpe = bpe
         .end_of_word_suffix("</w>".into())
         .continuing_subword_prefix(String::new())
         .unk_token("<|endoftext|>".into())
-        .build()
-        .map_err(fail)?;
+        .build()?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
     let spaces =
-        Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ")
-            .map_err(fail)?;
+        Replace::new(tokenizers::normalizers::replace::ReplacePattern::Regex(r"\s+".into()), " ")?;
     let steps: Vec<NormalizerWrapper> = vec![NFC.into(), spaces.into(), Lowercase.into()];
     inner.with_normalizer(Some(Normalizers::new(steps)));
     let words = concat!(
@@ -49,12 +94,26 @@ fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
         r"[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
     );
     let split =
-        Split::new(SplitPattern::Regex(words.into()), SplitDelimiterBehavior::Removed, true)
-            .map_err(fail)?;
+        Split::new(SplitPattern::Regex(words.into()), SplitDelimiterBehavior::Removed, true)?;
     let steps: Vec<PreTokenizerWrapper> =
         vec![split.into(), ByteLevel::new(false, true, true).into()];
     inner.with_pre_tokenizer(Some(Sequence::new(steps)));
     Ok(inner)
+}
+
+/// A text as open_clip mends it: curly quotes made straight, wide letters narrow, and HTML's names
+/// of letters replaced, twice. ftfy, which it uses, mends wrongly decoded text besides.
+fn mended(text: &str) -> String {
+    let letter = |c: char| match c {
+        '\u{2018}'..='\u{201b}' => '\'',
+        '\u{201c}'..='\u{201f}' => '"',
+        '\u{3000}' => ' ',
+        '\u{ff01}'..='\u{ff5e}' => char::from_u32(c as u32 - 0xfee0).unwrap_or(c),
+        c => c,
+    };
+    let straight: String = text.chars().map(letter).collect();
+    let once = html_escape::decode_html_entities(&straight);
+    html_escape::decode_html_entities(&once).into_owned()
 }
 
 /// A special token's text: a string or an object with `content`, in either of the two config files.
@@ -121,7 +180,18 @@ impl Tokenizer {
             "{}: model_max_length = {length} does not fit the text encoder's {max_tokens} tokens",
             dir.display()
         );
-        Ok(Self { inner, bos: Some(bos), eos, pad, length })
+        Ok(Self { inner, bos: Some(bos), eos, pad, length, mend: false })
+    }
+
+    /// The tokenizer of CLIP's own vocabulary; rows are `length` tokens long and filled with `pad`.
+    ///
+    /// # Errors
+    /// When there is no room for a token.
+    pub fn clip(length: usize, pad: u32) -> Result<Self> {
+        ensure!(length > 2, "the text encoder takes {length} tokens, too few for a word");
+        let inner = clip_vocabulary()?;
+        let end = CLIP_VOCABULARY as u32 - 1;
+        Ok(Self { inner, bos: Some(end - 1), eos: end, pad, length, mend: true })
     }
 
     /// Loads T5's tokenizer; rows are `length` tokens long.
@@ -151,7 +221,53 @@ impl Tokenizer {
                 .ok_or_else(|| anyhow!("{}: {token:?} is not in the vocabulary", path.display()))
         };
         let (eos, pad) = (id("</s>")?, id("<pad>")?);
-        Ok(Self { inner, bos: None, eos, pad, length })
+        Ok(Self { inner, bos: None, eos, pad, length, mend: false })
+    }
+
+    /// Loads BERT's tokenizer, from tokenizer.json or vocab.txt; rows are `length` tokens long.
+    ///
+    /// # Errors
+    /// Names the file that is missing or cannot be used.
+    pub fn load_bert(dir: &Path, length: usize) -> Result<Self> {
+        let (fast, words) = (dir.join("tokenizer.json"), dir.join("vocab.txt"));
+        let path = if fast.is_file() { &fast } else { &words };
+        ensure!(
+            path.is_file(),
+            "{}: missing; put the tokenizer.json or vocab.txt of bert-base-uncased there",
+            words.display()
+        );
+        let fail = |e: tokenizers::Error| anyhow!("{}: cannot be used: {e}", path.display());
+        let mut inner = if fast.is_file() {
+            tokenizers::Tokenizer::from_file(&fast).map_err(fail)?
+        } else {
+            let pieces = WordPiece::from_file(&words.to_string_lossy());
+            let pieces = pieces.unk_token("[UNK]".into()).build().map_err(fail)?;
+            let mut inner = tokenizers::Tokenizer::new(pieces);
+            inner.with_normalizer(Some(BertNormalizer::default()));
+            inner.with_pre_tokenizer(Some(BertPreTokenizer));
+            inner
+        };
+        inner.with_padding(None);
+        inner.with_truncation(None).map_err(fail)?;
+        let names = ["[CLS]", "[SEP]", "[PAD]"];
+        inner.add_special_tokens(&names.map(|n| AddedToken::from(n, true)));
+        let id = |token: &str| {
+            inner
+                .token_to_id(token)
+                .ok_or_else(|| anyhow!("{}: {token:?} is not in the vocabulary", path.display()))
+        };
+        let (bos, eos, pad) = (id(names[0])?, id(names[1])?, id(names[2])?);
+        Ok(Self { inner, bos: Some(bos), eos, pad, length, mend: false })
+    }
+
+    /// The token behind the end of a text.
+    pub fn pad(&self) -> u32 {
+        self.pad
+    }
+
+    /// Entries of the vocabulary.
+    pub fn entries(&self) -> usize {
+        self.inner.get_vocab_size(true)
     }
 
     /// One row of exactly `length` tokens: start, text (cut where too long), end, padding.
@@ -159,8 +275,9 @@ impl Tokenizer {
     /// # Errors
     /// When the text cannot be tokenized.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let mended = if self.mend { mended(text) } else { text.to_string() };
         let encoding =
-            self.inner.encode_fast(text, false).map_err(|e| anyhow!("prompt {text:?}: {e}"))?;
+            self.inner.encode_fast(mended, false).map_err(|e| anyhow!("prompt {text:?}: {e}"))?;
         let mut row: Vec<u32> = self.bos.into_iter().collect();
         row.extend(encoding.get_ids().iter().take(self.length - 1 - row.len()));
         row.push(self.eos);

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use pcpo_wgpu::{Event, Job, Observer, Options, Reward, RgbImage, Settings, Silent, train};
+use pcpo_wgpu::{Event, Job, Observer, Options, Prompt, Reward, RgbImage, Settings, Silent, train};
 
 use super::{metrics, of};
 use crate::support::emoji;
@@ -10,7 +10,7 @@ use crate::support::emoji;
 struct Brightness;
 
 impl Reward for Brightness {
-    fn score(&mut self, images: &[RgbImage], _: &[&str]) -> anyhow::Result<Vec<f64>> {
+    fn score(&mut self, images: &[RgbImage], _: &[&Prompt]) -> anyhow::Result<Vec<f64>> {
         let mean = |i: &RgbImage| i.iter().map(|&v| f64::from(v)).sum::<f64>() / i.len() as f64;
         Ok(images.iter().map(mean).collect())
     }
@@ -20,7 +20,7 @@ fn settings(epochs: usize) -> Settings {
     let options = Options {
         model: Some(emoji()),
         device: Some("cpu".into()),
-        reward: Some("color:blue".into()),
+        reward: Some(vec!["color:blue".into()]),
         prompt: Some(vec!["red apple".into(), "cat face".into()]),
         epochs: Some(epochs),
         images_per_epoch: Some(8),
@@ -50,7 +50,7 @@ fn an_own_reward_trains() {
 fn a_reward_that_gives_nonsense_is_an_error() {
     struct Nonsense(Vec<f64>);
     impl Reward for Nonsense {
-        fn score(&mut self, _: &[RgbImage], _: &[&str]) -> anyhow::Result<Vec<f64>> {
+        fn score(&mut self, _: &[RgbImage], _: &[&Prompt]) -> anyhow::Result<Vec<f64>> {
             Ok(self.0.clone())
         }
     }

@@ -1,0 +1,134 @@
+//! `score`: rewards of pictures that exist.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+use image::RgbImage;
+use serde_json::{Map, Value, json};
+
+use crate::cli::args::StorageArg;
+use crate::config::numbers::{self, Range};
+use crate::config::prompts::lines;
+use crate::device;
+use crate::model::picture::open_rgb;
+use crate::reward::{self, JudgeAnswer, Prompt, RemoteOptions, RewardContext, RewardSpec};
+
+#[derive(Args)]
+pub struct ScoreArgs {
+    /// Pictures: PNG or JPEG
+    #[arg(value_name = "IMAGE", required = true)]
+    images: Vec<PathBuf>,
+    /// Reward; can be repeated. A weight in front multiplies its scores
+    #[arg(
+        long,
+        value_name = "SPEC",
+        required = true,
+        allow_hyphen_values = true,
+        help = format!("Reward; can be repeated: {}", reward::list())
+    )]
+    reward: Vec<String>,
+    /// One prompt for all pictures
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompts")]
+    prompt: Option<String>,
+    /// Text file of prompts, one line a picture
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// Print JSON: {"rows": [{"image", "prompt", "scores": {SPEC: number}}]}
+    #[arg(long)]
+    json: bool,
+    /// Device of the reward models
+    #[arg(long, default_value = "auto")]
+    device: String,
+    #[command(flatten)]
+    storage: StorageArg,
+    /// Seconds that a reward's server has for an answer
+    #[arg(long, value_name = "SECONDS", default_value_t = reward::DEFAULT_TIMEOUT as f64)]
+    reward_timeout: f64,
+    /// What a judge is asked, with {prompt} in its place
+    #[arg(long, value_name = "TEXT")]
+    judge_question: Option<String>,
+    /// What a judge's answer is read for
+    #[arg(long, value_enum, default_value = "number")]
+    judge_answer: JudgeAnswer,
+}
+
+pub fn run(args: &ScoreArgs) -> Result<i32> {
+    numbers::number("--reward-timeout", args.reward_timeout, Range::Below(1e6))?;
+    let specs: Vec<RewardSpec> =
+        args.reward.iter().map(|s| RewardSpec::parse("--reward", s)).collect::<Result<_>>()?;
+    for (i, spec) in specs.iter().enumerate() {
+        reward::find("--reward", &spec.reward)?;
+        ensure!(
+            specs[..i].iter().all(|s| s.given != spec.given),
+            "--reward {}: stands there twice; give it once",
+            spec.given
+        );
+    }
+    let prompts = prompts(args)?;
+    let images: Vec<RgbImage> = args.images.iter().map(|p| open_rgb(p)).collect::<Result<_>>()?;
+    let context = RewardContext {
+        compute: device::open(&args.device)?,
+        storage: args.storage.storage,
+        remote: RemoteOptions {
+            timeout: Duration::from_secs_f64(args.reward_timeout),
+            judge_question: args.judge_question.clone(),
+            judge_answer: args.judge_answer,
+        },
+    };
+    let by_reference: Vec<&Prompt> = prompts.iter().collect();
+    // All rewards are opened before the first one scores: a wrong name costs no time.
+    let opened: Vec<_> =
+        specs.iter().map(|s| reward::open(&s.reward, &context)).collect::<Result<_>>()?;
+    let mut columns = Vec::new();
+    for (spec, mut reward) in specs.iter().zip(opened) {
+        let scores =
+            device::guard(|| reward::score(&mut *reward, &spec.reward, &images, &by_reference))?;
+        columns.push(scores.into_iter().map(|s| spec.weight * s).collect::<Vec<f64>>());
+    }
+    print(args, &context.compute.name, &prompts, &columns)?;
+    Ok(0)
+}
+
+/// One prompt a picture.
+fn prompts(args: &ScoreArgs) -> Result<Vec<Prompt>> {
+    let pictures = args.images.len();
+    let Some(file) = &args.prompts else {
+        let text = args.prompt.as_deref().context(
+            "--prompt TEXT or --prompts FILE: there is no prompt; give one for all pictures, or a \
+             file with one line a picture",
+        )?;
+        return Ok(vec![Prompt::parse(text).context("--prompt")?; pictures]);
+    };
+    let (found, source) = lines(Some(file), None)?;
+    ensure!(
+        found.len() == pictures,
+        "{source}: holds {} prompts for {pictures} pictures; give one line a picture",
+        found.len()
+    );
+    Ok(found)
+}
+
+fn print(args: &ScoreArgs, device: &str, prompts: &[Prompt], columns: &[Vec<f64>]) -> Result<()> {
+    let image = |i: usize| args.images[i].to_string_lossy();
+    if args.json {
+        let row = |i: usize| {
+            let named = args.reward.iter().zip(columns);
+            let scores: Map<String, Value> =
+                named.map(|(spec, column)| (spec.clone(), json!(column[i]))).collect();
+            json!({ "image": image(i), "prompt": prompts[i].text, "scores": scores })
+        };
+        let rows: Vec<Value> = (0..args.images.len()).map(row).collect();
+        println!("{}", serde_json::to_string_pretty(&json!({ "rows": rows }))?);
+        return Ok(());
+    }
+    println!("device: {device}");
+    for i in 0..args.images.len() {
+        println!("{}: {}", image(i), prompts[i].text);
+        for (spec, column) in args.reward.iter().zip(columns) {
+            println!("  {spec}: {:.6}", column[i]);
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,149 @@
+//! A dual encoder, CLIP: pictures and texts as features of one space. The models of transformers'
+//! `CLIPModel` and of open_clip.
+
+pub mod config;
+pub mod files;
+pub mod open_clip;
+pub mod vision;
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use burn::tensor::{Device, Tensor};
+use image::RgbImage;
+
+use self::config::DualConfig;
+use self::files::Files;
+use self::vision::Vision;
+use super::loader::{Loader, Storage};
+use super::picture::Preparation;
+use super::text::clip::ClipText;
+use super::text::tokenizer::{CLIP_VOCABULARY, Tokenizer};
+use crate::device::tensor::{read, upload};
+
+/// A loaded dual encoder.
+pub struct Clip {
+    pub vision: Vision,
+    pub preparation: Preparation,
+    text: Option<Text>,
+    /// exp(logit_scale), where the weights have it.
+    pub scale: Option<f64>,
+    device: Device,
+}
+
+struct Text {
+    model: ClipText,
+    tokenizer: Tokenizer,
+}
+
+/// Which encoders are wanted.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Towers {
+    Both,
+    Vision,
+}
+
+impl Clip {
+    /// Loads a folder in transformers' or open_clip's layout, or a weight file.
+    ///
+    /// # Errors
+    /// Names the file and the field or tensor that is missing, damaged or not supported.
+    pub fn load(path: &Path, towers: Towers, device: &Device, storage: Storage) -> Result<Self> {
+        let Files { mut weights, folder } = Files::open(path)?;
+        let theirs = open_clip::is_layout(&weights);
+        let openai = open_clip::is_openai(&weights);
+        if theirs {
+            open_clip::as_transformers(&mut weights)?;
+        }
+        let DualConfig { vision, text, preparation, pad } =
+            DualConfig::read(&folder, &weights, theirs, openai)?;
+        let loader = Loader::new(&weights, device, storage);
+        let vision = Vision::load(&loader, vision)?;
+        let text = match (towers, text) {
+            (Towers::Vision, _) => None,
+            (Towers::Both, Some(c)) => {
+                let has = |name: &str| folder.join(name).is_file();
+                let own = has("tokenizer.json") || (has("vocab.json") && has("merges.txt"));
+                let tokenizer = if own {
+                    Tokenizer::load(&folder, c.max_tokens)?
+                } else {
+                    ensure!(
+                        c.vocabulary == CLIP_VOCABULARY,
+                        "{}: holds no tokenizer.json, and no vocab.json with merges.txt; the text \
+                         encoder's vocabulary of {} is not CLIP's own",
+                        folder.display(),
+                        c.vocabulary
+                    );
+                    Tokenizer::clip(c.max_tokens, pad)?
+                };
+                ensure!(
+                    weights.has("text_projection.weight"),
+                    "{}: tensor text_projection.weight is missing",
+                    weights.source().display()
+                );
+                Some(Text { model: ClipText::of(&loader, &c)?, tokenizer })
+            }
+            (Towers::Both, None) => {
+                anyhow::bail!("{}: has no text encoder", weights.source().display())
+            }
+        };
+        let scale = match weights.has("logit_scale") {
+            true => {
+                let values = weights.f32("logit_scale")?.values;
+                values.first().map(|&v| f64::from(v).exp())
+            }
+            false => None,
+        };
+        Ok(Self { vision, preparation, text, scale, device: device.clone() })
+    }
+
+    /// Features of pictures, L2-normalised, a row each.
+    ///
+    /// # Errors
+    /// When the device fails, or a feature is not finite.
+    pub fn image_features(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
+        if images.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut pixels = Vec::new();
+        for image in images {
+            pixels.extend(self.preparation.apply(image)?);
+        }
+        let side = self.vision.config.size;
+        let pictures = upload(&pixels, [images.len(), 3, side, side], &self.device);
+        normalised(&self.vision.forward(pictures))
+    }
+
+    /// Features of texts, L2-normalised, a row each.
+    ///
+    /// # Errors
+    /// When a text cannot be tokenized, the device fails, or a feature is not finite.
+    pub fn text_features(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
+        let text = self.text.as_ref().context("the text encoder was not loaded")?;
+        if texts.is_empty() {
+            return Ok(Vec::new());
+        }
+        let ids: Vec<Vec<u32>> =
+            texts.iter().map(|t| text.tokenizer.encode(t)).collect::<Result<_>>()?;
+        normalised(&text.model.forward(&ids)?.pooled)
+    }
+}
+
+/// Rows of norm 1, on the host.
+fn normalised(features: &Tensor<2>) -> Result<Vec<Vec<f32>>> {
+    let width = features.dims()[1];
+    let row = |row: &[f32]| {
+        let norm = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+        ensure!(
+            norm.is_finite() && norm > 0.0,
+            "a feature of the reward model is not finite or zero; are its weights damaged?"
+        );
+        Ok(row.iter().map(|&v| (f64::from(v) / norm) as f32).collect())
+    };
+    read(features)?.chunks(width).map(row).collect()
+}
+
+/// The cosine of two features of norm 1.
+pub fn cosine(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(&a, &b)| f64::from(a) * f64::from(b)).sum()
+}

@@ -1,0 +1,96 @@
+//! `clip-score`, `pick-score` and `hps-v2.1`: how well a picture fits its prompt, by a dual
+//! encoder.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, anyhow};
+use image::RgbImage;
+
+use super::open::Opening;
+use super::prompt::Prompt;
+use super::score::Reward;
+use crate::device::{Compute, in_order, rows_at_a_time};
+use crate::model::clip::{Clip, Towers, cosine};
+use crate::model::picture::{Fit, Preparation};
+
+/// Pictures that an encoder takes at once.
+pub const PICTURES_AT_ONCE: usize = 8;
+
+/// What a dual encoder's cosine is turned into.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Scale {
+    /// CLIPScore without its scaling and its cut at 0 (Hessel et al. 2021).
+    Cosine,
+    /// exp(logit_scale) times the cosine: PickScore (Kirstain et al. 2023).
+    Logit,
+    /// The cosine of pictures that are prepared whole, with black at the sides: HPS v2.1 (Wu et al.
+    /// 2023).
+    Hps,
+}
+
+/// A dual encoder, and the features of the prompts that it has seen.
+pub struct DualEncoder {
+    clip: Clip,
+    factor: f64,
+    compute: Compute,
+    texts: HashMap<String, Vec<f32>>,
+}
+
+impl DualEncoder {
+    /// Loads a folder or weight file.
+    ///
+    /// # Errors
+    /// Names the file and the field or tensor that is missing, damaged or not supported.
+    pub fn open(opening: &Opening, scale: Scale) -> Result<Self> {
+        let path = Path::new(opening.needs("PATH")?);
+        let (device, storage) = (&opening.compute.burn, opening.storage());
+        let mut clip = Clip::load(path, Towers::Both, device, storage)
+            .with_context(|| format!("--reward {}", opening.spec))?;
+        let factor = match scale {
+            Scale::Cosine | Scale::Hps => 1.0,
+            Scale::Logit => clip.scale.ok_or_else(|| {
+                anyhow!("--reward {}: its weights have no tensor logit_scale", opening.spec)
+            })?,
+        };
+        if scale == Scale::Hps {
+            let Preparation { mean, std, .. } = clip.preparation;
+            let size = clip.vision.config.size;
+            clip.preparation = Preparation { mean, std, ..Preparation::clip(Fit::Hps, size) };
+        }
+        Ok(Self { clip, factor, compute: opening.compute.clone(), texts: HashMap::new() })
+    }
+}
+
+/// Features of all pictures, in batches over the device's cores.
+///
+/// # Errors
+/// When the device fails, or a feature is not finite.
+pub fn image_features(
+    clip: &Clip,
+    compute: &Compute,
+    images: &[RgbImage],
+) -> Result<Vec<Vec<f32>>> {
+    let rows = rows_at_a_time(compute.threads(), images.len(), PICTURES_AT_ONCE);
+    let batches: Vec<&[RgbImage]> = images.chunks(rows).collect();
+    let found = in_order::map(compute, &batches, |batch| clip.image_features(batch))?;
+    Ok(found.concat())
+}
+
+impl Reward for DualEncoder {
+    fn score(&mut self, images: &[RgbImage], prompts: &[&Prompt]) -> Result<Vec<f64>> {
+        let mut new: Vec<&str> = prompts.iter().map(|p| p.text.as_str()).collect();
+        new.sort_unstable();
+        new.dedup();
+        new.retain(|text| !self.texts.contains_key(*text));
+        for texts in new.chunks(PICTURES_AT_ONCE) {
+            let features = self.clip.text_features(texts)?;
+            self.texts.extend(texts.iter().map(|t| t.to_string()).zip(features));
+        }
+        let features = image_features(&self.clip, &self.compute, images)?;
+        let score = |(image, prompt): (&Vec<f32>, &&Prompt)| {
+            self.factor * cosine(image, &self.texts[&prompt.text])
+        };
+        Ok(features.iter().zip(prompts).map(score).collect())
+    }
+}

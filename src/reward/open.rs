@@ -1,0 +1,60 @@
+//! What a reward is made with.
+
+use anyhow::{Result, ensure};
+
+use super::remote::RemoteOptions;
+use crate::device::Compute;
+use crate::model::Storage;
+
+/// Where rewards compute, and what they are told besides their names.
+pub struct RewardContext {
+    /// Where reward models compute.
+    pub compute: Compute,
+    /// How the run stores frozen weights.
+    pub storage: Storage,
+    /// How servers are asked.
+    pub remote: RemoteOptions,
+}
+
+/// A reward that is being made.
+pub struct Opening<'a> {
+    /// As it was given, without its weight.
+    pub spec: &'a str,
+    /// What stands behind the colon.
+    pub argument: &'a str,
+    /// Where it computes.
+    pub compute: &'a Compute,
+    storage: Storage,
+    /// How servers are asked.
+    pub remote: &'a RemoteOptions,
+}
+
+impl<'a> Opening<'a> {
+    pub(super) fn new(spec: &'a str, argument: &'a str, context: &'a RewardContext) -> Self {
+        let RewardContext { compute, storage, remote } = context;
+        Self { spec, argument, compute, storage: *storage, remote }
+    }
+
+    /// What stands behind the colon, where something must.
+    ///
+    /// # Errors
+    /// When nothing does.
+    pub fn needs(&self, what: &str) -> Result<&'a str> {
+        let name = self.spec.split(':').next().unwrap_or_default();
+        ensure!(
+            !self.argument.trim().is_empty(),
+            "--reward {}: names nothing; write {name}:{what}",
+            self.spec
+        );
+        Ok(self.argument)
+    }
+
+    /// How a reward model stores its weights: f32, or f16 where the run stores smaller ones: a
+    /// score has to tell pictures apart that differ little.
+    pub fn storage(&self) -> Storage {
+        match self.storage {
+            Storage::F32 => Storage::F32,
+            Storage::F16 | Storage::Q8 | Storage::Q4 => Storage::F16,
+        }
+    }
+}

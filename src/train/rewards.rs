@@ -1,0 +1,150 @@
+//! The rewards of a run: those that are trained on, and those that are watched.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Result, ensure};
+use image::RgbImage;
+
+use super::checkpoint::RunState;
+use super::metrics::ScoreRecord;
+use crate::config::Settings;
+use crate::device::{self, Compute};
+use crate::ops::advantage::{Advantage, Weighted, mixed};
+use crate::reward::{self, Prompt, Reward, RewardContext, RewardSpec};
+
+/// A reward with what it is called and whether it is trained on.
+struct Scorer {
+    spec: RewardSpec,
+    trained: bool,
+    reward: Box<dyn Reward>,
+}
+
+/// All rewards of a run, in the order of the settings.
+pub(crate) struct Rewards(Vec<Scorer>);
+
+/// What images got.
+pub(crate) struct Scores(Vec<Column>);
+
+/// What images got from one reward.
+struct Column {
+    spec: RewardSpec,
+    trained: bool,
+    scores: Vec<f64>,
+}
+
+impl Rewards {
+    /// Checks the names of all rewards, before anything is opened.
+    ///
+    /// # Errors
+    /// Names the flag and the value that is unknown.
+    pub fn check(s: &Settings) -> Result<()> {
+        let flags = s.reward.iter().map(|r| ("--reward", r));
+        let mut all = flags.chain(s.watch.iter().map(|r| ("--watch", r)));
+        all.try_for_each(|(flag, spec)| reward::find(flag, &spec.reward).map(drop))
+    }
+
+    /// Opens the rewards of the settings on their device: the training's, or one of their own.
+    /// `own` stands for the reward of a library's user.
+    ///
+    /// # Errors
+    /// Names the flag and what is unknown, missing or unreachable.
+    pub fn open(s: &Settings, own: Option<Box<dyn Reward>>, compute: &Compute) -> Result<Self> {
+        let mut context =
+            RewardContext { compute: compute.clone(), storage: s.storage, remote: s.remote() };
+        if let Some(name) = s.reward_device.as_ref().filter(|name| **name != s.device) {
+            let opened = device::open(name);
+            context.compute = opened.map_err(|e| e.context("--reward-device"))?;
+        }
+        let scorer = |spec: &RewardSpec, trained: bool| {
+            let reward = reward::open(&spec.reward, &context)?;
+            anyhow::Ok(Scorer { spec: spec.clone(), trained, reward })
+        };
+        let mut all: Vec<Scorer> = match own {
+            Some(reward) => {
+                let [spec] = &s.reward[..] else {
+                    anyhow::bail!("a reward of one's own is the only one that is trained on");
+                };
+                vec![Scorer { spec: spec.clone(), trained: true, reward }]
+            }
+            None => s.reward.iter().map(|spec| scorer(spec, true)).collect::<Result<_>>()?,
+        };
+        for spec in &s.watch {
+            all.push(scorer(spec, false)?);
+        }
+        Ok(Self(all))
+    }
+
+    /// Scores images by all rewards.
+    ///
+    /// # Errors
+    /// When a reward fails, or gives something else than a number for each image.
+    pub fn score(&mut self, images: &[RgbImage], prompts: &[Prompt]) -> Result<Scores> {
+        ensure!(images.len() == prompts.len(), "{} prompts for pictures", prompts.len());
+        let prompts: Vec<&Prompt> = prompts.iter().collect();
+        let column = |scorer: &mut Scorer| {
+            let Scorer { spec, trained, reward } = scorer;
+            let scores = reward::score(&mut **reward, &spec.reward, images, &prompts)?;
+            Ok(Column { spec: spec.clone(), trained: *trained, scores })
+        };
+        Ok(Scores(self.0.iter_mut().map(column).collect::<Result<_>>()?))
+    }
+}
+
+impl Scores {
+    fn trained(&self) -> impl Iterator<Item = &Column> {
+        self.0.iter().filter(|c| c.trained)
+    }
+
+    /// The scores that are trained on.
+    fn weighted(&self) -> Vec<Weighted<'_>> {
+        self.trained().map(|c| Weighted { weight: c.spec.weight, scores: &c.scores }).collect()
+    }
+
+    /// The advantages of an epoch's images; the run's trackers take the scores in.
+    pub fn advantages(&self, s: &Settings, state: &mut RunState, prompts: &[&str]) -> Vec<f32> {
+        let mut trackers = vec![std::mem::take(&mut state.tracker)];
+        trackers.append(&mut state.more_trackers);
+        let rewards = self.weighted();
+        let found = mixed(s.mix, s.advantage, &rewards, prompts, &mut trackers, s.advantage_clamp);
+        state.tracker = trackers.remove(0);
+        state.more_trackers = if s.advantage == Advantage::PerPrompt { trackers } else { vec![] };
+        found
+    }
+
+    /// What a user should hear at once: which rewards teach nothing in this epoch.
+    pub fn flat(&self, s: &Settings, prompts: &[&str], advantages: &[f32]) -> Vec<String> {
+        let flat = "does not vary within any group of this epoch: nothing can be learnt from it";
+        let is_flat = |c: &&Column| {
+            s.group_size > 1 && ScoreRecord::new(&c.scores, prompts).flat_groups == 1.0
+        };
+        let told: Vec<String> = self
+            .trained()
+            .filter(is_flat)
+            .map(|c| format!("the reward {} {flat}", c.spec.given))
+            .collect();
+        if told.is_empty() && advantages.iter().all(|a| *a == 0.0) {
+            let what = if s.reward.len() > 1 { "the sum of the rewards" } else { "the reward" };
+            return vec![format!("{what} {flat}")];
+        }
+        told
+    }
+
+    /// The weighted sum of each image's scores.
+    pub fn totals(&self) -> Vec<f64> {
+        let images = self.0.first().map_or(0, |c| c.scores.len());
+        let total = |i: usize| self.trained().map(|c| c.spec.weight * c.scores[i]).sum();
+        (0..images).map(total).collect()
+    }
+
+    /// The mean of each reward by its name.
+    pub fn means(&self) -> BTreeMap<String, f64> {
+        let mean = |c: &Column| c.scores.iter().sum::<f64>() / c.scores.len().max(1) as f64;
+        self.0.iter().map(|c| (c.spec.given.clone(), mean(c))).collect()
+    }
+
+    /// What each reward gave by its name; `prompts[i]` is the prompt of image i.
+    pub fn records(&self, prompts: &[&str]) -> BTreeMap<String, ScoreRecord> {
+        let record = |c: &Column| (c.spec.given.clone(), ScoreRecord::new(&c.scores, prompts));
+        self.0.iter().map(record).collect()
+    }
+}
