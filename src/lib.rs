@@ -64,7 +64,7 @@ pub use crate::config::{InitialNoise, Options, Preset, Settings};
 pub use crate::model::{Pipeline, Storage};
 pub use crate::ops::advantage::{Advantage, Mix};
 pub use crate::ops::policy_objective::{GuidanceGradient, Objective};
-pub use crate::reward::{JudgeAnswer, Prompt, Reward};
+pub use crate::reward::{JudgeAnswer, Prompt, Reward, RewardSpec};
 pub use crate::schedule::credit::{Credit, Total};
 pub use crate::schedule::{Grid, Sampler};
 pub use crate::train::metrics::EpochRecord;

@@ -9,7 +9,7 @@ use crate::reward::Prompt;
 
 /// The embedded models with the jobs that `train` runs for them.
 const EMBEDDED: [(&str, &str); 2] = [
-    ("emoji", include_str!("../../models/emoji/train.toml")),
+    ("emoji", include_str!("../../models/emoji/blue.toml")),
     ("emoji-flow", include_str!("../../models/emoji-flow/train.toml")),
 ];
 
@@ -88,6 +88,8 @@ pub fn lines(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<(Vec<Pro
     let (list, source) = match (file, list) {
         (Some(file), _) => {
             let text = crate::io::read_text(file).context("--prompts")?;
+            // Some editors mark the beginning of a file.
+            let text = text.trim_start_matches('\u{feff}');
             (
                 text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect(),
                 format!("--prompts {}", file.display()),

@@ -12,12 +12,12 @@ use crate::lora::formats;
 use crate::model::{Family, Storage};
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
-use crate::reward::{self, DEFAULT_TIMEOUT, JudgeAnswer, RewardSpec};
+use crate::reward::{self, DEFAULT_TIMEOUT, RewardSpec};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler};
 
 /// The rewards that a flag names.
-fn specs(flag: &str, given: &[String]) -> Result<Vec<RewardSpec>> {
+fn specs(flag: &'static str, given: &[String]) -> Result<Vec<RewardSpec>> {
     given.iter().map(|given| RewardSpec::parse(flag, given)).collect()
 }
 
@@ -69,7 +69,7 @@ impl Options {
             None => (self, self.model.clone().expect("a model that is not embedded was named")),
             Some((job, folder)) => {
                 let job: Self = toml::from_str(job)
-                    .with_context(|| format!("{}/train.toml", folder.display()))?;
+                    .with_context(|| format!("the job of {}", folder.display()))?;
                 with_job = self.over(&job)?;
                 (&with_job, folder)
             }
@@ -98,7 +98,7 @@ impl Options {
             reward_device: o.reward_device.clone(),
             reward_timeout: o.reward_timeout.unwrap_or(DEFAULT_TIMEOUT as f64),
             judge_question: o.judge_question.clone(),
-            judge_answer: o.judge_answer.unwrap_or(JudgeAnswer::Number),
+            judge_answer: o.judge_answer,
             resolution: o.resolution,
             embeddings: o.embeddings.clone(),
             max_sequence_length: o.max_sequence_length.unwrap_or(family.default_sequence()),

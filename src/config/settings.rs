@@ -38,7 +38,8 @@ pub struct Settings {
     pub reward_timeout: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub judge_question: Option<String>,
-    pub judge_answer: JudgeAnswer,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub judge_answer: Option<JudgeAnswer>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub resolution: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -112,12 +113,17 @@ impl Settings {
         self.reward.iter().chain(&self.watch)
     }
 
+    /// The device of the reward models, where it is not the training's.
+    pub fn own_reward_device(&self) -> Option<&str> {
+        self.reward_device.as_deref().filter(|name| *name != self.device)
+    }
+
     /// How servers are asked for rewards.
     pub fn remote(&self) -> RemoteOptions {
         RemoteOptions {
             timeout: Duration::from_secs_f64(self.reward_timeout),
             judge_question: self.judge_question.clone(),
-            judge_answer: self.judge_answer,
+            judge_answer: self.judge_answer.unwrap_or_default(),
         }
     }
 
@@ -232,9 +238,20 @@ impl Settings {
         for spec in self.rewards() {
             ensure!(
                 seen.insert(&spec.reward),
-                "--reward {}: stands there twice; give it once, with the weight that is meant",
-                spec.reward
+                "{} {}: stands there twice, with --reward or --watch; give it once",
+                spec.flag,
+                spec.shown
             );
+        }
+        if let Some(watched) = self.watch.iter().find(|spec| spec.weight != 1.0) {
+            anyhow::bail!("--watch {}: is not trained on; leave the weight out", watched.shown);
+        }
+        let judged = self.rewards().any(|r| r.reward.starts_with("judge:"));
+        for (flag, given) in [
+            ("--judge-question", self.judge_question.is_some()),
+            ("--judge-answer", self.judge_answer.is_some()),
+        ] {
+            ensure!(!given || judged, "{flag}: is for --reward judge:URL#MODEL; leave it out");
         }
         Ok(())
     }

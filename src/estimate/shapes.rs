@@ -112,10 +112,8 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
             |l: &crate::lora::adapter::Layer| TargetShape { inputs: l.inputs, outputs: l.outputs };
         targets.extend(adapter.layers.iter().map(shape));
     }
-    let reward = match s.reward_device.is_none() {
-        true => s.rewards().map(|r| model_size(&r.reward)).sum::<Result<usize>>()?,
-        false => 0,
-    };
+    let named = s.rewards().filter(|r| !r.own && s.own_reward_device().is_none());
+    let reward = named.map(model_size).sum::<Result<usize>>()?;
     Ok(Shapes {
         blocks: network.block_shapes(size, tokens),
         decoder: vae.decoder_shapes(size),

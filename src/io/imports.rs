@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 /// A class or function that a pickle names.
 #[derive(Clone, Debug, PartialEq)]
@@ -17,6 +17,8 @@ pub struct Import {
 
 /// The number that a checkpoint of before PyTorch 1.6 begins with, as protocol 2 writes it.
 const LEGACY_MAGIC: [u8; 10] = [0x6c, 0xfc, 0x9c, 0x46, 0xf9, 0x20, 0x6a, 0xa8, 0x50, 0x19];
+/// The same, as protocols 0 and 1 write it.
+const LEGACY_MAGIC_TEXT: &[u8] = b"119547037146038801333356";
 /// Pickles at the front of such a file: magic, version, system, object, list of storages.
 const LEGACY_PICKLES: usize = 5;
 /// A longer list of tensors than any model has.
@@ -28,11 +30,16 @@ const MOST_BYTES: u64 = 1 << 28;
 /// When the file is neither a zip archive with a pickle nor a pickle, or is damaged.
 pub fn imports(file: &Path) -> Result<Vec<Import>> {
     let map = super::mapped::map(file)?;
+    ensure!(
+        map.get(257..262) != Some(b"ustar"),
+        "it is of PyTorch before 0.1.10; load and save it with a newer one"
+    );
     if map.starts_with(b"PK\x03\x04") {
         return scan(&data_pkl(&map)?).map(|(found, _)| found);
     }
     let (mut found, mut at) = scan(&map)?;
-    if map[..at].windows(LEGACY_MAGIC.len()).any(|bytes| bytes == LEGACY_MAGIC) {
+    let holds = |magic: &[u8]| map[..at].windows(magic.len()).any(|bytes| bytes == magic);
+    if holds(&LEGACY_MAGIC) || holds(LEGACY_MAGIC_TEXT) {
         for _ in 1..LEGACY_PICKLES {
             let (more, length) = scan(&map[at..])?;
             found.extend(more);
@@ -48,8 +55,9 @@ fn data_pkl(archive: &[u8]) -> Result<Vec<u8>> {
         .context("its zip archive is damaged; download it again")?;
     let names = archive.file_names().filter_map(|name| Some(name.ok()?.into_owned()));
     let mut pickles = names.filter(|n| n == "data.pkl" || n.ends_with("/data.pkl"));
-    let name = pickles.next();
+    let (name, second) = (pickles.next(), pickles.next());
     drop(pickles);
+    ensure!(second.is_none(), "its zip archive holds several data.pkl");
     let name = name.ok_or_else(|| anyhow!("its zip archive holds no data.pkl"))?;
     let mut bytes = Vec::new();
     archive

@@ -47,6 +47,14 @@ pub struct Weights {
     pub reads: std::sync::atomic::AtomicUsize,
 }
 
+/// The entries whose names begin with a prefix, without it.
+fn below(prefix: &str, entries: BTreeMap<String, Entry>) -> BTreeMap<String, Entry> {
+    let short = |(name, entry): (String, Entry)| {
+        name.strip_prefix(prefix).map(|short| (short.to_string(), entry))
+    };
+    entries.into_iter().filter_map(short).collect()
+}
+
 impl Weights {
     /// Opens the weights of a component folder (`unet`, `vae`, `text_encoder`).
     ///
@@ -64,7 +72,8 @@ impl Weights {
         Self::open(&[file.to_path_buf()], file)
     }
 
-    /// Opens a file of weights of either kind: PyTorch's checkpoints end in .pt, .pth or .bin. The
+    /// Opens a file of weights of either kind: PyTorch's checkpoints end in .pt, .pth, .bin or
+    /// .ckpt. The
     /// names begin below `state_dict`, where the file has one.
     ///
     /// # Errors
@@ -76,10 +85,18 @@ impl Weights {
         let mut entries = BTreeMap::new();
         for tensor in checkpoint::open(file)? {
             let Some(dtype) = checkpoint::dtype(tensor.dtype()) else { continue };
-            let name = tensor.name.strip_prefix("state_dict.").unwrap_or(&tensor.name).to_string();
+            let name = tensor.name.clone();
             let (shape, range) = (tensor.shape().to_vec(), 0..tensor.byte_len());
             let place = Place::Checkpoint(tensor);
             entries.insert(name, Entry { dtype, shape, place, range, transposed: false });
+        }
+        // An optimizer's state may lie beside it.
+        if entries.keys().any(|name| name.starts_with("state_dict.")) {
+            entries = below("state_dict.", entries);
+        }
+        // Training on several devices puts a prefix before every name.
+        if entries.keys().all(|name| name.starts_with("module.")) {
+            entries = below("module.", entries);
         }
         Ok(Self {
             files: Vec::new(),
@@ -113,7 +130,7 @@ impl Weights {
         let Some(entry) = self.entries.remove(name) else { return Ok(()) };
         let rows = entry.shape.first().copied().unwrap_or_default();
         ensure!(
-            rows.is_multiple_of(parts.len()) && !entry.transposed,
+            rows > 0 && rows.is_multiple_of(parts.len()) && !entry.transposed,
             "{}: tensor {name} has shape {:?}; its rows must be a multiple of {}",
             self.source.display(),
             entry.shape,
@@ -166,9 +183,10 @@ impl Weights {
         self.entries.keys().map(String::as_str)
     }
 
-    /// Values of all tensors.
-    pub fn elements(&self) -> usize {
-        self.entries.values().map(|e| e.shape.iter().product::<usize>()).sum()
+    /// Values of the tensors whose names are wanted.
+    pub fn elements(&self, wanted: impl Fn(&str) -> bool) -> usize {
+        let named = self.entries.iter().filter(|(name, _)| wanted(name));
+        named.map(|(_, e)| e.shape.iter().product::<usize>()).sum()
     }
 
     pub fn has(&self, name: &str) -> bool {
@@ -311,7 +329,8 @@ impl Weights {
             Place::Checkpoint(tensor) => {
                 let path = self.source.display();
                 let read = tensor.read().with_context(|| format!("{path}: cannot be read"))?;
-                Cow::Owned(read[range.clone()].to_vec())
+                let part = range.len() < read.len();
+                Cow::Owned(if part { read[range.clone()].to_vec() } else { read })
             }
         })
     }

@@ -55,7 +55,7 @@ impl TextConfig {
             layers: c.count("num_hidden_layers", 12)?,
             vocabulary: c.width("vocab_size", 30524)?,
             positions: c.width("max_position_embeddings", 512)?,
-            eps: c.float("layer_norm_eps", 1e-12)?,
+            eps: c.positive("layer_norm_eps", 1e-12)?,
             activation: c.activation("hidden_act", "gelu")?,
         })
     }
@@ -118,7 +118,7 @@ impl VisionTower {
             weights.source().display()
         );
         let (width, patch, tokens) = (kernel[0], kernel[2], positions[1]);
-        let inner = shape("blocks.0.mlp.fc1.weight")?[0];
+        let inner = shape("blocks.0.mlp.fc1.weight")?.first().copied().unwrap_or_default();
         let count = (0..).take_while(|i| root.has(&format!("blocks.{i}.norm1.weight"))).count();
         let layers = (0..count).map(|i| {
             let layer = root.at(format!("blocks.{i}"));
@@ -258,7 +258,13 @@ impl Blip {
         let json: Value = crate::io::read_json(&path)?;
         ensure!(json.is_object(), "{}: is not a JSON object", path.display());
         let config = TextConfig::of(&Config { path, json })?;
-        let tokenizer = Tokenizer::load_bert(&files.folder, TOKENS.min(config.positions))?;
+        ensure!(
+            config.positions >= TOKENS,
+            "{}: max_position_embeddings = {} holds less than the {TOKENS} tokens of a prompt",
+            files.folder.join("med_config.json").display(),
+            config.positions
+        );
+        let tokenizer = Tokenizer::load_bert(&files.folder, TOKENS)?;
         ensure!(
             tokenizer.entries() <= config.vocabulary,
             "{}: its vocabulary has {} entries, the text encoder {}; take bert-base-uncased's",
@@ -283,6 +289,12 @@ impl Blip {
     pub fn features(&self, images: &[RgbImage], texts: &[&str]) -> Result<Vec<Vec<f32>>> {
         let ids: Vec<Vec<u32>> =
             texts.iter().map(|t| self.tokenizer.encode(t)).collect::<Result<_>>()?;
+        ensure!(
+            ids.iter().flatten().all(|&i| (i as usize) < self.text.config.vocabulary),
+            "a token is outside the text encoder's vocabulary of {}; do tokenizer and weights \
+             belong together?",
+            self.text.config.vocabulary
+        );
         let mut pixels = Vec::new();
         for image in images {
             pixels.extend(self.preparation.apply(image)?);

@@ -1,13 +1,12 @@
 //! Pictures for the vision towers of reward models: read, resized, cropped and normalised, with the
 //! numbers of the Python libraries that the towers were trained with.
 
-use std::fs::File;
-use std::io::BufReader;
+use std::io::Cursor;
 use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
-use image::{DynamicImage, ImageReader, Rgb, RgbImage};
+use image::{DynamicImage, ImageFormat, ImageReader, Rgb, RgbImage};
 use serde_json::Value;
 
 use super::resize::{Axis, resize};
@@ -126,6 +125,7 @@ impl Preparation {
             false => ([0.0; 3], [1.0; 3]),
         };
         ensure!(std.iter().all(|&s| s > 0.0), fields.bad("image_std", "must be positive"));
+        ensure!(rescale > 0.0, fields.bad("rescale_factor", "must be positive"));
         Ok(Self { fit, size, crop, rescale, mean, std })
     }
 
@@ -262,6 +262,12 @@ impl Fields<'_> {
     }
 }
 
+/// Whether a JPEG's last scan ends: its decoder fills up what is missing with grey.
+fn ends(jpeg: &[u8]) -> bool {
+    let last = |marker: u8| jpeg.windows(2).rposition(|bytes| bytes == [0xff, marker]);
+    last(0xd9) > last(0xda)
+}
+
 /// Reads a PNG or a JPEG, which it is by its content and not by its name, as 8-bit RGB.
 ///
 /// Grey becomes grey RGB, 16 bits become 8, and what is transparent shows white behind it. A
@@ -272,8 +278,12 @@ impl Fields<'_> {
 /// MiB); names the file.
 pub fn open_rgb(path: &Path) -> Result<RgbImage> {
     let read = || -> Result<DynamicImage> {
-        let file = BufReader::new(File::open(path)?);
-        Ok(ImageReader::new(file).with_guessed_format()?.decode()?)
+        ensure!(path.is_file(), "it is no regular file");
+        let bytes = std::fs::read(path)?;
+        let reader = ImageReader::new(Cursor::new(&bytes)).with_guessed_format()?;
+        let cut = reader.format() == Some(ImageFormat::Jpeg) && !ends(&bytes);
+        ensure!(!cut, "its end is missing; copy or download it again");
+        Ok(reader.decode()?)
     };
     let failed = || format!("{}: is not a PNG or JPEG picture that can be read", path.display());
     let picture = read().with_context(failed)?;

@@ -152,7 +152,7 @@ fn normalised(
     rewards.iter().zip(prompts).map(|(&r, p)| advantage(r, p)).collect()
 }
 
-/// Deviations of the rewards within each group, one group after the other by name.
+/// Deviations of the rewards within each group of more than one image.
 pub fn group_deviations(rewards: &[f64], prompts: &[&str]) -> Vec<f64> {
     let mut groups: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
     for (r, p) in rewards.iter().zip(prompts) {
@@ -162,5 +162,5 @@ pub fn group_deviations(rewards: &[f64], prompts: &[&str]) -> Vec<f64> {
         (mean, std) if std <= 1e-12 * mean.abs() => 0.0,
         (_, std) => std,
     };
-    groups.values().map(deviation).collect()
+    groups.values().filter(|values| values.len() > 1).map(deviation).collect()
 }

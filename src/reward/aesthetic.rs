@@ -18,6 +18,7 @@ pub struct Aesthetic {
     clip: Clip,
     head: Head,
     compute: Compute,
+    name: String,
 }
 
 impl Aesthetic {
@@ -44,13 +45,14 @@ impl Aesthetic {
             given(),
             head.layers[0].inputs
         );
-        Ok(Self { clip, head, compute: opening.compute.clone() })
+        Ok(Self { clip, head, compute: opening.compute.clone(), name: given() })
     }
 }
 
 impl Reward for Aesthetic {
     fn score(&mut self, images: &[RgbImage], _prompts: &[&Prompt]) -> Result<Vec<f64>> {
-        let features = image_features(&self.clip, &self.compute, images)?;
+        let features = image_features(&self.clip, &self.compute, images);
+        let features = features.with_context(|| self.name.clone())?;
         Ok(features.iter().map(|f| self.head.forward(f)).collect())
     }
 }
@@ -94,16 +96,19 @@ impl Head {
         places.sort_unstable();
         if places.is_empty() {
             places.push((0, prefix.to_string()));
+        } else {
+            let both = weights.has(&format!("{prefix}weight"));
+            ensure!(!both, "{path}: holds both a linear head and an MLP");
         }
         let mut layers: Vec<Layer> = Vec::new();
         for (_, place) in &places {
             let weight = weights.f32(&format!("{place}weight"))?;
             let bias = weights.f32(&format!("{place}bias"))?;
             let fits = weight.shape.len() == 2 && weight.shape[..1] == bias.shape[..];
-            let before =
-                layers.last().map_or(weight.shape[weight.shape.len().min(2) - 1], |l| l.bias.len());
+            let inputs = weight.shape.get(1).copied().unwrap_or_default();
+            let before = layers.last().map_or(inputs, |l| l.bias.len());
             ensure!(
-                fits && weight.shape[1] == before && before > 0,
+                fits && inputs == before && before > 0,
                 "{path}: tensor {place}weight has shape {:?} and the bias {:?}, which do not \
                  follow the layer before",
                 weight.shape,

@@ -35,6 +35,7 @@ pub struct DualEncoder {
     factor: f64,
     compute: Compute,
     texts: HashMap<String, Vec<f32>>,
+    name: String,
 }
 
 impl DualEncoder {
@@ -58,7 +59,9 @@ impl DualEncoder {
             let size = clip.vision.config.size;
             clip.preparation = Preparation { mean, std, ..Preparation::clip(Fit::Hps, size) };
         }
-        Ok(Self { clip, factor, compute: opening.compute.clone(), texts: HashMap::new() })
+        let name = format!("--reward {}", opening.spec);
+        let compute = opening.compute.clone();
+        Ok(Self { clip, factor, compute, texts: HashMap::new(), name })
     }
 }
 
@@ -84,10 +87,12 @@ impl Reward for DualEncoder {
         new.dedup();
         new.retain(|text| !self.texts.contains_key(*text));
         for texts in new.chunks(PICTURES_AT_ONCE) {
-            let features = self.clip.text_features(texts)?;
+            let features = self.clip.text_features(texts);
+            let features = features.with_context(|| self.name.clone())?;
             self.texts.extend(texts.iter().map(|t| t.to_string()).zip(features));
         }
-        let features = image_features(&self.clip, &self.compute, images)?;
+        let features = image_features(&self.clip, &self.compute, images);
+        let features = features.with_context(|| self.name.clone())?;
         let score = |(image, prompt): (&Vec<f32>, &&Prompt)| {
             self.factor * cosine(image, &self.texts[&prompt.text])
         };

@@ -5,7 +5,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, ChildStdin, ExitStatus, Stdio};
 use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
@@ -19,6 +19,9 @@ use crate::stop;
 const LOOK: Duration = Duration::from_millis(100);
 /// How long a program may take to end after its end of input.
 const GRACE: Duration = Duration::from_secs(5);
+
+/// Answers that wait to be read at most: a program that writes without end is held back.
+const ANSWERS: usize = 1024;
 
 /// A running reward program.
 pub struct Command {
@@ -44,7 +47,7 @@ impl Command {
             .with_context(|| format!("--reward command:{program}: cannot be started"))?;
         let stdin = child.stdin.take();
         let stdout = BufReader::new(child.stdout.take().expect("stdout is piped"));
-        let (send, answers) = channel();
+        let (send, answers) = sync_channel(ANSWERS);
         // Ends with the program's output, or when nobody listens any more.
         std::thread::spawn(move || {
             stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line))
@@ -198,7 +201,7 @@ mod tests {
         let endless =
             if cfg!(windows) { "ping -n 600 127.0.0.1" } else { "sleep 600 & echo started; wait" };
         let mut command = Command::start(endless).unwrap();
-        let answers = std::mem::replace(&mut command.answers, Mutex::new(channel().1));
+        let answers = std::mem::replace(&mut command.answers, Mutex::new(sync_channel(1).1));
         let answers = answers.into_inner().unwrap();
         answers.recv_timeout(Duration::from_secs(60)).unwrap();
         drop(command);

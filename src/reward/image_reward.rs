@@ -19,11 +19,15 @@ use crate::model::clip::files::Files;
 const MEAN: f64 = 0.16717;
 const DEVIATION: f64 = 1.03340;
 
+/// What its checkpoint is called; BERT's may lie beside it.
+pub const FILE: &str = "ImageReward.pt";
+
 /// The network with its head.
 pub struct ImageReward {
     blip: Blip,
     head: Head,
     compute: Compute,
+    name: String,
 }
 
 impl ImageReward {
@@ -34,7 +38,7 @@ impl ImageReward {
     pub fn open(opening: &Opening) -> Result<Self> {
         let path = Path::new(opening.needs("PATH")?);
         let load = || {
-            let mut files = Files::open(path)?;
+            let mut files = Files::open(path, &[FILE])?;
             let head = Head::of(&files.weights, "mlp.")?;
             let (device, storage) = (&opening.compute.burn, opening.storage());
             let blip = Blip::load(&mut files, device, storage)?;
@@ -45,7 +49,8 @@ impl ImageReward {
                  gives {own}",
                 files.weights.source().display()
             );
-            Ok(Self { blip, head, compute: opening.compute.clone() })
+            let name = format!("--reward {}", opening.spec);
+            Ok(Self { blip, head, compute: opening.compute.clone(), name })
         };
         load().with_context(|| format!("--reward {}", opening.spec))
     }
@@ -58,7 +63,8 @@ impl Reward for ImageReward {
         let features = in_order::map(&self.compute, &batches, |(images, prompts)| {
             let texts: Vec<&str> = prompts.iter().map(|p| p.text.as_str()).collect();
             self.blip.features(images, &texts)
-        })?;
+        });
+        let features = features.with_context(|| self.name.clone())?;
         let score = |feature: &Vec<f32>| (self.head.forward(feature) - MEAN) / DEVIATION;
         Ok(features.concat().iter().map(score).collect())
     }

@@ -2,7 +2,7 @@
 //! and others serve it. It is asked one question about each picture. A key in the environment
 //! variable `PCPO_JUDGE_API_KEY` is sent as `Authorization: Bearer KEY`.
 
-use anyhow::{Result, anyhow, ensure};
+use anyhow::{Result, anyhow, bail, ensure};
 use image::RgbImage;
 use serde_json::{Value, json};
 
@@ -71,7 +71,7 @@ impl Reward for Judge {
             let mut body = json!({
                 "model": self.model,
                 "messages": [{ "role": "user", "content": [
-                    { "type": "text", "text": fill(&self.question, prompt) },
+                    { "type": "text", "text": fill(&self.question, prompt)? },
                     { "type": "image_url", "image_url": { "url": url } },
                 ]}],
                 "temperature": 0,
@@ -101,9 +101,12 @@ impl Reward for Judge {
 }
 
 /// The question about a picture: `{prompt}` becomes its prompt, `{NAME}` the field NAME of its
-/// metadata, as it is for a text and as JSON for the rest. Other braces stay; what is put in is
-/// not looked through again.
-fn fill(question: &str, prompt: &Prompt) -> String {
+/// metadata, as it is for a text and as JSON for the rest. Braces around anything but a name stay;
+/// what is put in is not looked through again.
+///
+/// # Errors
+/// When the metadata has no such field.
+fn fill(question: &str, prompt: &Prompt) -> Result<String> {
     let (mut filled, mut rest) = (String::new(), question);
     while let Some(open) = rest.find('{') {
         filled += &rest[..open];
@@ -121,13 +124,24 @@ fn fill(question: &str, prompt: &Prompt) -> String {
                 filled += &value;
                 rest = &rest[name.len() + 2..];
             }
+            (Some(name), None) if is_name(name) => bail!(
+                "--judge-question: {{{name}}} stands for a field of the prompt's metadata, which \
+                 {:?} has not; add it to the prompts' file, or leave it out",
+                prompt.text
+            ),
             _ => {
                 filled.push('{');
                 rest = &rest[1..];
             }
         }
     }
-    filled + rest
+    Ok(filled + rest)
+}
+
+/// Whether what stands in braces is a name: letters, digits and underscores.
+fn is_name(text: &str) -> bool {
+    let may = |c: char| c.is_alphanumeric() || c == '_' || c == '-';
+    text.starts_with(|c: char| c.is_alphabetic() || c == '_') && text.chars().all(may)
 }
 
 /// The first of the answer's choices.
@@ -250,11 +264,13 @@ mod tests {
             ("no braces", "no braces"),
             ("{prompt}!", "{count} cats!"),
             ("{text} {count} {of}", "a {prompt} 3 [\"x\",1]"),
-            ("{unknown} {", "{unknown} {"),
+            ("{\"score\": 1} {", "{\"score\": 1} {"),
             ("{ {prompt} } {}", "{ {count} cats } {}"),
             ("ü{{count}}ü", "ü{3}ü"),
         ] {
-            assert_eq!(fill(question, &prompt), right);
+            assert_eq!(fill(question, &prompt).unwrap(), right);
         }
+        let error = fill("is {unknown} there?", &prompt).unwrap_err().to_string();
+        assert!(error.contains("{unknown}") && error.contains("cats"), "{error}");
     }
 }

@@ -35,10 +35,22 @@ pub struct Named {
     pub name: &'static str,
     /// What stands behind the colon, for people.
     pub argument: Option<&'static str>,
-    /// The file or folder of its model in its argument, where it has one.
-    model: Option<fn(&str) -> &str>,
+    /// Its model, where it has one.
+    model: Option<Model>,
     /// Makes it.
     open: fn(&Opening) -> Result<Box<dyn Reward>>,
+}
+
+/// What the memory estimate has to know of a reward's model.
+struct Model {
+    /// Its file or folder in the reward's argument.
+    path: fn(&str) -> &str,
+    /// Whether only the image encoder is loaded.
+    vision_only: bool,
+}
+
+impl Model {
+    const WHOLE: Self = Self { path: |path| path, vision_only: false };
 }
 
 /// What `--reward` can name; help texts and errors list it from here.
@@ -70,31 +82,34 @@ pub const REWARDS: [Named; 12] = [
     Named {
         name: "clip-score",
         argument: Some("PATH"),
-        model: Some(|path| path),
+        model: Some(Model::WHOLE),
         open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Cosine)?)),
     },
     Named {
         name: "pick-score",
         argument: Some("PATH"),
-        model: Some(|path| path),
+        model: Some(Model::WHOLE),
         open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Logit)?)),
     },
     Named {
         name: "hps-v2.1",
         argument: Some("PATH"),
-        model: Some(|path| path),
+        model: Some(Model::WHOLE),
         open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Hps)?)),
     },
     Named {
         name: "aesthetic",
         argument: Some("CLIP,HEAD"),
-        model: Some(|both| both.rsplit_once(',').map_or(both, |(clip, _)| clip)),
+        model: Some(Model {
+            path: |both| both.rsplit_once(',').map_or(both, |(clip, _)| clip),
+            vision_only: true,
+        }),
         open: |o| Ok(Box::new(aesthetic::Aesthetic::open(o)?)),
     },
     Named {
         name: "image-reward",
         argument: Some("PATH"),
-        model: Some(|path| path),
+        model: Some(Model::WHOLE),
         open: |o| Ok(Box::new(image_reward::ImageReward::open(o)?)),
     },
     Named {
@@ -138,7 +153,8 @@ pub fn find<'a>(flag: &str, spec: &'a str) -> Result<(&'static Named, &'a str)> 
         None => (spec, None),
     };
     let found = REWARDS.iter().find(|r| r.name == name);
-    let named = found.ok_or_else(|| anyhow!("{flag} {spec}: unknown; {} are there", list()))?;
+    let named = found
+        .ok_or_else(|| anyhow!("{flag} {}: unknown; {} are there", address::shown(spec), list()))?;
     ensure!(
         argument.is_none() || named.argument.is_some(),
         "{flag} {spec}: {name} takes nothing behind a colon; write {flag} {name}"
@@ -155,14 +171,15 @@ pub fn open(spec: &str, context: &RewardContext) -> Result<Box<dyn Reward>> {
     (named.open)(&Opening::new(spec, argument, context))
 }
 
-/// Values of the weights of a reward's model, where it has one; 0 for a reward of one's own.
+/// Values of the weights of a reward's model that are loaded; 0 where it has none.
 ///
 /// # Errors
 /// When its files cannot be opened.
-pub fn model_size(spec: &str) -> Result<usize> {
-    let Ok((Named { model: Some(path), .. }, argument)) = find("--reward", spec) else {
-        return Ok(0);
-    };
-    let files = Files::open(Path::new(path(argument)));
-    Ok(files.with_context(|| format!("--reward {spec}"))?.weights.elements())
+pub fn model_size(spec: &RewardSpec) -> Result<usize> {
+    let (named, argument) = find(spec.flag, &spec.reward)?;
+    let Some(model) = &named.model else { return Ok(0) };
+    let files = Files::open(Path::new((model.path)(argument)), &[image_reward::FILE]);
+    let weights = files.with_context(|| format!("{} {}", spec.flag, spec.shown))?.weights;
+    // `vision_model`, `visual_projection` and `visual`.
+    Ok(weights.elements(|name| !model.vision_only || name.starts_with("vis")))
 }

@@ -30,11 +30,13 @@ impl Prompt {
         if !is_json(line) {
             return Ok(Self::plain(line));
         }
-        let bad = || format!("{line:?} begins like a JSON object and is none");
+        let short: String = line.chars().take(100).collect();
+        let line = line.trim();
+        let bad = || format!("{short:?} begins like a JSON object and is none");
         let mut metadata: Map<String, Value> = serde_json::from_str(line).with_context(bad)?;
         let text = metadata.remove("prompt");
-        let text = text.ok_or_else(|| anyhow!("{line:?} has no field \"prompt\""))?;
-        ensure!(text.is_string(), "{line:?}: its field \"prompt\" is {text}, not a text");
+        let text = text.ok_or_else(|| anyhow!("{short:?} has no field \"prompt\""))?;
+        ensure!(text.is_string(), "{short:?}: its field \"prompt\" is {text}, not a text");
         Ok(Self { text: text.as_str().unwrap_or_default().to_string(), metadata })
     }
 }

@@ -60,10 +60,11 @@ impl Default for RemoteOptions {
 }
 
 /// How a judge's answer becomes a score.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum JudgeAnswer {
     /// The first number in the text of the answer.
+    #[default]
     Number,
     /// The probability that the answer begins with "yes".
     Yes,
@@ -365,6 +366,8 @@ pub fn words(error: &Value) -> Option<String> {
             let inner = fields.get("message").or_else(|| fields.get("error"));
             inner.and_then(words).or_else(|| Some(clip(&error.to_string())))
         }
+        Value::Bool(false) => None,
+        Value::Number(code) if code.as_f64() == Some(0.0) => None,
         Value::Bool(_) | Value::Number(_) | Value::Array(_) => Some(clip(&error.to_string())),
     }
 }
@@ -374,10 +377,11 @@ pub fn quote(text: &str) -> String {
     format!("{:?}", clip(text.trim()))
 }
 
-/// The beginning of a text that may be long.
+/// The beginning of a text that may be long, on one line.
 pub fn clip(text: &str) -> String {
+    let text: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     match text.char_indices().nth(QUOTE) {
         Some((end, _)) => format!("{}...", &text[..end]),
-        None => text.into(),
+        None => text,
     }
 }

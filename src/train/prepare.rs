@@ -52,9 +52,7 @@ pub(crate) fn prepare<'a>(
     let s = &job.settings;
     s.check()?;
     let folder = if job.resume { RunFolder::resume(&job.out)? } else { RunFolder::new(&job.out)? };
-    if reward.is_none() {
-        Rewards::check(s)?;
-    }
+    Rewards::check(s)?;
     let compute = device::open(&s.device)?;
     observer.on(Event::Device(&compute.name));
     let found = shapes(s, adapter_file(job).as_deref())?;
@@ -215,7 +213,7 @@ fn summary(
     steps: StepCounts,
 ) -> Vec<String> {
     let batch = rows_at_a_time(compute.threads(), s.images_per_update(), s.batch);
-    let given: Vec<&str> = s.reward.iter().map(|r| r.given.as_str()).collect();
+    let given: Vec<&str> = s.reward.iter().map(|r| r.shown.as_str()).collect();
     vec![
         format!(
             "model: {}, LoRA of rank {} on {} layers, {} values",

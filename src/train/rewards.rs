@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use image::RgbImage;
 
 use super::checkpoint::RunState;
@@ -33,14 +33,13 @@ struct Column {
 }
 
 impl Rewards {
-    /// Checks the names of all rewards, before anything is opened.
+    /// Checks the names of all rewards but one's own, before anything is opened.
     ///
     /// # Errors
     /// Names the flag and the value that is unknown.
     pub fn check(s: &Settings) -> Result<()> {
-        let flags = s.reward.iter().map(|r| ("--reward", r));
-        let mut all = flags.chain(s.watch.iter().map(|r| ("--watch", r)));
-        all.try_for_each(|(flag, spec)| reward::find(flag, &spec.reward).map(drop))
+        let mut named = s.rewards().filter(|r| !r.own);
+        named.try_for_each(|spec| reward::find(spec.flag, &spec.reward).map(drop))
     }
 
     /// Opens the rewards of the settings on their device: the training's, or one of their own.
@@ -51,7 +50,7 @@ impl Rewards {
     pub fn open(s: &Settings, own: Option<Box<dyn Reward>>, compute: &Compute) -> Result<Self> {
         let mut context =
             RewardContext { compute: compute.clone(), storage: s.storage, remote: s.remote() };
-        if let Some(name) = s.reward_device.as_ref().filter(|name| **name != s.device) {
+        if let Some(name) = s.own_reward_device() {
             let opened = device::open(name);
             context.compute = opened.map_err(|e| e.context("--reward-device"))?;
         }
@@ -69,7 +68,8 @@ impl Rewards {
             None => s.reward.iter().map(|spec| scorer(spec, true)).collect::<Result<_>>()?,
         };
         for spec in &s.watch {
-            all.push(scorer(spec, false)?);
+            let opened = scorer(spec, false);
+            all.push(opened.with_context(|| format!("--watch {}", spec.shown))?);
         }
         Ok(Self(all))
     }
@@ -83,10 +83,22 @@ impl Rewards {
         let prompts: Vec<&Prompt> = prompts.iter().collect();
         let column = |scorer: &mut Scorer| {
             let Scorer { spec, trained, reward } = scorer;
-            let scores = reward::score(&mut **reward, &spec.reward, images, &prompts)?;
+            let scores = reward::score(&mut **reward, &spec.shown, images, &prompts)?;
             Ok(Column { spec: spec.clone(), trained: *trained, scores })
         };
-        Ok(Scores(self.0.iter_mut().map(column).collect::<Result<_>>()?))
+        let scores = Scores(self.0.iter_mut().map(column).collect::<Result<_>>()?);
+        // Their squares are added up as well: what overflows there would be recorded as null.
+        for Column { spec, scores, .. } in &scores.0 {
+            let squares: f64 = scores.iter().map(|v| (spec.weight * v).powi(2) + v.powi(2)).sum();
+            ensure!(
+                squares.is_finite(),
+                "the reward {} gave numbers so large that they cannot be added up, the first {:e}; \
+                 use a smaller weight, or scale its scores",
+                spec.shown,
+                scores.first().copied().unwrap_or_default()
+            );
+        }
+        Ok(scores)
     }
 }
 
@@ -120,7 +132,7 @@ impl Scores {
         let told: Vec<String> = self
             .trained()
             .filter(is_flat)
-            .map(|c| format!("the reward {} {flat}", c.spec.given))
+            .map(|c| format!("the reward {} {flat}", c.spec.shown))
             .collect();
         if told.is_empty() && advantages.iter().all(|a| *a == 0.0) {
             let what = if s.reward.len() > 1 { "the sum of the rewards" } else { "the reward" };
@@ -139,12 +151,12 @@ impl Scores {
     /// The mean of each reward by its name.
     pub fn means(&self) -> BTreeMap<String, f64> {
         let mean = |c: &Column| c.scores.iter().sum::<f64>() / c.scores.len().max(1) as f64;
-        self.0.iter().map(|c| (c.spec.given.clone(), mean(c))).collect()
+        self.0.iter().map(|c| (c.spec.shown.clone(), mean(c))).collect()
     }
 
     /// What each reward gave by its name; `prompts[i]` is the prompt of image i.
     pub fn records(&self, prompts: &[&str]) -> BTreeMap<String, ScoreRecord> {
-        let record = |c: &Column| (c.spec.given.clone(), ScoreRecord::new(&c.scores, prompts));
+        let record = |c: &Column| (c.spec.shown.clone(), ScoreRecord::new(&c.scores, prompts));
         self.0.iter().map(record).collect()
     }
 }

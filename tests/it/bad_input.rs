@@ -288,6 +288,10 @@ fn rewards() {
     refused(&["--watch", "beauty"], &["--watch beauty"]);
     refused(&["--reward", "inf*color:blue"], &["inf*color:blue"]);
     refused(&["--reward-device", "no such gpu"], &["--reward-device", "no such gpu"]);
+    refused(&["--reward", "1e308*color:blue"], &["1e308*color:blue", "smaller weight"]);
+    refused(&["--watch", "0.5*symmetry"], &["--watch 0.5*symmetry", "weight"]);
+    refused(&["--watch", "clip-score:no/such"], &["--watch clip-score:no/such"]);
+    refused(&["--judge-question", "good?"], &["--judge-question", "judge:"]);
     refused(&["--reward-timeout", "0"], &["--reward-timeout 0"]);
     refused(&["--reward-timeout", "nan"], &["--reward-timeout"]);
     refused(&["--reward", "http://127.0.0.1:9/score"], &["127.0.0.1:9", "reached"]);

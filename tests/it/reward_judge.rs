@@ -87,7 +87,7 @@ fn a_judge_is_asked_the_question_about_each_picture() {
         Reply::Ok(json!({ "choices": [{ "message": message }] }).to_string())
     });
     let options = RemoteOptions {
-        judge_question: Some("Are {count} cats in \"{prompt}\"? {unknown} {tags}".into()),
+        judge_question: Some("Are {count} cats in \"{prompt}\"? { } {tags}".into()),
         ..RemoteOptions::default()
     };
     let (images, _) = pictures(6);
@@ -97,7 +97,7 @@ fn a_judge_is_asked_the_question_about_each_picture() {
     let scores = judge.score(&images, &prompts.iter().collect::<Vec<_>>()).unwrap();
     assert_eq!(scores, [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]);
     let requests = server.requests();
-    let of = |i: &usize| format!("Are {i} cats in \"p {{count}}\"? {{unknown}} [\"a\"]");
+    let of = |i: &usize| format!("Are {i} cats in \"p {{count}}\"? {{ }} [\"a\"]");
     let text = |r: &Request| r.body["messages"][0]["content"][0]["text"].clone();
     (0..6).for_each(|i| assert!(requests.iter().any(|r| text(r) == of(&i)), "{i}"));
     let request = requests.iter().find(|r| text(r) == of(&4)).unwrap();

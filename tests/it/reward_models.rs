@@ -6,9 +6,13 @@ use std::path::PathBuf;
 
 use image::RgbImage;
 use pcpo_wgpu::device::Compute;
+use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::model::Storage;
+use pcpo_wgpu::model::clip::config::DualConfig;
+use pcpo_wgpu::model::clip::open_clip::Layout;
 use pcpo_wgpu::model::clip::{Clip, Towers};
+use pcpo_wgpu::model::nn::Activation;
 use pcpo_wgpu::model::picture::open_rgb;
 use pcpo_wgpu::model::text::tokenizer::Tokenizer;
 use pcpo_wgpu::reward::{self, Prompt, RemoteOptions, RewardContext};
@@ -133,7 +137,7 @@ fn tokens_are_those_of_transformers_and_open_clip() {
         let record = record(name);
         let tokenizer = match own {
             true => Tokenizer::load(&folder(name), 16).unwrap(),
-            false => Tokenizer::clip(77, 0).unwrap(),
+            false => Tokenizer::clip(77, 0, true).unwrap(),
         };
         for (prompt, expected) in texts(&record["prompts"]).iter().zip(rows(&record["tokens"])) {
             let found: Vec<f64> =
@@ -241,4 +245,54 @@ fn checkpoints_are_read_and_never_run() {
         }
     }
     assert!(!std::path::Path::new("hostile-was-run").exists());
+}
+
+/// Known shapes are read off the tensors: sizes, heads and activation.
+#[test]
+fn shapes_without_a_configuration() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("model.safetensors");
+    // Image encoder: width, patch, tokens, heads; text encoder: width, heads; picture.
+    for (vision, text, side, openai) in [
+        ([768, 32, 50, 12], [512, 8], 224, true),
+        ([768, 16, 197, 12], [512, 8], 224, true),
+        ([1024, 14, 257, 16], [768, 12], 224, true),
+        ([1024, 14, 577, 16], [768, 12], 336, true),
+        ([1280, 14, 257, 16], [1024, 16], 224, false),
+        ([1664, 14, 257, 16], [1280, 20], 224, false),
+    ] {
+        let [width, patch, tokens, heads] = vision;
+        let named = |name: &str, shape: &[usize]| {
+            HostTensor::new(name, shape, vec![0.0; shape.iter().product()])
+        };
+        // Only first dimensions count where the second says nothing new.
+        let tensors = [
+            named("vision_model.embeddings.patch_embedding.weight", &[width, 1, patch, 1]),
+            named("vision_model.embeddings.position_embedding.weight", &[tokens, 1]),
+            named("visual_projection.weight", &[512, 1]),
+            named("vision_model.encoder.layers.0.layer_norm1.weight", &[1]),
+            named("vision_model.encoder.layers.1.layer_norm1.weight", &[1]),
+            named("vision_model.encoder.layers.0.mlp.fc1.weight", &[4 * width, 1]),
+            named("text_model.final_layer_norm.weight", &[1]),
+            named("text_model.embeddings.token_embedding.weight", &[2, text[0]]),
+            named("text_model.embeddings.position_embedding.weight", &[77, 1]),
+            named("text_model.encoder.layers.0.layer_norm1.weight", &[1]),
+            named("text_model.encoder.layers.0.mlp.fc1.weight", &[4 * text[0], 1]),
+        ];
+        write_tensors(&file, &tensors, &[]).unwrap();
+        let weights = Weights::open_file(&file).unwrap();
+        for (layout, quick) in [
+            (Layout::Transformers, openai),
+            (Layout::OpenClip { openai: true }, true),
+            (Layout::OpenClip { openai: false }, false),
+        ] {
+            let found = DualConfig::read(dir.path(), &weights, layout).unwrap();
+            let (v, t) = (found.vision, found.text.unwrap());
+            assert_eq!((v.heads, v.size, v.patch, v.layers), (heads, side, patch, 2));
+            assert_eq!((v.inner, v.projection), (4 * width, 512));
+            assert_eq!((t.width, t.heads, t.max_tokens, t.layers), (text[0], text[1], 77, 1));
+            let own = if quick { Activation::QuickGelu } else { Activation::Gelu };
+            assert_eq!((v.activation, t.activation), (own, own), "{layout:?} {width}");
+        }
+    }
 }

@@ -59,7 +59,7 @@ fn one_line_a_picture_and_metadata_reach_the_reward() {
     let dir = tempfile::tempdir().unwrap();
     let [blue, yellow] = pictures(dir.path());
     let prompts = dir.path().join("prompts.jsonl");
-    let lines = "plain {a|b}\n{\"prompt\": \"a sign\", \"text\": \"STOP\"}\n";
+    let lines = "\u{feff}plain {a|b}\n{\"prompt\": \"a sign\", \"text\": \"STOP\"}\n";
     std::fs::write(&prompts, lines).unwrap();
     let seen = dir.path().join("seen");
     let reward = for_every_line(
@@ -79,6 +79,20 @@ fn one_line_a_picture_and_metadata_reach_the_reward() {
     );
 }
 
+/// A copy of a golden folder in which a field of a configuration has another number.
+fn copy(dir: &std::path::Path, name: &str, file: &str, field: &str, number: &str) -> String {
+    let to = dir.join(name);
+    std::fs::create_dir(&to).unwrap();
+    for entry in std::fs::read_dir(golden("reward").join(name)).unwrap().flatten() {
+        std::fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+    let text = std::fs::read_to_string(to.join(file)).unwrap();
+    assert!(text.contains(field), "{text}");
+    let (key, _) = field.split_once(':').unwrap();
+    std::fs::write(to.join(file), text.replace(field, &format!("{key}: {number}"))).unwrap();
+    to.to_str().unwrap().to_string()
+}
+
 #[test]
 fn what_cannot_be_scored() {
     let dir = tempfile::tempdir().unwrap();
@@ -88,6 +102,10 @@ fn what_cannot_be_scored() {
     with(&[&blue], &["--prompt"]);
     with(&["--prompt", "a", "no-such.png"], &["no-such.png"]);
     with(&["--prompt", "a", "README.md"], &["README.md"]);
+    let photo = std::fs::read(golden("reward/pictures/g-photo-640x480.jpg")).unwrap();
+    let cut = dir.path().join("cut.jpg");
+    std::fs::write(&cut, &photo[..photo.len() / 2]).unwrap();
+    with(&["--prompt", "a", cut.to_str().unwrap()], &["cut.jpg", "end"]);
     with(&["--prompt", "a"], &["IMAGE"]);
     with(&["--reward", "color:blue", "--prompt", "a", &blue], &["color:blue", "twice"]);
     with(&["--prompt", "{\"text\": 1}", &blue], &["prompt"]);
@@ -114,6 +132,10 @@ fn what_cannot_be_scored() {
     let plain = golden("reward/pickles/plain.pt");
     of(&format!("clip-score:{}", plain.display()), &["plain.pt"]);
     of("image-reward:models/emoji-clip", &["models/emoji-clip"]);
+    let layers = copy(dir.path(), "clip", "config.json", "\"num_hidden_layers\": 2", "1");
+    of(&format!("clip-score:{layers}"), &["more layers"]);
+    let patch = copy(dir.path(), "open_clip", "open_clip_config.json", "\"patch_size\": 16", "0");
+    of(&format!("clip-score:{patch}"), &["open_clip_config.json", "patch_size"]);
     of("http:http://127.0.0.1:9/", &["127.0.0.1:9", "reached"]);
     of("http://127.0.0.1:9/", &["127.0.0.1:9", "reached"]);
     of("http:ftp://127.0.0.1/", &["ftp"]);

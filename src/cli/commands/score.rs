@@ -20,13 +20,16 @@ pub struct ScoreArgs {
     /// Pictures: PNG or JPEG
     #[arg(value_name = "IMAGE", required = true)]
     images: Vec<PathBuf>,
-    /// Reward; can be repeated. A weight in front multiplies its scores
+    /// What pictures are scored by
     #[arg(
         long,
         value_name = "SPEC",
         required = true,
         allow_hyphen_values = true,
-        help = format!("Reward; can be repeated: {}", reward::list())
+        help = format!(
+            "Reward; can be repeated; a weight in front multiplies its scores: {}",
+            reward::list()
+        )
     )]
     reward: Vec<String>,
     /// One prompt for all pictures

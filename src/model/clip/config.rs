@@ -6,6 +6,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
+use super::open_clip::Layout;
 use super::vision::VisionConfig;
 use crate::io::weights::Weights;
 use crate::model::config::Config;
@@ -27,20 +28,29 @@ pub struct DualConfig {
 const CLIP_END: u32 = 49407;
 
 impl DualConfig {
-    /// Of the files beside weights that have got transformers' names; `theirs` says whose names
-    /// they had, `openai` whether the file is one of OpenAI's own.
+    /// Of the files beside weights that have got transformers' names; `layout` is what they had.
     ///
     /// # Errors
     /// Names the file and the field that is missing or not supported.
-    pub fn read(folder: &Path, weights: &Weights, theirs: bool, openai: bool) -> Result<Self> {
+    pub fn read(folder: &Path, weights: &Weights, layout: Layout) -> Result<Self> {
         let open_clip = folder.join("open_clip_config.json");
-        let own = folder.join("config.json");
-        match theirs {
-            true if open_clip.is_file() => of_open_clip(&open_clip),
-            true => of_tensors(weights, Rule::OpenClip { openai }),
-            false if own.is_file() => of_transformers(folder, weights),
-            false => of_tensors(weights, Rule::Transformers),
+        let found = match layout {
+            Layout::OpenClip { .. } if open_clip.is_file() => of_open_clip(&open_clip),
+            Layout::Transformers if folder.join("config.json").is_file() => {
+                of_transformers(folder, weights)
+            }
+            Layout::Transformers | Layout::OpenClip { .. } => of_tensors(weights, layout),
+        }?;
+        let text = found.text.as_ref().map(|t| ("text_model", t.layers));
+        for (tower, layers) in text.into_iter().chain([("vision_model", found.vision.layers)]) {
+            ensure!(
+                !weights.has(&format!("{tower}.encoder.layers.{layers}.layer_norm1.weight")),
+                "{}: has more layers in {tower} than the {layers} of the configuration beside it; \
+                 do they belong together?",
+                weights.source().display()
+            );
         }
+        Ok(found)
     }
 }
 
@@ -91,7 +101,7 @@ fn patches(c: &Config, field: &str, vision: VisionConfig) -> Result<VisionConfig
 fn of_transformers(folder: &Path, weights: &Weights) -> Result<DualConfig> {
     let c = Config::open(folder)?;
     let class = c.json["architectures"][0].as_str();
-    let known = ["CLIPModel", "CLIPVisionModelWithProjection", "CLIPModelWithProjection"];
+    let known = ["CLIPModel", "CLIPVisionModelWithProjection"];
     ensure!(
         class.is_none_or(|class| known.contains(&class)),
         c.bad("architectures", "is not supported; CLIPModel is")
@@ -110,7 +120,7 @@ fn of_transformers(folder: &Path, weights: &Weights) -> Result<DualConfig> {
         size: v.width("image_size", 224)?,
         patch: v.width("patch_size", 32)?,
         projection,
-        eps: v.float("layer_norm_eps", 1e-5)?,
+        eps: v.positive("layer_norm_eps", 1e-5)?,
         activation: v.activation("hidden_act", "quick_gelu")?,
     };
     let vision = patches(&v, "patch_size", vision)?;
@@ -128,19 +138,18 @@ fn of_transformers(folder: &Path, weights: &Weights) -> Result<DualConfig> {
 fn preparation(folder: &Path, size: usize) -> Result<Preparation> {
     let own = folder.join("preprocessor_config.json");
     let whole = folder.join("processor_config.json");
-    let found = if own.is_file() {
-        let c = read(&own)?;
-        Preparation::from_json(&c.path, &c.json)?
+    let c = if own.is_file() {
+        read(&own)?
     } else if whole.is_file() {
-        let c = part(&read(&whole)?, "image_processor")?;
-        Preparation::from_json(&c.path, &c.json)?
+        part(&read(&whole)?, "image_processor")?
     } else {
         return Ok(Preparation::clip(Fit::Transformers, size));
     };
+    let found = Preparation::from_json(&c.path, &c.json)?;
     ensure!(
         found.crop == size,
         "{}: crop_size = {}, but the model's image_size is {size}",
-        own.display(),
+        c.path.display(),
         found.crop
     );
     Ok(found)
@@ -160,6 +169,7 @@ fn of_open_clip(path: &Path) -> Result<DualConfig> {
         ("pool_type", json!("tok")),
         ("pos_embed_type", json!("learnable")),
         ("final_ln_after_pool", json!(false)),
+        ("input_patchnorm", json!(false)),
     ])?;
     t.only(&[
         ("hf_model_name", Value::Null),
@@ -169,7 +179,22 @@ fn of_open_clip(path: &Path) -> Result<DualConfig> {
         ("proj_type", json!("linear")),
         ("proj_bias", json!(false)),
         ("pool_type", json!("argmax")),
+        ("tokenizer_kwargs", Value::Null),
     ])?;
+    for tower in [&v, &t] {
+        tower.only(&[
+            ("norm_kwargs", Value::Null),
+            ("act_kwargs", Value::Null),
+            ("block_type", Value::Null),
+            ("attn_type", Value::Null),
+            ("qk_norm", json!(false)),
+            ("scaled_cosine_attn", json!(false)),
+            ("scale_heads", json!(false)),
+            ("scale_attn", json!(false)),
+            ("scale_attn_inner", json!(false)),
+            ("scale_fc", json!(false)),
+        ])?;
+    }
     ensure!(
         v.json["layers"].is_u64() && v.json["width"].is_u64(),
         v.bad("layers", "and width must be whole numbers: CLIP's image encoder is a ViT")
@@ -215,11 +240,24 @@ fn of_open_clip(path: &Path) -> Result<DualConfig> {
     let p = part(&c, "preprocess_cfg")?;
     p.only(&[
         ("interpolation", json!("bicubic")),
-        ("resize_mode", json!("shortest")),
         ("mode", json!("RGB")),
         ("fill_color", json!(0)),
     ])?;
-    let mut preparation = Preparation::clip(Fit::OpenClip, vision.size);
+    let fit = match p.text("resize_mode", "shortest")?.as_str() {
+        "shortest" => Fit::OpenClip,
+        "squash" => Fit::Stretch,
+        _ => bail!(p.bad("resize_mode", "is not supported; shortest and squash are")),
+    };
+    let side = match &p.json["size"] {
+        Value::Null => vision.size,
+        Value::Array(sides) if sides.len() == 2 && sides[0] == sides[1] => {
+            sides[0].as_u64().unwrap_or_default() as usize
+        }
+        one => one.as_u64().unwrap_or_default() as usize,
+    };
+    let what = format!("is not the model's image_size {}", vision.size);
+    ensure!(side == vision.size, p.bad("size", &what));
+    let mut preparation = Preparation::clip(fit, vision.size);
     for (field, into) in [("mean", &mut preparation.mean), ("std", &mut preparation.std)] {
         *into = three(&p, field, *into)?;
     }
@@ -238,18 +276,11 @@ fn three(c: &Config, field: &str, default: [f32; 3]) -> Result<[f32; 3]> {
     three.ok_or_else(|| c.bad(field, "is not a list of three numbers"))
 }
 
-/// How heads and activation are guessed where no configuration says them.
-#[derive(Clone, Copy, PartialEq)]
-enum Rule {
-    Transformers,
-    OpenClip { openai: bool },
-}
-
 /// Widths of the known image encoders with their heads: ViT-B, L, H and bigG.
 const KNOWN: [(usize, usize); 4] = [(768, 12), (1024, 16), (1280, 16), (1664, 16)];
 
 /// Read off the tensors. Of the known shapes ViT-B and ViT-L are OpenAI's in transformers' names.
-fn of_tensors(weights: &Weights, rule: Rule) -> Result<DualConfig> {
+fn of_tensors(weights: &Weights, layout: Layout) -> Result<DualConfig> {
     let source = weights.source().display();
     let shape = |name: &str, dims: usize| {
         let found = weights.shape(name).filter(|s| s.len() == dims && !s.contains(&0));
@@ -266,22 +297,24 @@ fn of_tensors(weights: &Weights, rule: Rule) -> Result<DualConfig> {
     };
     let kernel = shape("vision_model.embeddings.patch_embedding.weight", 4)?;
     let (width, patch) = (kernel[0], kernel[2]);
-    let tokens = shape("vision_model.embeddings.position_embedding.weight", 2)?[0] - 1;
+    let positions = shape("vision_model.embeddings.position_embedding.weight", 2)?[0];
+    ensure!(positions > 1, "{source}: an image encoder of {positions} tokens sees no picture");
+    let tokens = positions - 1;
     let projection = shape("visual_projection.weight", 2)?[0];
     let known = KNOWN.iter().find(|(w, _)| *w == width).map(|(_, heads)| *heads);
-    let heads = match (known, rule) {
+    let heads = match (known, layout) {
         (Some(heads), _) => heads,
         // ViT-H's rule.
-        (None, Rule::OpenClip { .. }) if width.is_multiple_of(80) => width / 80,
+        (None, Layout::OpenClip { .. }) if width.is_multiple_of(80) => width / 80,
         (None, _) => bail!(
             "{source}: an image encoder {width} wide is none of ViT-B, L, H and bigG; put its {} \
              beside it",
-            if rule == Rule::Transformers { "config.json" } else { "open_clip_config.json" }
+            if layout == Layout::Transformers { "config.json" } else { "open_clip_config.json" }
         ),
     };
-    let quick = match rule {
-        Rule::Transformers => width <= 1024,
-        Rule::OpenClip { openai } => openai,
+    let quick = match layout {
+        Layout::Transformers => width <= 1024,
+        Layout::OpenClip { openai } => openai,
     };
     let activation = if quick { Activation::QuickGelu } else { Activation::Gelu };
     let vision = VisionConfig {
@@ -300,8 +333,11 @@ fn of_tensors(weights: &Weights, rule: Rule) -> Result<DualConfig> {
         true => {
             let tokens = shape("text_model.embeddings.token_embedding.weight", 2)?;
             let (vocabulary, width) = (tokens[0], tokens[1]);
-            let theirs = format!("{source}: a text encoder {width} wide has no heads of 64");
-            ensure!(width.is_multiple_of(64), "{theirs}; put its configuration beside it");
+            ensure!(
+                width.is_multiple_of(64),
+                "{source}: a text encoder {width} wide has no heads of 64; put its configuration \
+                 beside it"
+            );
             Some(ClipConfig {
                 width,
                 heads: width / 64,
@@ -316,9 +352,9 @@ fn of_tensors(weights: &Weights, rule: Rule) -> Result<DualConfig> {
             })
         }
     };
-    let (fit, pad) = match rule {
-        Rule::Transformers => (Fit::Transformers, CLIP_END),
-        Rule::OpenClip { .. } => (Fit::OpenClip, 0),
+    let (fit, pad) = match layout {
+        Layout::Transformers => (Fit::Transformers, CLIP_END),
+        Layout::OpenClip { .. } => (Fit::OpenClip, 0),
     };
     let preparation = Preparation::clip(fit, vision.size);
     Ok(DualConfig { vision, text, preparation, pad })

@@ -1,10 +1,11 @@
-//! Which files a dual encoder is read from: a folder in transformers' or open_clip's layout, or a
+//! Which files a reward's model is read from: a folder in transformers' or open_clip's layout, or a
 //! weight file with its configuration beside it.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 
+use crate::io::checkpoint;
 use crate::io::weights::Weights;
 
 /// Names of a folder's weights, in the order in which they are tried.
@@ -25,35 +26,35 @@ pub struct Files {
 }
 
 impl Files {
-    /// Opens the weights that a path means: a file, or what a folder holds.
+    /// Opens the weights that a path means: a file, or what a folder holds, where `first` are the
+    /// names that are tried before those of CLIP's models.
     ///
     /// # Errors
     /// Names the path: there is no such thing, it holds no weights, or several that could be meant.
-    pub fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path, first: &[&str]) -> Result<Self> {
         ensure!(
             path.exists(),
             "{}: there is no such file or folder; give the folder of the model, or its weight file",
             path.display()
         );
         if path.is_dir() {
-            return Ok(Self { weights: of_folder(path)?, folder: path.to_path_buf() });
+            return Ok(Self { weights: of_folder(path, first)?, folder: path.to_path_buf() });
         }
         let above = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         Ok(Self { weights: Weights::open_any(path)?, folder: above.to_path_buf() })
     }
 }
 
-fn of_folder(dir: &Path) -> Result<Weights> {
-    if let Some(found) = NAMES.iter().map(|n| dir.join(n)).find(|f| f.is_file()) {
+fn of_folder(dir: &Path, first: &[&str]) -> Result<Weights> {
+    if let Some(found) = first.iter().chain(&NAMES).map(|n| dir.join(n)).find(|f| f.is_file()) {
         return Weights::open_any(&found);
     }
     if dir.join("model.safetensors.index.json").is_file() {
         return Weights::open_dir(dir);
     }
-    let ends = ["safetensors", "pt", "pth", "bin"];
     let is_weights = |f: &PathBuf| {
-        let end = f.extension().and_then(|e| e.to_str()).unwrap_or_default();
-        f.is_file() && ends.contains(&end)
+        let safe = f.extension().is_some_and(|end| end.eq_ignore_ascii_case("safetensors"));
+        f.is_file() && (safe || checkpoint::is_one(f))
     };
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten().map(|e| e.path());
     let mut found: Vec<PathBuf> = entries.filter(is_weights).collect();

@@ -14,6 +14,7 @@ use image::RgbImage;
 
 use self::config::DualConfig;
 use self::files::Files;
+use self::open_clip::Layout;
 use self::vision::Vision;
 use super::loader::{Loader, Storage};
 use super::picture::Preparation;
@@ -49,14 +50,14 @@ impl Clip {
     /// # Errors
     /// Names the file and the field or tensor that is missing, damaged or not supported.
     pub fn load(path: &Path, towers: Towers, device: &Device, storage: Storage) -> Result<Self> {
-        let Files { mut weights, folder } = Files::open(path)?;
-        let theirs = open_clip::is_layout(&weights);
-        let openai = open_clip::is_openai(&weights);
-        if theirs {
+        let Files { mut weights, folder } = Files::open(path, &[])?;
+        let layout = Layout::of(&weights);
+        let mend = layout != Layout::Transformers;
+        if mend {
             open_clip::as_transformers(&mut weights)?;
         }
         let DualConfig { vision, text, preparation, pad } =
-            DualConfig::read(&folder, &weights, theirs, openai)?;
+            DualConfig::read(&folder, &weights, layout)?;
         let loader = Loader::new(&weights, device, storage);
         let vision = Vision::load(&loader, vision)?;
         let text = match (towers, text) {
@@ -74,7 +75,7 @@ impl Clip {
                         folder.display(),
                         c.vocabulary
                     );
-                    Tokenizer::clip(c.max_tokens, pad)?
+                    Tokenizer::clip(c.max_tokens, pad, mend)?
                 };
                 ensure!(
                     weights.has("text_projection.weight"),
@@ -90,7 +91,13 @@ impl Clip {
         let scale = match weights.has("logit_scale") {
             true => {
                 let values = weights.f32("logit_scale")?.values;
-                values.first().map(|&v| f64::from(v).exp())
+                ensure!(
+                    values.len() == 1,
+                    "{}: tensor logit_scale holds {} numbers, not one",
+                    weights.source().display(),
+                    values.len()
+                );
+                Some(f64::from(values[0]).exp())
             }
             false => None,
         };
@@ -136,7 +143,7 @@ fn normalised(features: &Tensor<2>) -> Result<Vec<Vec<f32>>> {
         let norm = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
         ensure!(
             norm.is_finite() && norm > 0.0,
-            "a feature of the reward model is not finite or zero; are its weights damaged?"
+            "a feature is not finite or zero; are the weights or the picture preparation damaged?"
         );
         Ok(row.iter().map(|&v| (f64::from(v) / norm) as f32).collect())
     };

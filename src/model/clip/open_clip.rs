@@ -34,15 +34,24 @@ const PARTS: [(&str, &str); 5] = [
 /// The tensor that open_clip's weights have and transformers' have not.
 const OWN: &str = "visual.conv1.weight";
 
-/// Whether tensors have open_clip's names.
-pub fn is_layout(weights: &Weights) -> bool {
-    weights.has(OWN)
+/// Whose names a dual encoder's tensors have.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Layout {
+    Transformers,
+    /// OpenAI's own files keep their sizes as tensors; their activation is the quick gelu.
+    OpenClip {
+        openai: bool,
+    },
 }
 
-/// Whether the file is one of OpenAI's, whose activation is the quick gelu: they keep their sizes
-/// as tensors.
-pub fn is_openai(weights: &Weights) -> bool {
-    weights.has("input_resolution") || weights.has("context_length")
+impl Layout {
+    pub fn of(weights: &Weights) -> Self {
+        if !weights.has(OWN) {
+            return Self::Transformers;
+        }
+        let openai = weights.has("input_resolution") || weights.has("context_length");
+        Self::OpenClip { openai }
+    }
 }
 
 /// Gives tensors transformers' names: q, k and v apart, and projections as linear layers have them.

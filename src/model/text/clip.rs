@@ -66,7 +66,7 @@ impl ClipConfig {
             vocabulary: c.width("vocab_size", 49408)?,
             max_tokens: c.width("max_position_embeddings", 77)?,
             projection,
-            eps: c.float("layer_norm_eps", 1e-5)?,
+            eps: c.positive("layer_norm_eps", 1e-5)?,
             activation: c.activation("hidden_act", "quick_gelu")?,
             end: c.size("eos_token_id", 49407)? as u32,
         })

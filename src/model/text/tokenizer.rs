@@ -102,7 +102,8 @@ fn with_words(bpe: BpeBuilder) -> tokenizers::Result<tokenizers::Tokenizer> {
 }
 
 /// A text as open_clip mends it: curly quotes made straight, wide letters narrow, and HTML's names
-/// of letters replaced, twice. ftfy, which it uses, mends wrongly decoded text besides.
+/// of letters replaced, twice. ftfy, which it uses, mends wrongly decoded text besides, and Python
+/// knows some of HTML's names without their semicolon.
 fn mended(text: &str) -> String {
     let letter = |c: char| match c {
         '\u{2018}'..='\u{201b}' => '\'',
@@ -184,14 +185,16 @@ impl Tokenizer {
     }
 
     /// The tokenizer of CLIP's own vocabulary; rows are `length` tokens long and filled with `pad`.
+    /// `mend` takes curly quotes, wide letters and HTML's names out of texts first, as open_clip
+    /// does.
     ///
     /// # Errors
     /// When there is no room for a token.
-    pub fn clip(length: usize, pad: u32) -> Result<Self> {
+    pub fn clip(length: usize, pad: u32, mend: bool) -> Result<Self> {
         ensure!(length > 2, "the text encoder takes {length} tokens, too few for a word");
         let inner = clip_vocabulary()?;
         let end = CLIP_VOCABULARY as u32 - 1;
-        Ok(Self { inner, bos: Some(end - 1), eos: end, pad, length, mend: true })
+        Ok(Self { inner, bos: Some(end - 1), eos: end, pad, length, mend })
     }
 
     /// Loads T5's tokenizer; rows are `length` tokens long.

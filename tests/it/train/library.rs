@@ -45,7 +45,8 @@ fn an_own_reward_trains() {
     assert!(saved.contains("reward = \"brightness\""), "{saved}");
 }
 
-/// A reward that gives something else than a number for each picture.
+/// A reward that gives something else than a number for each picture. Its name is its own, whatever
+/// the program calls so.
 #[test]
 fn a_reward_that_gives_nonsense_is_an_error() {
     struct Nonsense(Vec<f64>);
@@ -57,9 +58,9 @@ fn a_reward_that_gives_nonsense_is_an_error() {
     let dir = tempfile::tempdir().unwrap();
     for (scores, words) in [(vec![1.0], "1 scores for 8 images"), (vec![f64::NAN; 8], "NaN")] {
         let out = dir.path().join(words);
-        let job = Job::new(settings(1), &out).with_reward("nonsense", Nonsense(scores));
+        let job = Job::new(settings(1), &out).with_reward("clip-score", Nonsense(scores));
         let error = format!("{:#}", train(job, &Silent).unwrap_err());
-        assert!(error.contains("nonsense") && error.contains(words), "{error}");
+        assert!(error.contains("clip-score") && error.contains(words), "{error}");
         assert!(!out.exists());
     }
 }
