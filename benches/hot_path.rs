@@ -1,6 +1,6 @@
 //! `cargo bench`: every operation of the hot path as shader, CPU reference and Burn tensor
 //! operations on one device, over sizes and batches, values checked before anything is timed; then
-//! one epoch of the default job by phase.
+//! one epoch of the blue job by phase.
 //!
 //! The shaders by name: ddim_step and flow_step with step_log_prob, log_ratio with
 //! log_ratio_finish, policy_objective, credit_reduce, philox_noise, with the preludes common,
@@ -128,11 +128,12 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// One epoch of the default job on the CPU device, split into its phases.
+/// One epoch of `models/emoji/blue.toml` on the CPU device, split into its phases.
 fn epoch() -> anyhow::Result<()> {
     let folder = std::env::temp_dir().join(format!("pcpo-bench-{}", std::process::id()));
     let status = Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
-        .args(["train", "--device", "cpu", "--epochs", "1", "--out"])
+        .args(["train", "--config", "models/emoji/blue.toml", "--device", "cpu"])
+        .args(["--epochs", "1", "--out"])
         .arg(&folder)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .stdout(std::process::Stdio::null())
@@ -142,7 +143,7 @@ fn epoch() -> anyhow::Result<()> {
     let line = text.lines().find(|l| l.contains("\"kind\":\"epoch\"")).unwrap_or_default();
     let line: serde_json::Value = serde_json::from_str(line)?;
     let phase = |name: &str| line[format!("{name}_seconds")].as_f64().unwrap_or(f64::NAN);
-    println!("one epoch of the default job on the CPU, seconds:");
+    println!("one epoch of the blue job on the CPU, seconds:");
     for name in ["rollout", "decode", "reward", "update"] {
         println!("  {name:<8} {:.2}", phase(name));
     }

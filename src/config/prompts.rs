@@ -9,7 +9,7 @@ use crate::reward::Prompt;
 
 /// The embedded models with the jobs that `train` runs for them.
 const EMBEDDED: [(&str, &str); 2] = [
-    ("emoji", include_str!("../../models/emoji/blue.toml")),
+    ("emoji", include_str!("../../models/emoji/train.toml")),
     ("emoji-flow", include_str!("../../models/emoji-flow/train.toml")),
 ];
 

@@ -87,14 +87,18 @@ impl Options {
         let (prompt, group_size) = (prompts(o)?, o.group_size.unwrap_or(8));
         let images = group_size.saturating_mul(prompt.len().min(4));
         let missing = || anyhow!("--reward is missing; {} are there", reward::list());
+        let trained = specs("--reward", o.reward.as_ref().ok_or_else(missing)?)?;
+        // What is trained on is recorded as well: a job's watched reward may be this run's reward.
+        let mut watch = specs("--watch", o.watch.as_deref().unwrap_or_default())?;
+        watch.retain(|w| trained.iter().all(|t| t.reward != w.reward));
         let settings = Settings {
             model,
             device: o.device.clone().unwrap_or_else(|| "auto".into()),
             memory: o.memory,
             storage: o.storage.unwrap_or(Storage::F32),
-            reward: specs("--reward", o.reward.as_ref().ok_or_else(missing)?)?,
+            reward: trained,
             mix: o.mix.unwrap_or(Mix::PerReward),
-            watch: specs("--watch", o.watch.as_deref().unwrap_or_default())?,
+            watch,
             reward_device: o.reward_device.clone(),
             reward_timeout: o.reward_timeout.unwrap_or(DEFAULT_TIMEOUT as f64),
             judge_question: o.judge_question.clone(),

@@ -238,7 +238,7 @@ impl Settings {
         for spec in self.rewards() {
             ensure!(
                 seen.insert(&spec.reward),
-                "{} {}: stands there twice, with --reward or --watch; give it once",
+                "{} {}: stands there twice; give it once",
                 spec.flag,
                 spec.shown
             );

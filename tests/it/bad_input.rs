@@ -106,7 +106,8 @@ fn files() {
     refused(&["--config", &path("bad.toml")], &["bad.toml", "stepz"]);
     refused(&["--lora", &path("none.safetensors")], &["none.safetensors"]);
     let foreign = golden("lora/peft.safetensors");
-    refused(&["--lora", foreign.to_str().unwrap()], &["peft.safetensors", "another model"]);
+    let foreign = ["--model", "emoji", "--lora", foreign.to_str().unwrap()];
+    refused(&foreign, &["peft.safetensors", "another model"]);
 }
 
 #[test]
@@ -164,7 +165,8 @@ fn a_full_disk() {
         assert!(error.contains("cannot be written") && error.contains("disk full"), "{error}");
         error
     };
-    full(&[&["--out", fresh.to_str().unwrap(), "--epochs", "1"], &small[..]].concat());
+    let job = ["--config", "models/emoji/blue.toml", "--epochs", "1"];
+    full(&[&["--out", fresh.to_str().unwrap()], &job[..], &small[..]].concat());
     assert!(!fresh.exists(), "a folder is left");
     let begin = program(
         &[&["train", "--out", begun.to_str().unwrap(), "--epochs", "1"], &small[..]].concat(),
@@ -284,7 +286,8 @@ fn tensors_of_the_wrong_shape() {
 fn rewards() {
     refused(&["--reward", "clip-score:no/such/folder"], &["no/such/folder"]);
     refused(&["--reward", "color:blue", "--reward", "2*color:blue"], &["color:blue", "twice"]);
-    refused(&["--reward", "color:blue", "--watch", "color:blue"], &["color:blue", "twice"]);
+    let watched = ["--watch", "symmetry", "--watch", "symmetry"];
+    refused(&watched, &["--watch symmetry", "twice"]);
     refused(&["--watch", "beauty"], &["--watch beauty"]);
     refused(&["--reward", "inf*color:blue"], &["inf*color:blue"]);
     refused(&["--reward-device", "no such gpu"], &["--reward-device", "no such gpu"]);

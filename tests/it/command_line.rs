@@ -7,10 +7,15 @@ use pcpo_wgpu::io::weights::Weights;
 
 use crate::support::{emoji, golden};
 
-/// Starts the program beside the test.
+/// Starts the program beside the test. A run that names neither model nor job is the small one of
+/// `models/emoji/blue.toml`.
 pub fn start(args: &[&str]) -> Child {
+    let names = ["--model", "--config", "--resume"];
+    let own = !["train", "plan"].contains(&args[0]) || args.iter().any(|a| names.contains(a));
+    let job = if own { &[][..] } else { &["--config", "models/emoji/blue.toml"] };
     Command::new(env!("CARGO_BIN_EXE_pcpo-wgpu"))
         .args(args)
+        .args(job)
         .current_dir(env!("CARGO_MANIFEST_DIR"))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())

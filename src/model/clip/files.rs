@@ -32,6 +32,7 @@ impl Files {
     /// # Errors
     /// Names the path: there is no such thing, it holds no weights, or several that could be meant.
     pub fn open(path: &Path, first: &[&str]) -> Result<Self> {
+        let path = &found(path);
         ensure!(
             path.exists(),
             "{}: there is no such file or folder; give the folder of the model, or its weight file",
@@ -43,6 +44,14 @@ impl Files {
         let above = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         Ok(Self { weights: Weights::open_any(path)?, folder: above.to_path_buf() })
     }
+}
+
+/// The path, or what comes with the program under it, `models/..`, where it is run elsewhere.
+fn found(path: &Path) -> PathBuf {
+    let program = std::env::current_exe().ok();
+    let beside = program.iter().flat_map(|p| p.ancestors().skip(1).take(4)).map(|d| d.join(path));
+    let mut beside = beside.filter(|p| !path.exists() && path.starts_with("models") && p.exists());
+    beside.next().unwrap_or_else(|| path.to_path_buf())
 }
 
 fn of_folder(dir: &Path, first: &[&str]) -> Result<Weights> {

@@ -97,13 +97,27 @@ fn the_step_credit_and_noise_settings_reach_the_update() {
 #[test]
 fn the_embedded_jobs_raise_their_reward() {
     let dir = tempfile::tempdir().unwrap();
-    for model in ["emoji", "emoji-flow"] {
-        let lines =
-            run(&dir.path().join(model), &["--device", "cpu", "--epochs", "4", "--model", model]);
+    for (model, job) in [("emoji", "emoji/blue"), ("emoji-flow", "emoji-flow/train")] {
+        let config = format!("models/{job}.toml");
+        let args = ["--device", "cpu", "--epochs", "4", "--model", model, "--config", &config];
+        let lines = run(&dir.path().join(model), &args);
         let rewards: Vec<f64> =
             of(&lines, "evaluation").map(|l| l["reward_mean"].as_f64().unwrap()).collect();
         assert!(rewards[4] > rewards[0] + 2e-3, "{model}: {rewards:?}");
     }
+}
+
+/// Without arguments the fit of picture and prompt is trained, with others watched.
+#[test]
+fn the_default_job_is_scored_by_the_emoji_clip() {
+    let dir = tempfile::tempdir().unwrap();
+    let small = ["--images-per-epoch", "16", "--group-size", "8", "--batch", "8", "--epochs", "1"];
+    let args = [&["--device", "cpu", "--model", "emoji"][..], &small].concat();
+    let lines = run(&dir.path().join("run"), &args);
+    let epoch = of(&lines, "epoch").next().unwrap();
+    let mean = |spec: &str| epoch["rewards"][spec]["mean"].as_f64().unwrap();
+    assert!((0.5..0.95).contains(&mean("clip-score:models/emoji-clip")), "{epoch}");
+    assert!(mean("color:blue") < 0.0 && mean("symmetry") < 0.0, "{epoch}");
 }
 
 #[test]

@@ -98,7 +98,7 @@ fn several_rewards_train_and_are_recorded_by_name() {
 fn one_reward_of_weight_one_is_the_reward() {
     let dir = tempfile::tempdir().unwrap();
     let (a, b) = (dir.path().join("a"), dir.path().join("b"));
-    let job = [&["--device", "cpu", "--epochs", "1"][..], &SMALL[..]].concat();
+    let job = [&["--device", "cpu", "--epochs", "1", "--model", "emoji"][..], &SMALL[..]].concat();
     let config = dir.path().join("job.toml");
     std::fs::write(&config, "reward = \"color:blue\"\n").unwrap();
     run(&a, &[&["--config", config.to_str().unwrap()][..], &job].concat());
