@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, anyhow, ensure};
 
 use super::options::Options;
+use crate::io;
 use crate::reward::Prompt;
 
 /// The embedded models with the jobs that `train` runs for them.
@@ -42,10 +43,8 @@ pub fn model_folder(model: Option<&Path>) -> Result<PathBuf> {
 /// it.
 fn folder(name: &str) -> Result<PathBuf> {
     let below = Path::new("models").join(name);
-    let program = std::env::current_exe().ok();
-    let beside = program.iter().flat_map(|p| p.ancestors().skip(1).take(4)).map(|d| d.join(&below));
     std::iter::once(below.clone())
-        .chain(beside)
+        .chain(io::beside_program(&below))
         .find(|d| d.join("model_index.json").is_file())
         .ok_or_else(|| {
             anyhow!(
@@ -87,7 +86,7 @@ pub fn read_prompts(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<V
 pub fn lines(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<(Vec<Prompt>, String)> {
     let (list, source) = match (file, list) {
         (Some(file), _) => {
-            let text = crate::io::read_text(file).context("--prompts")?;
+            let text = io::read_text(file).context("--prompts")?;
             // Some editors mark the beginning of a file.
             let text = text.trim_start_matches('\u{feff}');
             (

@@ -177,7 +177,7 @@ pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
     let text = &shapes.text;
     Estimate {
         weights: shapes.weights,
-        reward: shapes.reward * if s.storage == Storage::F32 { 4.0 } else { 2.0 },
+        reward: shapes.reward * s.storage.dtype().size() as f64,
         program: program + cast,
         // On the host the values and two moments, now and at the last good epoch, and the sum of
         // gradients; on the device the values once; of each batch its gradient there and on the

@@ -9,7 +9,7 @@ pub mod weights;
 
 use std::fs::File;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
@@ -72,6 +72,14 @@ pub fn probe(path: &Path) -> Result<()> {
     ensure!(!blocked, failed());
     tempfile::tempfile_in(existing).with_context(failed)?;
     Ok(())
+}
+
+/// Where what comes with the program may lie, `models/..`, when it is not below the working
+/// directory: in the program's own folder and the three above, as cargo and the archives put it.
+pub fn beside_program(path: &Path) -> impl Iterator<Item = PathBuf> {
+    let program = std::env::current_exe().unwrap_or_default();
+    let folders: Vec<PathBuf> = program.ancestors().skip(1).take(4).map(|d| d.join(path)).collect();
+    folders.into_iter()
 }
 
 /// Reads a text file.

@@ -4,14 +4,16 @@
 use anyhow::{Context, Result, anyhow, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use image::RgbImage;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::attention::Attention;
 use super::clip::files::Files;
+use super::clip::vision::tokens;
 use super::config::Config;
 use super::loader::{Loader, Storage};
 use super::nn::{Activation, Conv2d, LayerNorm, Linear};
 use super::picture::{Fit, Preparation};
+use super::text::clip::{Layer, LayerNames};
 use super::text::tokenizer::Tokenizer;
 use crate::device::tensor::{read, upload};
 use crate::io::weights::Weights;
@@ -42,15 +44,10 @@ struct TextConfig {
 impl TextConfig {
     fn of(c: &Config) -> Result<Self> {
         let width = c.width("hidden_size", 768)?;
-        let heads = c.count("num_attention_heads", 12)?;
-        ensure!(
-            width.is_multiple_of(heads),
-            c.bad("num_attention_heads", &format!("does not divide hidden_size = {width}"))
-        );
         c.only(&[("add_cross_attention", json!(true)), ("model_type", json!("bert"))])?;
         Ok(Self {
             width,
-            heads,
+            heads: c.heads("num_attention_heads", 12, width)?,
             inner: c.width("intermediate_size", 3072)?,
             layers: c.count("num_hidden_layers", 12)?,
             vocabulary: c.width("vocab_size", 30524)?,
@@ -61,40 +58,20 @@ impl TextConfig {
     }
 }
 
-/// A layer of the ViT: norms before, as in CLIP, under timm's names.
-struct VisionLayer {
-    norm1: LayerNorm,
-    attention: Attention,
-    norm2: LayerNorm,
-    fc1: Linear,
-    fc2: Linear,
-}
-
-impl VisionLayer {
-    fn load(l: &Loader, width: usize, inner: usize) -> Result<Self> {
-        let names = ["q", "k", "v", "proj"];
-        Ok(Self {
-            norm1: LayerNorm::load(l, "norm1", width, VISION_EPS)?,
-            attention: Attention::load(&l.at("attn"), names, width, width, width / HEAD)?,
-            norm2: LayerNorm::load(l, "norm2", width, VISION_EPS)?,
-            fc1: Linear::load(l, "mlp.fc1", width, inner)?,
-            fc2: Linear::load(l, "mlp.fc2", inner, width)?,
-        })
-    }
-
-    fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        let x = x.clone() + self.attention.forward(self.norm1.forward(x), None, None, None);
-        let y = self.fc1.forward(self.norm2.forward(x.clone()), None);
-        x + self.fc2.forward(Activation::Gelu.forward(y), None)
-    }
-}
+/// A layer of timm's ViT.
+const VISION_LAYER: LayerNames = LayerNames {
+    norm1: "norm1",
+    attention: "attn",
+    projections: ["q", "k", "v", "proj"],
+    norm2: "norm2",
+};
 
 struct VisionTower {
     size: usize,
     class: Tensor<3>,
     patches: Conv2d,
     positions: Tensor<3>,
-    layers: Vec<VisionLayer>,
+    layers: Vec<Layer>,
     norm: LayerNorm,
 }
 
@@ -122,7 +99,7 @@ impl VisionTower {
         let count = (0..).take_while(|i| root.has(&format!("blocks.{i}.norm1.weight"))).count();
         let layers = (0..count).map(|i| {
             let layer = root.at(format!("blocks.{i}"));
-            VisionLayer::load(&layer, width, inner)
+            Layer::load(&layer, &VISION_LAYER, [width, inner], width / HEAD, VISION_EPS)
         });
         Ok(Self {
             size: patch * (tokens - 1).isqrt(),
@@ -136,12 +113,9 @@ impl VisionTower {
 
     /// `[B, 3, size, size] -> [B, 1 + patches, width]`.
     fn forward(&self, pictures: Tensor<4>) -> Tensor<3> {
-        let x = self.patches.forward(pictures);
-        let [b, width, rows, columns] = x.dims();
-        let x = x.reshape([b, width, rows * columns]).swap_dims(1, 2);
-        let x = Tensor::cat(vec![self.class.clone().expand([b, 1, width]), x], 1);
-        let x = x + self.positions.clone();
-        self.norm.forward(self.layers.iter().fold(x, |x, layer| layer.forward(x)))
+        let x = tokens(&self.patches, &self.class, pictures) + self.positions.clone();
+        let run = |x, layer: &Layer| layer.forward(x, None, Activation::Gelu);
+        self.norm.forward(self.layers.iter().fold(x, run))
     }
 }
 
@@ -255,13 +229,11 @@ impl Blip {
             "{}: missing; it lies beside ImageReward.pt where that was downloaded",
             path.display()
         );
-        let json: Value = crate::io::read_json(&path)?;
-        ensure!(json.is_object(), "{}: is not a JSON object", path.display());
-        let config = TextConfig::of(&Config { path, json })?;
+        let config = TextConfig::of(&Config::read(&path)?)?;
         ensure!(
             config.positions >= TOKENS,
             "{}: max_position_embeddings = {} holds less than the {TOKENS} tokens of a prompt",
-            files.folder.join("med_config.json").display(),
+            path.display(),
             config.positions
         );
         let tokenizer = Tokenizer::load_bert(&files.folder, TOKENS)?;
@@ -295,13 +267,7 @@ impl Blip {
              belong together?",
             self.text.config.vocabulary
         );
-        let mut pixels = Vec::new();
-        for image in images {
-            pixels.extend(self.preparation.apply(image)?);
-        }
-        let side = self.vision.size;
-        let pictures = upload(&pixels, [images.len(), 3, side, side], &self.device);
-        let seen = self.vision.forward(pictures);
+        let seen = self.vision.forward(self.preparation.batch(images, &self.device)?);
         let features = self.text.forward(&ids, self.tokenizer.pad(), seen);
         Ok(read(&features)?.chunks(self.width).map(<[f32]>::to_vec).collect())
     }

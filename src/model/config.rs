@@ -27,10 +27,17 @@ impl Config {
     /// # Errors
     /// When the file is missing or not a JSON object.
     pub fn open(dir: &Path) -> Result<Self> {
-        let path = dir.join("config.json");
-        let json: Value = crate::io::read_json(&path)?;
+        Self::read(&dir.join("config.json"))
+    }
+
+    /// Reads a configuration of any name.
+    ///
+    /// # Errors
+    /// When the file is missing or not a JSON object.
+    pub fn read(path: &Path) -> Result<Self> {
+        let json: Value = crate::io::read_json(path)?;
         ensure!(json.is_object(), "{}: is not a JSON object", path.display());
-        Ok(Self { json, path })
+        Ok(Self { json, path: path.to_path_buf() })
     }
 
     /// The error that a field's value calls for.
@@ -84,6 +91,34 @@ impl Config {
             Value::Null => Ok(default),
             v => self.whole(field, v, MOST_PARTS),
         }
+    }
+
+    /// How many heads share a width.
+    ///
+    /// # Errors
+    /// As [`Self::count`], and when they do not divide the width.
+    pub fn heads(&self, field: &str, default: usize, width: usize) -> Result<usize> {
+        let heads = self.count(field, default)?;
+        ensure!(
+            width.is_multiple_of(heads),
+            self.bad(field, &format!("does not divide the width {width}"))
+        );
+        Ok(heads)
+    }
+
+    /// A number for each of three channels.
+    ///
+    /// # Errors
+    /// When it is not a list of three numbers.
+    pub fn channels(&self, field: &str, default: [f32; 3]) -> Result<[f32; 3]> {
+        if self.json[field].is_null() {
+            return Ok(default);
+        }
+        let numbers: Option<Vec<f32>> = self.json[field]
+            .as_array()
+            .and_then(|list| list.iter().map(|v| v.as_f64().map(|n| n as f32)).collect());
+        let three = numbers.and_then(|n| <[f32; 3]>::try_from(n).ok());
+        three.ok_or_else(|| self.bad(field, "is not a list of 3 numbers"))
     }
 
     /// A number.

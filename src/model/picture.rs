@@ -5,11 +5,14 @@ use std::io::Cursor;
 use std::ops::Range;
 use std::path::Path;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
+use burn::tensor::{Device, Tensor};
 use image::{DynamicImage, ImageFormat, ImageReader, Rgb, RgbImage};
 use serde_json::Value;
 
+use super::config::Config;
 use super::resize::{Axis, resize};
+use crate::device::tensor::upload;
 
 /// OpenAI's mean of CLIP's training pictures, of red, green and blue in 0..1.
 pub const CLIP_MEAN: [f32; 3] = [0.48145466, 0.4578275, 0.40821073];
@@ -75,57 +78,55 @@ impl Preparation {
     /// # Errors
     /// When a field has the wrong type, or asks for what this program does not do; names the file,
     /// the field and its value.
-    pub fn from_json(path: &Path, json: &Value) -> Result<Self> {
-        ensure!(json.is_object(), "{}: is not a JSON object", path.display());
-        let fields = Fields { path, json };
+    pub fn from_json(c: &Config) -> Result<Self> {
+        let json = &c.json;
+        ensure!(json.is_object(), "{}: is not a JSON object", c.path.display());
         for field in ["image_processor_type", "feature_extractor_type"] {
             let known = match &json[field] {
                 Value::Null => true,
                 value => value.as_str().is_some_and(|name| CLIP_PROCESSORS.contains(&name)),
             };
             let wanted = CLIP_PROCESSORS[0];
-            ensure!(known, fields.bad(field, &format!("is not supported; {wanted} is")));
+            ensure!(known, c.bad(field, &format!("is not supported; {wanted} is")));
         }
         let bicubic = json["resample"].is_null() || json["resample"].as_u64() == Some(BICUBIC);
-        ensure!(bicubic, fields.bad("resample", "is not supported; 3, which is bicubic, is"));
-        ensure!(fields.flag("do_resize", true)?, fields.bad("do_resize", "is not supported"));
-        ensure!(!fields.flag("do_pad", false)?, fields.bad("do_pad", "is not supported"));
+        ensure!(bicubic, c.bad("resample", "is not supported; 3, which is bicubic, is"));
+        ensure!(c.flag("do_resize", true)?, c.bad("do_resize", "is not supported"));
+        ensure!(!c.flag("do_pad", false)?, c.bad("do_pad", "is not supported"));
         // Pictures are RGB here, whatever it says.
-        fields.flag("do_convert_rgb", true)?;
+        c.flag("do_convert_rgb", true)?;
 
         let (fit, size) = match &json["size"] {
             Value::Null => (Fit::Transformers, 224),
-            Value::Number(_) => (Fit::Transformers, fields.side("size", &json["size"])?),
+            Value::Number(_) => (Fit::Transformers, side(c, "size", &json["size"])?),
             Value::Object(sides) if sides.contains_key("height") || sides.contains_key("width") => {
-                (Fit::Stretch, fields.square("size")?)
+                (Fit::Stretch, square(c, "size")?)
             }
             Value::Object(sides) if sides.len() == 1 => {
-                (Fit::Transformers, fields.side("size", &json["size"]["shortest_edge"])?)
+                (Fit::Transformers, side(c, "size", &json["size"]["shortest_edge"])?)
             }
-            _ => bail!(fields.bad("size", "is not a side, a shortest_edge, or a height and width")),
+            _ => bail!(c.bad("size", "is not a side, a shortest_edge, or a height and width")),
         };
-        let cropped = fields.flag("do_center_crop", true)?;
+        let cropped = c.flag("do_center_crop", true)?;
         let crop = match (&json["crop_size"], cropped, fit) {
             (_, false, Fit::Stretch) => size,
             (_, false, _) => {
-                bail!(fields.bad("do_center_crop", "needs a size of height and width"))
+                bail!(c.bad("do_center_crop", "needs a size of height and width"))
             }
             (Value::Null, true, _) => 224,
-            (Value::Number(_), true, _) => fields.side("crop_size", &json["crop_size"])?,
-            (_, true, _) => fields.square("crop_size")?,
+            (Value::Number(_), true, _) => side(c, "crop_size", &json["crop_size"])?,
+            (_, true, _) => square(c, "crop_size")?,
         };
-        let rescale = match fields.flag("do_rescale", true)? {
-            true => fields.number("rescale_factor", 1.0 / 255.0)?,
+        let rescale = match c.flag("do_rescale", true)? {
+            true => c.float("rescale_factor", 1.0 / 255.0)?,
             false => 1.0,
         };
-        let (mean, std) = match fields.flag("do_normalize", true)? {
-            true => {
-                (fields.channels("image_mean", CLIP_MEAN)?, fields.channels("image_std", CLIP_STD)?)
-            }
+        let (mean, std) = match c.flag("do_normalize", true)? {
+            true => (c.channels("image_mean", CLIP_MEAN)?, c.channels("image_std", CLIP_STD)?),
             false => ([0.0; 3], [1.0; 3]),
         };
-        ensure!(std.iter().all(|&s| s > 0.0), fields.bad("image_std", "must be positive"));
-        ensure!(rescale > 0.0, fields.bad("rescale_factor", "must be positive"));
+        ensure!(std.iter().all(|&s| s > 0.0), c.bad("image_std", "must be positive"));
+        ensure!(rescale > 0.0, c.bad("rescale_factor", "must be positive"));
         Ok(Self { fit, size, crop, rescale, mean, std })
     }
 
@@ -169,6 +170,15 @@ impl Preparation {
         Ok(input)
     }
 
+    /// The inputs of several pictures, `[B, 3, crop, crop]`, on a device.
+    ///
+    /// # Errors
+    /// As [`Self::apply`].
+    pub fn batch(&self, images: &[RgbImage], device: &Device) -> Result<Tensor<4>> {
+        let inputs: Vec<Vec<f32>> = images.iter().map(|i| self.apply(i)).collect::<Result<_>>()?;
+        Ok(upload(&inputs.concat(), [images.len(), 3, self.crop, self.crop], device))
+    }
+
     /// Width and height of the whole resized picture. A side that would vanish is 1.
     fn resized(&self, width: usize, height: usize) -> [usize; 2] {
         let size = self.size as f64;
@@ -208,58 +218,19 @@ struct Placing {
     pad: usize,
 }
 
-/// The fields of one JSON file.
-struct Fields<'a> {
-    path: &'a Path,
-    json: &'a Value,
+/// A side that `value`, the field or a part of it, gives.
+fn side(c: &Config, field: &str, value: &Value) -> Result<usize> {
+    let side = value.as_u64().and_then(|n| usize::try_from(n).ok());
+    let side = side.filter(|n| (1..=MOST_SIDE).contains(n));
+    side.ok_or_else(|| c.bad(field, &format!("is not a side of 1 to {MOST_SIDE} pixels")))
 }
 
-impl Fields<'_> {
-    /// The error that a field's value calls for.
-    fn bad(&self, field: &str, what: &str) -> anyhow::Error {
-        anyhow!("{}: {field} = {} {what}", self.path.display(), self.json[field])
-    }
-
-    fn flag(&self, field: &str, default: bool) -> Result<bool> {
-        match &self.json[field] {
-            Value::Null => Ok(default),
-            value => value.as_bool().ok_or_else(|| self.bad(field, "is not true or false")),
-        }
-    }
-
-    fn number(&self, field: &str, default: f64) -> Result<f64> {
-        match &self.json[field] {
-            Value::Null => Ok(default),
-            value => value.as_f64().ok_or_else(|| self.bad(field, "is not a number")),
-        }
-    }
-
-    /// A side that `value`, the field or a part of it, gives.
-    fn side(&self, field: &str, value: &Value) -> Result<usize> {
-        let side = value.as_u64().and_then(|n| usize::try_from(n).ok());
-        let side = side.filter(|n| (1..=MOST_SIDE).contains(n));
-        side.ok_or_else(|| self.bad(field, &format!("is not a side of 1 to {MOST_SIDE} pixels")))
-    }
-
-    /// A height and a width that are equal.
-    fn square(&self, field: &str) -> Result<usize> {
-        let value = &self.json[field];
-        let (height, width) = (value.get("height"), value.get("width"));
-        ensure!(height == width, self.bad(field, "is not a square, which vision towers take"));
-        self.side(field, height.unwrap_or(&Value::Null))
-    }
-
-    fn channels(&self, field: &str, default: [f32; 3]) -> Result<[f32; 3]> {
-        let numbers: Vec<f32> = match &self.json[field] {
-            Value::Null => return Ok(default),
-            value => value.as_array().into_iter().flatten().filter_map(Value::as_f64),
-        }
-        .map(|n| n as f32)
-        .collect();
-        let given = self.json[field].as_array().map_or(0, Vec::len);
-        let numbers = <[f32; 3]>::try_from(numbers).ok();
-        numbers.filter(|_| given == 3).ok_or_else(|| self.bad(field, "is not a list of 3 numbers"))
-    }
+/// A height and a width that are equal.
+fn square(c: &Config, field: &str) -> Result<usize> {
+    let value = &c.json[field];
+    let (height, width) = (value.get("height"), value.get("width"));
+    ensure!(height == width, c.bad(field, "is not a square, which vision towers take"));
+    side(c, field, height.unwrap_or(&Value::Null))
 }
 
 /// Whether a JPEG's last scan ends: its decoder fills up what is missing with grey.

@@ -65,10 +65,23 @@ fn mean_std(values: &[f64]) -> (f64, f64) {
     (mean, variance.sqrt())
 }
 
-/// Differences at the level of rounding are no signal: a group whose rewards are all equal has
-/// advantage 0.
-fn normalise(r: f64, (mean, std): (f64, f64), floor: f64, eps: f64) -> f64 {
-    if std <= 1e-12 * mean.abs() { 0.0 } else { (r - mean) / (std.max(floor) + eps) }
+/// Differences at the level of rounding are no signal.
+fn is_flat((mean, std): (f64, f64)) -> bool {
+    std <= 1e-12 * mean.abs()
+}
+
+/// A group whose rewards are all equal has advantage 0.
+fn normalise(r: f64, statistics @ (mean, std): (f64, f64), floor: f64, eps: f64) -> f64 {
+    if is_flat(statistics) { 0.0 } else { (r - mean) / (std.max(floor) + eps) }
+}
+
+/// The rewards of each prompt.
+fn groups<'a>(rewards: &[f64], prompts: &[&'a str]) -> BTreeMap<&'a str, Vec<f64>> {
+    let mut groups: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
+    for (r, p) in rewards.iter().zip(prompts) {
+        groups.entry(p).or_default().push(*r);
+    }
+    groups
 }
 
 /// The part of its deviation over the epoch that a reward's deviation in a group counts for at
@@ -94,9 +107,8 @@ pub fn mixed(
     let mut total = vec![0.0; images];
     match mix {
         Mix::Sum => {
-            let mut sums = vec![0.0; images];
-            rewards.iter().for_each(|r| add(&mut sums, r.weight, r.scores));
-            total = normalised(kind, &sums, prompts, &mut trackers[0], 0.0);
+            rewards.iter().for_each(|r| add(&mut total, r.weight, r.scores));
+            total = normalised(kind, &total, prompts, &mut trackers[0], 0.0);
         }
         Mix::PerReward | Mix::Gdpo => {
             while trackers.len() < rewards.len() {
@@ -127,10 +139,7 @@ fn normalised(
 ) -> Vec<f64> {
     let whole = mean_std(rewards);
     let least = floor * whole.1;
-    let mut groups: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for (r, p) in rewards.iter().zip(prompts) {
-        groups.entry(p).or_default().push(*r);
-    }
+    let groups = groups(rewards, prompts);
     if kind == Advantage::PerPrompt {
         // The current rewards enter the buffers first, as in DDPO.
         for (prompt, values) in &groups {
@@ -154,13 +163,9 @@ fn normalised(
 
 /// Deviations of the rewards within each group of more than one image.
 pub fn group_deviations(rewards: &[f64], prompts: &[&str]) -> Vec<f64> {
-    let mut groups: BTreeMap<&str, Vec<f64>> = BTreeMap::new();
-    for (r, p) in rewards.iter().zip(prompts) {
-        groups.entry(p).or_default().push(*r);
-    }
     let deviation = |values: &Vec<f64>| match mean_std(values) {
-        (mean, std) if std <= 1e-12 * mean.abs() => 0.0,
+        statistics if is_flat(statistics) => 0.0,
         (_, std) => std,
     };
-    groups.values().filter(|values| values.len() > 1).map(deviation).collect()
+    groups(rewards, prompts).values().filter(|values| values.len() > 1).map(deviation).collect()
 }

@@ -28,7 +28,7 @@ impl Aesthetic {
     /// Names the file and the field or tensor that is missing, damaged, of the wrong width or not
     /// supported.
     pub fn open(opening: &Opening) -> Result<Self> {
-        let given = || format!("--reward {}", opening.spec);
+        let given = || opening.name();
         let both = opening.needs("CLIP,HEAD")?;
         let (clip, head) = both.rsplit_once(',').ok_or_else(|| {
             anyhow!("{}: give CLIP,HEAD, an image encoder and the file of its head", given())

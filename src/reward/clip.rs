@@ -45,21 +45,21 @@ impl DualEncoder {
     /// Names the file and the field or tensor that is missing, damaged or not supported.
     pub fn open(opening: &Opening, scale: Scale) -> Result<Self> {
         let path = Path::new(opening.needs("PATH")?);
-        let (device, storage) = (&opening.compute.burn, opening.storage());
-        let mut clip = Clip::load(path, Towers::Both, device, storage)
-            .with_context(|| format!("--reward {}", opening.spec))?;
+        let (device, storage, name) = (&opening.compute.burn, opening.storage(), opening.name());
+        let mut clip =
+            Clip::load(path, Towers::Both, device, storage).with_context(|| name.clone())?;
         let factor = match scale {
             Scale::Cosine | Scale::Hps => 1.0,
-            Scale::Logit => clip.scale.ok_or_else(|| {
-                anyhow!("--reward {}: its weights have no tensor logit_scale", opening.spec)
-            })?,
+            Scale::Logit => {
+                let none = || anyhow!("{name}: its weights have no tensor logit_scale");
+                clip.scale.ok_or_else(none)?
+            }
         };
         if scale == Scale::Hps {
             let Preparation { mean, std, .. } = clip.preparation;
             let size = clip.vision.config.size;
             clip.preparation = Preparation { mean, std, ..Preparation::clip(Fit::Hps, size) };
         }
-        let name = format!("--reward {}", opening.spec);
         let compute = opening.compute.clone();
         Ok(Self { clip, factor, compute, texts: HashMap::new(), name })
     }

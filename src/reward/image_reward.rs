@@ -49,10 +49,10 @@ impl ImageReward {
                  gives {own}",
                 files.weights.source().display()
             );
-            let name = format!("--reward {}", opening.spec);
+            let name = opening.name();
             Ok(Self { blip, head, compute: opening.compute.clone(), name })
         };
-        load().with_context(|| format!("--reward {}", opening.spec))
+        load().with_context(|| opening.name())
     }
 }
 

@@ -35,6 +35,11 @@ impl<'a> Opening<'a> {
         Self { spec, argument, compute, storage: *storage, remote }
     }
 
+    /// What errors begin with.
+    pub fn name(&self) -> String {
+        format!("--reward {}", self.spec)
+    }
+
     /// What stands behind the colon, where something must.
     ///
     /// # Errors

@@ -20,7 +20,7 @@ use serde_json::Value;
 use ureq::http::StatusCode;
 
 use super::address::Address;
-use crate::stop;
+use crate::{io, stop};
 
 /// How many requests run at the same time.
 pub const CONNECTIONS: usize = 4;
@@ -347,9 +347,7 @@ fn authorization(variable: &'static str) -> Result<Option<ureq::http::HeaderValu
 
 /// The picture as a PNG file in base64.
 pub fn png_base64(image: &RgbImage) -> Result<String> {
-    let mut file = std::io::Cursor::new(Vec::new());
-    image.write_to(&mut file, image::ImageFormat::Png).context("a picture for the reward")?;
-    Ok(base64::engine::general_purpose::STANDARD.encode(file.into_inner()))
+    Ok(base64::engine::general_purpose::STANDARD.encode(io::png(image)?))
 }
 
 /// The words of the error that an answer holds at its top, if it holds one.

@@ -41,6 +41,7 @@ use self::metrics::{EpochRecord, PeakMemory, Record, Seconds, UpdateRecord};
 pub use self::observer::{Event, Observer, Silent};
 use self::prepare::{Prepared, prepare};
 use self::recovery::{diverged, keep_beginning, restore, suspend, test_restored};
+use self::rewards::flat;
 pub use self::run::{DumpRequest, Job, Summary};
 use self::run::{Run, open_grid};
 use self::update::{GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient};
@@ -190,8 +191,8 @@ fn rollout(run: &mut Run) -> Result<EpochState> {
     // ----------------------------------------------------------------------------------- ADVANTAGE
     let names: Vec<&str> = plan.prompts.iter().map(|p| p.text.as_str()).collect();
     let advantages = scores.advantages(s, &mut run.state, &names);
-    scores.flat(s, &names, &advantages).iter().for_each(|warning| run.warn(warning));
     let (rewards, scores) = (scores.totals(), scores.records(&names));
+    flat(s, &scores, &advantages).iter().for_each(|warning| run.warn(warning));
     let seconds = Seconds {
         rollout: sampled,
         decode: decoded - sampled,

@@ -123,24 +123,6 @@ impl Scores {
         found
     }
 
-    /// What a user should hear at once: which rewards teach nothing in this epoch.
-    pub fn flat(&self, s: &Settings, prompts: &[&str], advantages: &[f32]) -> Vec<String> {
-        let flat = "does not vary within any group of this epoch: nothing can be learnt from it";
-        let is_flat = |c: &&Column| {
-            s.group_size > 1 && ScoreRecord::new(&c.scores, prompts).flat_groups == 1.0
-        };
-        let told: Vec<String> = self
-            .trained()
-            .filter(is_flat)
-            .map(|c| format!("the reward {} {flat}", c.spec.shown))
-            .collect();
-        if told.is_empty() && advantages.iter().all(|a| *a == 0.0) {
-            let what = if s.reward.len() > 1 { "the sum of the rewards" } else { "the reward" };
-            return vec![format!("{what} {flat}")];
-        }
-        told
-    }
-
     /// The weighted sum of each image's scores.
     pub fn totals(&self) -> Vec<f64> {
         let images = self.0.first().map_or(0, |c| c.scores.len());
@@ -159,4 +141,21 @@ impl Scores {
         let record = |c: &Column| (c.spec.shown.clone(), ScoreRecord::new(&c.scores, prompts));
         self.0.iter().map(record).collect()
     }
+}
+
+/// What a user should hear at once: which rewards teach nothing in an epoch of these records.
+pub(crate) fn flat(
+    s: &Settings,
+    records: &BTreeMap<String, ScoreRecord>,
+    advantages: &[f32],
+) -> Vec<String> {
+    let flat = "does not vary within any group of this epoch: nothing can be learnt from it";
+    let is_flat = |r: &&RewardSpec| s.group_size > 1 && records[&r.shown].flat_groups == 1.0;
+    let told = s.reward.iter().filter(is_flat);
+    let told: Vec<String> = told.map(|r| format!("the reward {} {flat}", r.shown)).collect();
+    if told.is_empty() && advantages.iter().all(|a| *a == 0.0) {
+        let what = if s.reward.len() > 1 { "the sum of the rewards" } else { "the reward" };
+        return vec![format!("{what} {flat}")];
+    }
+    told
 }

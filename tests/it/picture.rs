@@ -1,9 +1,8 @@
 //! Pictures for reward models, against Pillow, PyTorch and transformers. The golden numbers are
 //! made by tests/golden/make_pictures.py.
 
-use std::path::Path;
-
 use image::{ImageFormat, Rgb, RgbImage};
+use pcpo_wgpu::model::config::Config;
 use pcpo_wgpu::model::picture::{Fit, Preparation, open_rgb};
 use pcpo_wgpu::model::resize::{resize_rgb_f32, resize_rgb8};
 use serde_json::{Value, json};
@@ -98,7 +97,7 @@ fn extreme_shapes_cost_little() {
 }
 
 fn configured(json: Value) -> Result<Preparation, String> {
-    Preparation::from_json(Path::new("preprocessor_config.json"), &json)
+    Preparation::from_json(&Config { path: "preprocessor_config.json".into(), json })
         .map_err(|e| format!("{e:#}"))
 }
 

@@ -8,7 +8,7 @@ use clap::Args;
 use image::RgbImage;
 use serde_json::{Map, Value, json};
 
-use crate::cli::args::StorageArg;
+use crate::cli::args::{DeviceArg, StorageArg};
 use crate::config::numbers::{self, Range};
 use crate::config::prompts::lines;
 use crate::device;
@@ -41,9 +41,8 @@ pub struct ScoreArgs {
     /// Print JSON: {"rows": [{"image", "prompt", "scores": {SPEC: number}}]}
     #[arg(long)]
     json: bool,
-    /// Device of the reward models
-    #[arg(long, default_value = "auto")]
-    device: String,
+    #[command(flatten)]
+    device: DeviceArg,
     #[command(flatten)]
     storage: StorageArg,
     /// Seconds that a reward's server has for an answer
@@ -72,7 +71,7 @@ pub fn run(args: &ScoreArgs) -> Result<i32> {
     let prompts = prompts(args)?;
     let images: Vec<RgbImage> = args.images.iter().map(|p| open_rgb(p)).collect::<Result<_>>()?;
     let context = RewardContext {
-        compute: device::open(&args.device)?,
+        compute: device::open(&args.device.device)?,
         storage: args.storage.storage,
         remote: RemoteOptions {
             timeout: Duration::from_secs_f64(args.reward_timeout),

@@ -54,12 +54,6 @@ impl DualConfig {
     }
 }
 
-fn read(path: &Path) -> Result<Config> {
-    let json: Value = crate::io::read_json(path)?;
-    ensure!(json.is_object(), "{}: is not a JSON object", path.display());
-    Ok(Config { path: path.to_path_buf(), json })
-}
-
 /// A part of a configuration, as one of its own; an absent one is all defaults.
 fn part(c: &Config, name: &str) -> Result<Config> {
     let json = match &c.json[name] {
@@ -82,14 +76,6 @@ fn tower(c: &Config, name: &str) -> Result<Config> {
     Ok(found)
 }
 
-fn heads(c: &Config, field: &str, heads: usize, width: usize) -> Result<usize> {
-    ensure!(
-        heads > 0 && width.is_multiple_of(heads),
-        c.bad(field, &format!("does not divide the width {width}"))
-    );
-    Ok(heads)
-}
-
 fn patches(c: &Config, field: &str, vision: VisionConfig) -> Result<VisionConfig> {
     // Pixels of a last patch that is not whole are left out, as a convolution does.
     let what = format!("is larger than the picture's side {}", vision.size);
@@ -108,13 +94,13 @@ fn of_transformers(folder: &Path, weights: &Weights) -> Result<DualConfig> {
     );
     // An image encoder alone has its fields at the top.
     let alone = class == Some("CLIPVisionModelWithProjection");
-    let v = if alone { read(&c.path)? } else { tower(&c, "vision_config")? };
+    let v = if alone { Config::read(&c.path)? } else { tower(&c, "vision_config")? };
     let projection = c.width("projection_dim", 512)?;
     let width = v.width("hidden_size", 768)?;
     v.only(&[("num_channels", json!(3))])?;
     let vision = VisionConfig {
         width,
-        heads: heads(&v, "num_attention_heads", v.count("num_attention_heads", 12)?, width)?,
+        heads: v.heads("num_attention_heads", 12, width)?,
         inner: v.width("intermediate_size", 3072)?,
         layers: v.count("num_hidden_layers", 12)?,
         size: v.width("image_size", 224)?,
@@ -139,13 +125,13 @@ fn preparation(folder: &Path, size: usize) -> Result<Preparation> {
     let own = folder.join("preprocessor_config.json");
     let whole = folder.join("processor_config.json");
     let c = if own.is_file() {
-        read(&own)?
+        Config::read(&own)?
     } else if whole.is_file() {
-        part(&read(&whole)?, "image_processor")?
+        part(&Config::read(&whole)?, "image_processor")?
     } else {
         return Ok(Preparation::clip(Fit::Transformers, size));
     };
-    let found = Preparation::from_json(&c.path, &c.json)?;
+    let found = Preparation::from_json(&c)?;
     ensure!(
         found.crop == size,
         "{}: crop_size = {}, but the model's image_size is {size}",
@@ -157,7 +143,7 @@ fn preparation(folder: &Path, size: usize) -> Result<Preparation> {
 
 /// `open_clip_config.json`.
 fn of_open_clip(path: &Path) -> Result<DualConfig> {
-    let c = read(path)?;
+    let c = Config::read(path)?;
     let model = part(&c, "model_cfg")?;
     let (v, t) = (part(&model, "vision_cfg")?, part(&model, "text_cfg")?);
     v.only(&[
@@ -227,7 +213,7 @@ fn of_open_clip(path: &Path) -> Result<DualConfig> {
     let width = t.width("width", 512)?;
     let text = ClipConfig {
         width,
-        heads: heads(&t, "heads", t.count("heads", 8)?, width)?,
+        heads: t.heads("heads", 8, width)?,
         inner: ratio(&t, width)?,
         layers: t.count("layers", 12)?,
         vocabulary: t.width("vocab_size", 49408)?,
@@ -258,22 +244,10 @@ fn of_open_clip(path: &Path) -> Result<DualConfig> {
     let what = format!("is not the model's image_size {}", vision.size);
     ensure!(side == vision.size, p.bad("size", &what));
     let mut preparation = Preparation::clip(fit, vision.size);
-    for (field, into) in [("mean", &mut preparation.mean), ("std", &mut preparation.std)] {
-        *into = three(&p, field, *into)?;
-    }
+    preparation.mean = p.channels("mean", preparation.mean)?;
+    preparation.std = p.channels("std", preparation.std)?;
+    ensure!(preparation.std.iter().all(|&s| s > 0.0), p.bad("std", "must be positive"));
     Ok(DualConfig { vision, text: Some(text), preparation, pad: 0 })
-}
-
-fn three(c: &Config, field: &str, default: [f32; 3]) -> Result<[f32; 3]> {
-    if c.json[field].is_null() {
-        return Ok(default);
-    }
-    let numbers: Option<Vec<f32>> = c.json[field]
-        .as_array()
-        .and_then(|list| list.iter().map(|v| v.as_f64().map(|n| n as f32)).collect());
-    let three = numbers.and_then(|n| <[f32; 3]>::try_from(n).ok());
-    let three = three.filter(|n| field != "std" || n.iter().all(|&s| s > 0.0));
-    three.ok_or_else(|| c.bad(field, "is not a list of three numbers"))
 }
 
 /// Widths of the known image encoders with their heads: ViT-B, L, H and bigG.

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail, ensure};
 
-use crate::io::checkpoint;
 use crate::io::weights::Weights;
+use crate::io::{self, checkpoint};
 
 /// Names of a folder's weights, in the order in which they are tried.
 const NAMES: [&str; 6] = [
@@ -48,10 +48,9 @@ impl Files {
 
 /// The path, or what comes with the program under it, `models/..`, where it is run elsewhere.
 fn found(path: &Path) -> PathBuf {
-    let program = std::env::current_exe().ok();
-    let beside = program.iter().flat_map(|p| p.ancestors().skip(1).take(4)).map(|d| d.join(path));
-    let mut beside = beside.filter(|p| !path.exists() && path.starts_with("models") && p.exists());
-    beside.next().unwrap_or_else(|| path.to_path_buf())
+    let ours = !path.exists() && path.starts_with("models");
+    let beside = ours.then(|| io::beside_program(path).find(|p| p.exists())).flatten();
+    beside.unwrap_or_else(|| path.to_path_buf())
 }
 
 fn of_folder(dir: &Path, first: &[&str]) -> Result<Weights> {

@@ -20,7 +20,7 @@ use super::loader::{Loader, Storage};
 use super::picture::Preparation;
 use super::text::clip::ClipText;
 use super::text::tokenizer::{CLIP_VOCABULARY, Tokenizer};
-use crate::device::tensor::{read, upload};
+use crate::device::tensor::read;
 
 /// A loaded dual encoder.
 pub struct Clip {
@@ -112,13 +112,7 @@ impl Clip {
         if images.is_empty() {
             return Ok(Vec::new());
         }
-        let mut pixels = Vec::new();
-        for image in images {
-            pixels.extend(self.preparation.apply(image)?);
-        }
-        let side = self.vision.config.size;
-        let pictures = upload(&pixels, [images.len(), 3, side, side], &self.device);
-        normalised(&self.vision.forward(pictures))
+        normalised(&self.vision.forward(self.preparation.batch(images, &self.device)?))
     }
 
     /// Features of texts, L2-normalised, a row each.

@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 
 use crate::model::loader::Loader;
 use crate::model::nn::{Activation, Conv2d, LayerNorm, Linear};
-use crate::model::text::clip::Layer;
+use crate::model::text::clip::{CLIP_LAYER, Layer};
 
 /// The numbers of a CLIP image encoder.
 #[derive(Clone, Debug, PartialEq)]
@@ -23,6 +23,15 @@ pub struct VisionConfig {
     pub projection: usize,
     pub eps: f64,
     pub activation: Activation,
+}
+
+/// The tokens of pictures: the class first, then the patches, row by row, `[B, 1 + patches,
+/// width]`.
+pub fn tokens(patches: &Conv2d, class: &Tensor<3>, pictures: Tensor<4>) -> Tensor<3> {
+    let x = patches.forward(pictures);
+    let [b, width, rows, columns] = x.dims();
+    let x = x.reshape([b, width, rows * columns]).swap_dims(1, 2);
+    Tensor::cat(vec![class.clone().expand([b, 1, width]), x], 1)
 }
 
 /// An image encoder.
@@ -48,7 +57,7 @@ impl Vision {
         let tokens = (c.size / c.patch).pow(2) + 1;
         let layer = |i: usize| {
             let place = root.at(format!("encoder.layers.{i}"));
-            Layer::load(&place, c.width, c.inner, c.heads, c.eps)
+            Layer::load(&place, &CLIP_LAYER, [c.width, c.inner], c.heads, c.eps)
         };
         Ok(Self {
             class: parts.tensor("class_embedding", [c.width])?.reshape([1, 1, c.width]),
@@ -68,10 +77,7 @@ impl Vision {
     /// Prepared pictures `[B, 3, size, size]` -> projected features `[B, projection]`, not
     /// normalised.
     pub fn forward(&self, pictures: Tensor<4>) -> Tensor<2> {
-        let x = self.patches.forward(pictures);
-        let [b, width, rows, columns] = x.dims();
-        let x = x.reshape([b, width, rows * columns]).swap_dims(1, 2);
-        let x = Tensor::cat(vec![self.class.clone().expand([b, 1, width]), x], 1);
+        let x = tokens(&self.patches, &self.class, pictures);
         let mut x = self.before.forward(x + self.positions.clone());
         for layer in &self.layers {
             x = layer.forward(x, None, self.config.activation);

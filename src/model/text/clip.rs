@@ -53,14 +53,9 @@ impl ClipConfig {
     /// Names the field that is not supported.
     pub fn of(c: &Config, projection: usize) -> Result<Self> {
         let width = c.width("hidden_size", 512)?;
-        let heads = c.count("num_attention_heads", 8)?;
-        ensure!(
-            width.is_multiple_of(heads),
-            c.bad("num_attention_heads", &format!("does not divide hidden_size = {width}"))
-        );
         Ok(Self {
             width,
-            heads,
+            heads: c.heads("num_attention_heads", 8, width)?,
             inner: c.width("intermediate_size", 2048)?,
             layers: c.count("num_hidden_layers", 12)?,
             vocabulary: c.width("vocab_size", 49408)?,
@@ -73,7 +68,24 @@ impl ClipConfig {
     }
 }
 
-/// A transformer layer, of a text or an image encoder.
+/// What the parts of a layer are called.
+pub struct LayerNames {
+    pub norm1: &'static str,
+    pub attention: &'static str,
+    /// Of query, key, value and output.
+    pub projections: [&'static str; 4],
+    pub norm2: &'static str,
+}
+
+/// CLIP's, in transformers.
+pub const CLIP_LAYER: LayerNames = LayerNames {
+    norm1: "layer_norm1",
+    attention: "self_attn",
+    projections: ["q_proj", "k_proj", "v_proj", "out_proj"],
+    norm2: "layer_norm2",
+};
+
+/// A transformer layer with its norms in front, of a text or an image encoder.
 pub struct Layer {
     norm1: LayerNorm,
     attention: Attention,
@@ -85,12 +97,18 @@ pub struct Layer {
 impl Layer {
     /// # Errors
     /// Names the tensor that is missing or of the wrong shape.
-    pub fn load(l: &Loader, width: usize, inner: usize, heads: usize, eps: f64) -> Result<Self> {
-        let names = ["q_proj", "k_proj", "v_proj", "out_proj"];
+    pub fn load(
+        l: &Loader,
+        names: &LayerNames,
+        [width, inner]: [usize; 2],
+        heads: usize,
+        eps: f64,
+    ) -> Result<Self> {
+        let LayerNames { norm1, attention, projections, norm2 } = names;
         Ok(Self {
-            norm1: LayerNorm::load(l, "layer_norm1", width, eps)?,
-            attention: Attention::load(&l.at("self_attn"), names, width, width, heads)?,
-            norm2: LayerNorm::load(l, "layer_norm2", width, eps)?,
+            norm1: LayerNorm::load(l, norm1, width, eps)?,
+            attention: Attention::load(&l.at(attention), *projections, width, width, heads)?,
+            norm2: LayerNorm::load(l, norm2, width, eps)?,
             fc1: Linear::load(l, "mlp.fc1", width, inner)?,
             fc2: Linear::load(l, "mlp.fc2", inner, width)?,
         })
@@ -161,7 +179,7 @@ impl ClipText {
         let root = if prefixed { outer.at("text_model") } else { outer.clone() };
         let layer = |i: usize| {
             let place = root.at(format!("encoder.layers.{i}"));
-            Layer::load(&place, c.width, c.inner, c.heads, c.eps)
+            Layer::load(&place, &CLIP_LAYER, [c.width, c.inner], c.heads, c.eps)
         };
         let tokens = "embeddings.token_embedding.weight";
         let positions = "embeddings.position_embedding.weight";
