@@ -4,7 +4,7 @@
 # Without a desktop session Mesa complains that this is missing, and then does without.
 export XDG_RUNTIME_DIR ?= /tmp
 
-.PHONY: run test check fix build driver lavapipe bench
+.PHONY: run test check fix build driver lavapipe readers bench
 
 run: driver
 	cargo run --release -- train
@@ -20,7 +20,13 @@ driver:
 lavapipe:
 	@sh scripts/install-vulkan.sh lavapipe
 
-test: lavapipe check
+# What reads our files in tests: Chromium for the page, TensorBoard for its event files. Where they cannot be installed,
+# the tests that need them say so and are skipped.
+readers:
+	-@sh scripts/install-chromium.sh
+	-@sh scripts/install-tensorboard.sh
+
+test: lavapipe readers check
 	cargo test --release
 
 # Format, lints and documentation; a warning fails.

@@ -42,6 +42,8 @@ pub mod io;
 #[doc(hidden)]
 pub mod lora;
 #[doc(hidden)]
+pub mod measure;
+#[doc(hidden)]
 pub mod model;
 #[doc(hidden)]
 pub mod ops;

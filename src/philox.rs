@@ -22,6 +22,10 @@ pub enum Stream {
     TrainSteps = 4,
     /// The latents of `sample` and of the fixed evaluation grid.
     Evaluation = 5,
+    /// The pictures that a distance is measured on; the image number is the subset.
+    DistanceSubsets = 6,
+    /// The prompts of a bootstrap's resample; the image number is the resample.
+    Bootstrap = 7,
 }
 
 /// Philox4x32-10: ten rounds over a counter of four words with a key of two.

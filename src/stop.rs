@@ -20,7 +20,7 @@ pub fn requested() -> bool {
 /// When it was asked to stop.
 pub fn check() -> Result<()> {
     if requested() {
-        bail!("stopped by a signal");
+        bail!("stopped, as it was asked to");
     }
     Ok(())
 }

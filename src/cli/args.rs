@@ -1,14 +1,17 @@
 //! What several commands are told alike.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
+use image::RgbImage;
 
 use crate::config::numbers::{self, MOST, Range};
 use crate::config::prompts::model_folder;
 use crate::device::{self, Compute};
 use crate::model::{Family, Storage};
+use crate::reward::{self, JudgeAnswer, Prompt, RemoteOptions, Reward, RewardContext, RewardSpec};
 use crate::schedule::{Grid, Sampler};
 
 /// A model folder.
@@ -91,4 +94,65 @@ impl StepArgs {
         numbers::count("--steps", self.steps.unwrap_or(1), MOST)?;
         numbers::optional("--shift", self.shift, Range::Positive)
     }
+}
+
+/// How servers are asked for rewards.
+#[derive(Args)]
+pub struct RemoteArgs {
+    /// Seconds that a reward's server has for an answer
+    #[arg(long, value_name = "SECONDS", default_value_t = reward::DEFAULT_TIMEOUT as f64)]
+    pub reward_timeout: f64,
+    /// What a judge is asked, with {prompt} in its place
+    #[arg(long, value_name = "TEXT")]
+    pub judge_question: Option<String>,
+    /// What a judge's answer is read for [default: number]
+    #[arg(long, value_enum)]
+    pub judge_answer: Option<JudgeAnswer>,
+}
+
+impl RemoteArgs {
+    /// Checks them, and gives what rewards are opened with.
+    pub fn options(&self, specs: &[RewardSpec]) -> Result<RemoteOptions> {
+        numbers::number("--reward-timeout", self.reward_timeout, Range::Below(1e6))?;
+        let (question, answer) = (&self.judge_question, self.judge_answer);
+        reward::check_judge(specs, question.is_some(), answer.is_some())?;
+        Ok(RemoteOptions {
+            timeout: Duration::from_secs_f64(self.reward_timeout),
+            judge_question: question.clone(),
+            judge_answer: answer.unwrap_or_default(),
+        })
+    }
+}
+
+/// The rewards that `--reward` names, each once.
+pub fn rewards(given: &[String]) -> Result<Vec<RewardSpec>> {
+    let specs: Vec<RewardSpec> =
+        given.iter().map(|s| RewardSpec::parse("--reward", s)).collect::<Result<_>>()?;
+    for (i, spec) in specs.iter().enumerate() {
+        reward::find("--reward", &spec.reward)?;
+        ensure!(
+            specs[..i].iter().all(|s| s.given != spec.given),
+            "--reward {}: stands there twice; give it once",
+            spec.shown
+        );
+    }
+    Ok(specs)
+}
+
+/// Scores of pictures by each reward, times its weight.
+pub fn scores(
+    specs: &[RewardSpec],
+    context: &RewardContext,
+    images: &[RgbImage],
+    prompts: &[Prompt],
+) -> Result<Vec<Vec<f64>>> {
+    // All are opened before one is asked: a name that is wrong costs no time.
+    let opened: Vec<Box<dyn Reward>> =
+        specs.iter().map(|s| reward::open(&s.reward, context)).collect::<Result<_>>()?;
+    let prompts: Vec<&Prompt> = prompts.iter().collect();
+    let column = |(spec, mut reward): (&RewardSpec, Box<dyn Reward>)| {
+        let scores = device::guard(|| reward::score(&mut *reward, &spec.shown, images, &prompts))?;
+        Ok(scores.into_iter().map(|s| spec.weight * s).collect())
+    };
+    specs.iter().zip(opened).map(column).collect()
 }

@@ -89,12 +89,30 @@ impl Observer for Console {
                 "self-test: rho = 1 before the first update, to {largest:.1e} (at most {bound:.0e})"
             ),
             Event::Warning(text) => eprintln!("warning: {text}"),
+            Event::Notice(text) => println!("{text}"),
+            Event::Written { .. } => {}
             Event::Dumped { update, file } => {
                 println!("update {update} written to {}", file.display());
             }
             Event::Epoch { record, epochs } => println!("{}", record.text(epochs)),
         }
     }
+}
+
+/// Runs work of so many units as a phase; it calls what it is given after each.
+pub fn in_phase<R>(
+    observer: &dyn Observer,
+    phase: &'static str,
+    units: usize,
+    work: impl FnOnce(&(dyn Fn() -> anyhow::Result<()> + Sync)) -> R,
+) -> R {
+    observer.on(Event::PhaseBegins { phase, units, done: 0 });
+    let done = work(&|| {
+        observer.on(Event::PhaseAdvances);
+        Ok(())
+    });
+    observer.on(Event::PhaseEnds);
+    done
 }
 
 /// From now on Ctrl-C and SIGTERM ask the run to stop and save; a second one ends it at once.

@@ -3,11 +3,15 @@
 mod args;
 mod commands;
 pub mod console;
+mod draw;
+mod listeners;
 
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 
-use self::commands::{bench, check, convert, credit, devices, embed, plan, sample, score, train};
+use self::commands::{
+    bench, check, convert, credit, devices, embed, eval, plan, sample, score, serve, train,
+};
 
 /// Aligns text-to-image models with a reward by policy gradients (PCPO), on any GPU, without CUDA.
 #[derive(Parser)]
@@ -29,9 +33,14 @@ pub enum Command {
     /// Draw images from prompts
     #[command(allow_negative_numbers = true)]
     Sample(sample::SampleArgs),
+    /// Measure a model with its adapter, or pictures that exist: rewards, distances, diversity
+    #[command(allow_negative_numbers = true)]
+    Eval(Box<eval::EvalArgs>),
     /// Score pictures that exist by rewards
     #[command(allow_negative_numbers = true)]
     Score(score::ScoreArgs),
+    /// Show runs live in a browser, with Stop, Sample now and Save now
+    Serve(serve::ServeArgs),
     /// Compare a model folder with a reference file of diffusers
     #[command(allow_negative_numbers = true)]
     Check(check::CheckArgs),
@@ -57,7 +66,9 @@ pub fn run(cli: Cli) -> Result<i32> {
         Command::Train(args) => train::run(*args),
         Command::Plan(args) => plan::run(&args),
         Command::Sample(args) => sample::run(&args),
+        Command::Eval(args) => eval::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Serve(args) => serve::run(&args),
         Command::Check(args) => check::run(&args),
         Command::Credit(args) => credit::run(&args),
         Command::Embed(args) => embed::run(&args),

@@ -244,10 +244,56 @@ pub struct Options {
     /// Largest norm of the gradient [default: 1]
     #[arg(long, help_heading = "Adapter and optimizer")]
     pub max_grad_norm: Option<f64>,
-    /// Epochs from one grid of pictures, with its reward, to the next; the first and the last are
-    /// always drawn [default: 1]
+    /// Epochs from one row of pictures, with its reward, to the next; the first and the last epoch
+    /// are always evaluated whole [default: 1]
     #[arg(long, value_name = "EPOCHS", help_heading = "Pictures and checkpoints")]
     pub sample_every: Option<usize>,
+    /// Epochs from one evaluation to the next: rewards on fixed prompts and noise, diversity, and
+    /// what pixels say, against the model at the beginning [default: that of --sample-every]
+    #[arg(long, value_name = "EPOCHS", help_heading = "Evaluation and collapse")]
+    pub eval_every: Option<usize>,
+    /// Text file of held-out prompts to evaluate on [default: up to 4 of the training prompts,
+    /// with other noise]
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "eval_prompt",
+        help_heading = "Evaluation and collapse"
+    )]
+    pub eval_prompts: Option<PathBuf>,
+    /// One held-out prompt; can be repeated instead of a file
+    #[arg(long, value_name = "TEXT", help_heading = "Evaluation and collapse")]
+    pub eval_prompt: Option<Vec<String>>,
+    /// Images of each prompt in an evaluation [default: 4]
+    #[arg(long, value_name = "N", help_heading = "Evaluation and collapse")]
+    pub eval_images: Option<usize>,
+    /// What the diversity of pictures is measured by: clip:PATH [default: not measured]
+    #[arg(long, value_name = "clip:PATH", help_heading = "Evaluation and collapse")]
+    pub features: Option<String>,
+    /// KL of a trajectory to the model without adapter that the watch allows
+    #[arg(long, value_name = "K", help_heading = "Evaluation and collapse")]
+    pub kl_budget: Option<f64>,
+    /// Bounds of a signal of the watch, SIGNAL=WARN,STOP or SIGNAL=off; can be repeated
+    #[arg(long, value_name = "SIGNAL=..", help_heading = "Evaluation and collapse")]
+    pub collapse_bound: Option<Vec<String>>,
+    /// End the run when its pictures have collapsed, with the best adapter kept [default: false]
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_name = "BOOL",
+        help_heading = "Evaluation and collapse",
+    )]
+    pub stop_on_collapse: Option<bool>,
+    /// Write TensorBoard's event files to the folder `tensorboard` of the run [default: false]
+    #[arg(
+        long,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        value_name = "BOOL",
+        help_heading = "Pictures and checkpoints",
+    )]
+    pub tensorboard: Option<bool>,
     /// Epochs from one kept checkpoint to the next; the newest two are always kept [default: 10]
     #[arg(long, value_name = "EPOCHS", help_heading = "Pictures and checkpoints")]
     pub keep_every: Option<usize>,
@@ -299,14 +345,20 @@ impl Options {
             sample_every: self.sample_every,
             reward_device: self.reward_device.clone(),
             reward_timeout: self.reward_timeout,
+            eval_every: self.eval_every,
+            kl_budget: self.kl_budget,
+            collapse_bound: self.collapse_bound.clone(),
+            stop_on_collapse: self.stop_on_collapse,
+            tensorboard: self.tensorboard,
             ..Default::default()
         }
     }
 
     /// What may change when a run goes on, in words.
     pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --sample-every, \
-                                      --reward-device, --reward-timeout and --model (the same \
-                                      model elsewhere)";
+                                      --eval-every, --kl-budget, --collapse-bound, \
+                                      --stop-on-collapse, --tensorboard, --reward-device, \
+                                      --reward-timeout and --model (the same model elsewhere)";
 
     /// `self` where it says something, `base` elsewhere.
     ///
@@ -314,10 +366,13 @@ impl Options {
     /// When a path is not UTF-8 or a number does not fit TOML's 63 bits.
     pub fn over(&self, base: &Self) -> Result<Self> {
         let (own, mut merged) = (self.table()?, base.table()?);
-        if own.contains_key("prompt") || own.contains_key("prompts") {
-            // One word on the prompts replaces both of the other's.
-            merged.remove("prompt");
-            merged.remove("prompts");
+        let says = |keys: [&str; 2]| keys.iter().any(|key| own.contains_key(*key));
+        let (trained, held_out) = (["prompt", "prompts"], ["eval-prompt", "eval-prompts"]);
+        // One word on the prompts replaces all of the other's: the held-out ones belong to them.
+        for (keys, replaced) in
+            [(trained, says(trained)), (held_out, says(trained) || says(held_out))]
+        {
+            keys.iter().filter(|_| replaced).for_each(|key| drop(merged.remove(*key)));
         }
         merged.extend(own);
         Ok(merged.try_into()?)

@@ -62,12 +62,27 @@ pub fn prompts(o: &Options) -> Result<Vec<Prompt>> {
     read_prompts(o.prompts.as_deref(), o.prompt.as_ref())
 }
 
+/// The held-out prompts of a run's options; none where nothing was said of them.
+///
+/// # Errors
+/// As [`read_prompts`].
+pub fn held_out(o: &Options) -> Result<Vec<Prompt>> {
+    match (&o.eval_prompts, &o.eval_prompt) {
+        (None, None) => Ok(Vec::new()),
+        (file, list) => each_once("--eval-prompt", file.as_deref(), list.as_ref()),
+    }
+}
+
 /// The prompts of a file or of the flags, each once.
 ///
 /// # Errors
 /// When the file cannot be read, a line is damaged, there is none, or one stands there twice.
 pub fn read_prompts(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<Vec<Prompt>> {
-    let (list, source) = lines(file, list)?;
+    each_once("--prompt", file, list)
+}
+
+fn each_once(flag: &str, file: Option<&Path>, list: Option<&Vec<String>>) -> Result<Vec<Prompt>> {
+    let (list, source) = lines_of(flag, file, list)?;
     let mut seen = std::collections::BTreeSet::new();
     for p in &list {
         ensure!(
@@ -84,18 +99,27 @@ pub fn read_prompts(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<V
 /// # Errors
 /// When the file cannot be read, a line is damaged, or there is none.
 pub fn lines(file: Option<&Path>, list: Option<&Vec<String>>) -> Result<(Vec<Prompt>, String)> {
+    lines_of("--prompt", file, list)
+}
+
+/// The same for a flag `FLAG TEXT`, which has a twin `FLAGs FILE`.
+fn lines_of(
+    flag: &str,
+    file: Option<&Path>,
+    list: Option<&Vec<String>>,
+) -> Result<(Vec<Prompt>, String)> {
     let (list, source) = match (file, list) {
         (Some(file), _) => {
-            let text = io::read_text(file).context("--prompts")?;
+            let text = io::read_text(file).with_context(|| format!("{flag}s"))?;
             // Some editors mark the beginning of a file.
             let text = text.trim_start_matches('\u{feff}');
             (
                 text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect(),
-                format!("--prompts {}", file.display()),
+                format!("{flag}s {}", file.display()),
             )
         }
-        (None, Some(list)) => (list.clone(), "--prompt".into()),
-        (None, None) => (vec![], "--prompts FILE or --prompt TEXT".into()),
+        (None, Some(list)) => (list.clone(), flag.into()),
+        (None, None) => (vec![], format!("{flag}s FILE or {flag} TEXT")),
     };
     ensure!(!list.is_empty(), "{source}: there is no prompt; give at least one");
     let prompt = |line: &String| Prompt::parse(line).with_context(|| source.clone());

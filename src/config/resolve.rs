@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, ensure};
 
 use super::options::{InitialNoise, Options, Preset};
-use super::prompts::{embedded, prompts};
+use super::prompts::{embedded, held_out, prompts};
 use super::settings::Settings;
 use crate::lora::formats;
 use crate::model::{Family, Storage};
@@ -151,6 +151,14 @@ impl Options {
             seed: o.seed.unwrap_or(0),
             keep_every: o.keep_every.unwrap_or(10),
             sample_every: o.sample_every.unwrap_or(1),
+            eval_every: o.eval_every.or(o.sample_every).unwrap_or(1),
+            eval_prompt: held_out(o)?,
+            eval_images: o.eval_images.unwrap_or(4),
+            features: o.features.clone(),
+            kl_budget: o.kl_budget,
+            collapse_bound: o.collapse_bound.clone().unwrap_or_default(),
+            stop_on_collapse: o.stop_on_collapse.unwrap_or(false),
+            tensorboard: o.tensorboard.unwrap_or(false),
         };
         settings.check()?;
         Ok(settings)

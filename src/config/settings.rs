@@ -10,10 +10,12 @@ use serde::{Serialize, Serializer};
 
 use super::numbers::{self, MOST, MOST_RANK, Range};
 use super::options::{InitialNoise, Preset};
+use crate::measure::collapse::Bounds;
+use crate::measure::features::FeatureSpec;
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
-use crate::reward::{JudgeAnswer, Prompt, RemoteOptions, RewardSpec};
+use crate::reward::{self, JudgeAnswer, Prompt, RemoteOptions, RewardSpec};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler, Sampling};
 
@@ -94,7 +96,22 @@ pub struct Settings {
     pub seed: u64,
     pub keep_every: usize,
     pub sample_every: usize,
+    pub eval_every: usize,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub eval_prompt: Vec<Prompt>,
+    pub eval_images: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub features: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kl_budget: Option<f64>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub collapse_bound: Vec<String>,
+    pub stop_on_collapse: bool,
+    pub tensorboard: bool,
 }
+
+/// Prompts that a grid shows at most, and an evaluation of training prompts has.
+pub const GRID_COLUMNS: usize = 4;
 
 /// One as a text, as it has always been written; several as a list.
 fn one_or_several<S: Serializer>(
@@ -145,6 +162,27 @@ impl Settings {
         }
     }
 
+    /// The prompts of evaluations: held-out ones, or the first of the training's.
+    pub fn evaluation_prompts(&self) -> &[Prompt] {
+        match self.eval_prompt.is_empty() {
+            true => &self.prompt[..self.groups().min(GRID_COLUMNS)],
+            false => &self.eval_prompt,
+        }
+    }
+
+    /// Pictures of an evaluation.
+    pub fn evaluated(&self) -> usize {
+        self.eval_images.saturating_mul(self.evaluation_prompts().len())
+    }
+
+    /// The bounds of the watch.
+    ///
+    /// # Errors
+    /// As [`Bounds::new`].
+    pub fn collapse_bounds(&self) -> Result<Bounds> {
+        Bounds::new(&self.collapse_bound)
+    }
+
     /// Images of one update.
     pub fn images_per_update(&self) -> usize {
         self.images_per_epoch / self.updates_per_epoch
@@ -158,6 +196,7 @@ impl Settings {
         self.check_numbers()?;
         self.check_images()?;
         self.check_rewards()?;
+        self.check_evaluation()?;
         self.check_method()
     }
 
@@ -173,6 +212,8 @@ impl Settings {
             ("--train-steps", self.train_steps.unwrap_or(1)),
             ("--keep-every", self.keep_every),
             ("--sample-every", self.sample_every),
+            ("--eval-every", self.eval_every),
+            ("--eval-images", self.eval_images),
             ("--tracker-size", self.tracker_size),
             ("--tracker-min-count", self.tracker_min_count),
         ] {
@@ -195,9 +236,12 @@ impl Settings {
         ] {
             numbers::number(flag, value, range)?;
         }
-        for (flag, value) in
-            [("--memory", self.memory), ("--zeta", self.zeta), ("--shift", self.shift)]
-        {
+        for (flag, value) in [
+            ("--memory", self.memory),
+            ("--zeta", self.zeta),
+            ("--shift", self.shift),
+            ("--kl-budget", self.kl_budget),
+        ] {
             numbers::optional(flag, value, Range::Positive)?;
         }
         Ok(())
@@ -246,14 +290,15 @@ impl Settings {
         if let Some(watched) = self.watch.iter().find(|spec| spec.weight != 1.0) {
             anyhow::bail!("--watch {}: is not trained on; leave the weight out", watched.shown);
         }
-        let judged = self.rewards().any(|r| r.reward.starts_with("judge:"));
-        for (flag, given) in [
-            ("--judge-question", self.judge_question.is_some()),
-            ("--judge-answer", self.judge_answer.is_some()),
-        ] {
-            ensure!(!given || judged, "{flag}: is for --reward judge:URL#MODEL; leave it out");
-        }
-        Ok(())
+        let rewards: Vec<RewardSpec> = self.rewards().cloned().collect();
+        let (question, answer) = (self.judge_question.is_some(), self.judge_answer.is_some());
+        reward::check_judge(&rewards, question, answer)
+    }
+
+    fn check_evaluation(&self) -> Result<()> {
+        numbers::count("--eval-images times the prompts", self.evaluated(), MOST)?;
+        self.collapse_bounds()?;
+        self.features.iter().try_for_each(|given| FeatureSpec::parse(given).map(drop))
     }
 
     /// What a method's parts ask of each other.

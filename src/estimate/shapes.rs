@@ -9,6 +9,7 @@ use crate::config::Settings;
 use crate::io::weights::Weights;
 use crate::lora::adapter::targeted;
 use crate::lora::formats;
+use crate::measure::features;
 use crate::model::config::BlockShape;
 use crate::model::family::Family;
 use crate::model::loader::{QUANTISED_BLOCK, Storage};
@@ -46,7 +47,7 @@ pub struct Shapes {
     pub text: TextShape,
     /// Bytes of network and VAE in a storage type.
     pub weights: f64,
-    /// Values of the weights of reward models.
+    /// Values of the weights of reward models, and of what pictures are compared by.
     pub reward: f64,
     /// Elements of the largest matrix.
     pub largest: f64,
@@ -113,7 +114,7 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
         targets.extend(adapter.layers.iter().map(shape));
     }
     let named = s.rewards().filter(|r| !r.own && s.own_reward_device().is_none());
-    let reward = named.map(model_size).sum::<Result<usize>>()?;
+    let reward = named.map(model_size).sum::<Result<usize>>()? + features_size(s)?;
     Ok(Shapes {
         blocks: network.block_shapes(size, tokens),
         decoder: vae.decoder_shapes(size),
@@ -187,4 +188,10 @@ fn bytes_per_weight(name: &str, shape: &[usize], storage: Storage) -> f64 {
         Storage::Q4 if in_blocks => quantised(4.0),
         Storage::F16 | Storage::Q8 | Storage::Q4 => 2.0,
     }
+}
+
+/// Values of the weights of what pictures are compared by, on the device of the training.
+fn features_size(s: &Settings) -> Result<usize> {
+    let given = s.features.as_ref().filter(|_| s.own_reward_device().is_none());
+    given.map_or(Ok(0), |given| features::model_size(given))
 }

@@ -32,6 +32,15 @@ impl Storage {
         }
     }
 
+    /// How models store their weights whose outputs have to tell pictures apart that differ
+    /// little: as f32, or f16 where the run stores smaller ones.
+    pub fn of_scores(self) -> Self {
+        match self {
+            Self::F32 => Self::F32,
+            Self::F16 | Self::Q8 | Self::Q4 => Self::F16,
+        }
+    }
+
     /// Symmetric quantisation with f32 scales, for linear layers.
     pub fn scheme(self) -> Option<QuantScheme> {
         let value = match self {

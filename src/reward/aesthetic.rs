@@ -5,7 +5,6 @@ use std::path::Path;
 use anyhow::{Context, Result, anyhow, ensure};
 use image::RgbImage;
 
-use super::clip::image_features;
 use super::open::Opening;
 use super::prompt::Prompt;
 use super::score::Reward;
@@ -51,7 +50,7 @@ impl Aesthetic {
 
 impl Reward for Aesthetic {
     fn score(&mut self, images: &[RgbImage], _prompts: &[&Prompt]) -> Result<Vec<f64>> {
-        let features = image_features(&self.clip, &self.compute, images);
+        let features = self.clip.in_batches(&self.compute, images, Clip::image_features);
         let features = features.with_context(|| self.name.clone())?;
         Ok(features.iter().map(|f| self.head.forward(f)).collect())
     }

@@ -10,12 +10,9 @@ use image::RgbImage;
 use super::open::Opening;
 use super::prompt::Prompt;
 use super::score::Reward;
-use crate::device::{Compute, in_order, rows_at_a_time};
-use crate::model::clip::{Clip, Towers, cosine};
+use crate::device::Compute;
+use crate::model::clip::{Clip, PICTURES_AT_ONCE, Towers, cosine};
 use crate::model::picture::{Fit, Preparation};
-
-/// Pictures that an encoder takes at once.
-pub const PICTURES_AT_ONCE: usize = 8;
 
 /// What a dual encoder's cosine is turned into.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -65,21 +62,6 @@ impl DualEncoder {
     }
 }
 
-/// Features of all pictures, in batches over the device's cores.
-///
-/// # Errors
-/// When the device fails, or a feature is not finite.
-pub fn image_features(
-    clip: &Clip,
-    compute: &Compute,
-    images: &[RgbImage],
-) -> Result<Vec<Vec<f32>>> {
-    let rows = rows_at_a_time(compute.threads(), images.len(), PICTURES_AT_ONCE);
-    let batches: Vec<&[RgbImage]> = images.chunks(rows).collect();
-    let found = in_order::map(compute, &batches, |batch| clip.image_features(batch))?;
-    Ok(found.concat())
-}
-
 impl Reward for DualEncoder {
     fn score(&mut self, images: &[RgbImage], prompts: &[&Prompt]) -> Result<Vec<f64>> {
         let mut new: Vec<&str> = prompts.iter().map(|p| p.text.as_str()).collect();
@@ -91,7 +73,7 @@ impl Reward for DualEncoder {
             let features = features.with_context(|| self.name.clone())?;
             self.texts.extend(texts.iter().map(|t| t.to_string()).zip(features));
         }
-        let features = image_features(&self.clip, &self.compute, images);
+        let features = self.clip.in_batches(&self.compute, images, Clip::image_features);
         let features = features.with_context(|| self.name.clone())?;
         let score = |(image, prompt): (&Vec<f32>, &&Prompt)| {
             self.factor * cosine(image, &self.texts[&prompt.text])

@@ -7,12 +7,12 @@ use anyhow::{Context, Result};
 use image::RgbImage;
 
 use super::aesthetic::Head;
-use super::clip::PICTURES_AT_ONCE;
 use super::open::Opening;
 use super::prompt::Prompt;
 use super::score::Reward;
 use crate::device::{Compute, in_order, rows_at_a_time};
 use crate::model::blip::Blip;
+use crate::model::clip::PICTURES_AT_ONCE;
 use crate::model::clip::files::Files;
 
 /// Mean and deviation of its scores, by which it is normalised.

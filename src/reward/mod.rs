@@ -171,6 +171,27 @@ pub fn open(spec: &str, context: &RewardContext) -> Result<Box<dyn Reward>> {
     (named.open)(&Opening::new(spec, argument, context))
 }
 
+/// Checks that what is said to a judge has one to hear it.
+///
+/// # Errors
+/// Names the flag.
+pub fn check_judge(specs: &[RewardSpec], question: bool, answer: bool) -> Result<()> {
+    let judged = specs.iter().any(|r| r.reward.starts_with("judge:"));
+    for (flag, given) in [("--judge-question", question), ("--judge-answer", answer)] {
+        ensure!(!given || judged, "{flag}: is for --reward judge:URL#MODEL; leave it out");
+    }
+    Ok(())
+}
+
+/// Whether a reward of our own compares pictures with their prompts; servers and programs may.
+///
+/// # Errors
+/// As [`find`].
+pub fn reads_prompt(spec: &RewardSpec) -> Result<bool> {
+    let (named, _) = find(spec.flag, &spec.reward)?;
+    Ok(named.model.as_ref().is_some_and(|model| !model.vision_only))
+}
+
 /// Values of the weights of a reward's model that are loaded; 0 where it has none.
 ///
 /// # Errors
@@ -179,7 +200,6 @@ pub fn model_size(spec: &RewardSpec) -> Result<usize> {
     let (named, argument) = find(spec.flag, &spec.reward)?;
     let Some(model) = &named.model else { return Ok(0) };
     let files = Files::open(Path::new((model.path)(argument)), &[image_reward::FILE]);
-    let weights = files.with_context(|| format!("{} {}", spec.flag, spec.shown))?.weights;
-    // `vision_model`, `visual_projection` and `visual`.
-    Ok(weights.elements(|name| !model.vision_only || name.starts_with("vis")))
+    let files = files.with_context(|| format!("{} {}", spec.flag, spec.shown))?;
+    Ok(if model.vision_only { files.vision_size() } else { files.weights.elements(|_| true) })
 }

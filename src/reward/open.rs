@@ -54,12 +54,8 @@ impl<'a> Opening<'a> {
         Ok(self.argument)
     }
 
-    /// How a reward model stores its weights: f32, or f16 where the run stores smaller ones: a
-    /// score has to tell pictures apart that differ little.
+    /// How a reward model stores its weights.
     pub fn storage(&self) -> Storage {
-        match self.storage {
-            Storage::F32 => Storage::F32,
-            Storage::F16 | Storage::Q8 | Storage::Q4 => Storage::F16,
-        }
+        self.storage.of_scores()
     }
 }

@@ -34,6 +34,7 @@ pub struct ImageRequest {
 }
 
 /// Images to draw.
+#[derive(Clone, Copy)]
 pub struct Request<'a> {
     pub images: &'a [ImageRequest],
     /// Which images are one batch.

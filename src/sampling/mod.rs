@@ -1,6 +1,7 @@
 //! Sampling: a policy, the chain of its steps, and the batches of all devices.
 
 pub mod generate;
+pub mod kl;
 pub mod parallel;
 pub mod policy;
 pub mod trajectory;

@@ -3,5 +3,10 @@
 pub mod bench;
 pub mod check;
 pub mod credit_table;
+pub mod draw;
 pub mod errors;
+pub mod eval;
+pub mod report;
+pub mod serve;
+pub mod tensorboard;
 pub mod timing;

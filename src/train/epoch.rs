@@ -7,7 +7,7 @@ use std::ops::Range;
 use anyhow::{Context, Result, ensure};
 
 use super::checkpoint::Unfinished;
-use super::metrics::{PeakMemory, ScoreRecord, Seconds, UpdateRecord};
+use super::metrics::{EpochRecord, PeakMemory, ScoreRecord, Seconds, UpdateRecord};
 use super::update::TrajectoryBatch;
 use crate::config::{InitialNoise, Settings};
 use crate::device::Compute;
@@ -168,6 +168,41 @@ impl EpochState {
             parts: vec![&self.advantages],
         });
         tensors
+    }
+
+    /// What the epoch leaves in metrics.jsonl once its updates are done; of a skipped update no
+    /// statistics count.
+    pub fn record(&self, s: &Settings, epoch: usize, skipped_updates: usize) -> EpochRecord {
+        let Self { rewards, scores, updates, seconds, peaks, plan, .. } = self;
+        let over_updates = |f: fn(&UpdateRecord) -> f64| {
+            let taken: Vec<f64> = updates.iter().filter(|u| !u.skipped).map(f).collect();
+            taken.iter().sum::<f64>() / taken.len().max(1) as f64
+        };
+        let images = rewards.len() as f64;
+        let reward_mean = rewards.iter().sum::<f64>() / images;
+        let variance = rewards.iter().map(|r| (r - reward_mean).powi(2)).sum::<f64>() / images;
+        let mib = |bytes: Option<u64>| bytes.map(|b| b >> 20);
+        EpochRecord {
+            epoch,
+            reward_mean,
+            reward_std: variance.sqrt(),
+            rewards: scores.clone(),
+            clip_frac: over_updates(|u| u.clip_frac),
+            approx_kl: over_updates(|u| u.approx_kl),
+            images_per_second: images / seconds.all(),
+            seconds: seconds.all(),
+            rollout_seconds: seconds.rollout,
+            decode_seconds: seconds.decode,
+            reward_seconds: seconds.reward,
+            update_seconds: seconds.update,
+            rollout_peak_mib: mib(peaks.rollout),
+            decode_peak_mib: mib(peaks.decode),
+            update_peak_mib: mib(peaks.update),
+            skipped_updates,
+            rollout_calls: plan.images.len() * plan.steps.len(),
+            update_calls: updates.len() * s.images_per_update() * plan.trained.len(),
+            warnings: Vec::new(),
+        }
     }
 
     /// Restores a suspended epoch from its checkpoint's file.

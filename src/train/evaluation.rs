@@ -5,6 +5,7 @@ use std::ops::Range;
 use image::{Rgb, RgbImage, imageops};
 
 use crate::config::Settings;
+use crate::config::settings::GRID_COLUMNS;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::philox::Stream;
 use crate::reward::Prompt;
@@ -14,17 +15,12 @@ use crate::sampling::parallel::batches;
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
 
-/// Prompts that the grids show at most.
-const GRID_COLUMNS: usize = 4;
-/// Rows of the grids before and after.
-const FULL_ROWS: usize = 4;
-
 /// How much an evaluation draws.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Extent {
-    /// Before and after: four rows are worth the time.
+    /// All prompts with all their pictures, which are measured.
     Full,
-    /// Between: one row; the epoch has its rollout's reward besides.
+    /// One row of pictures to look at, between evaluations.
     Row,
     /// One picture, to see whether the policy is still finite where no grid is due.
     Probe,
@@ -41,13 +37,9 @@ pub(crate) struct EvaluationPlan {
     pub noise: Noise,
 }
 
+/// Prompts that a run's grids show.
 pub(crate) fn columns(s: &Settings) -> usize {
-    s.groups().min(GRID_COLUMNS)
-}
-
-/// The prompts of the grids.
-pub(crate) fn fixed_prompts(s: &Settings) -> &[Prompt] {
-    &s.prompt[..columns(s)]
+    s.evaluation_prompts().len().min(GRID_COLUMNS)
 }
 
 impl EvaluationPlan {
@@ -60,13 +52,13 @@ impl EvaluationPlan {
         embeddings: &PromptEmbeddings,
         extent: Extent,
     ) -> anyhow::Result<Self> {
-        let columns = columns(s);
+        let (columns, fixed) = (columns(s), s.evaluation_prompts());
         let total = match extent {
-            Extent::Full => FULL_ROWS * columns,
+            Extent::Full => s.evaluated(),
             Extent::Row => columns,
             Extent::Probe => 1,
         };
-        let prompts: Vec<Prompt> = (0..total).map(|i| s.prompt[i % columns].clone()).collect();
+        let prompts: Vec<Prompt> = (0..total).map(|i| fixed[i % fixed.len()].clone()).collect();
         let image = |(i, prompt): (usize, &Prompt)| {
             let initial = InitialLatent::Noise(Stream::Evaluation, i as u32);
             anyhow::Ok(ImageRequest { prompt: embeddings.row_of(&prompt.text)?, initial })
@@ -74,7 +66,7 @@ impl EvaluationPlan {
         let deterministic = replica.pipeline.family.is_flow();
         let step = |s: &Step| if deterministic { s.without_noise() } else { *s };
         // Images numbered from the top, which no rollout reaches.
-        let first_image = u32::MAX - (FULL_ROWS * columns) as u32;
+        let first_image = u32::MAX - s.evaluated() as u32;
         Ok(Self {
             images: prompts.iter().enumerate().map(image).collect::<anyhow::Result<_>>()?,
             prompts,
@@ -85,8 +77,14 @@ impl EvaluationPlan {
     }
 }
 
+/// The pictures of an evaluation that its grid shows: those of the first prompts.
+pub(crate) fn shown<'a>(s: &Settings, images: &'a [RgbImage]) -> Vec<&'a RgbImage> {
+    let (columns, prompts) = (columns(s), s.evaluation_prompts().len());
+    images.iter().enumerate().filter(|(i, _)| i % prompts < columns).map(|(_, p)| p).collect()
+}
+
 /// Pictures side by side in rows of `columns`, 2 pixels apart.
-pub(crate) fn grid(images: &[RgbImage], columns: usize) -> RgbImage {
+pub(crate) fn grid(images: &[&RgbImage], columns: usize) -> RgbImage {
     let Some(first) = images.first() else { return RgbImage::new(1, 1) };
     let (w, h) = (first.width() + 2, first.height() + 2);
     let rows = images.len().div_ceil(columns) as u32;
@@ -94,7 +92,7 @@ pub(crate) fn grid(images: &[RgbImage], columns: usize) -> RgbImage {
     let mut canvas = RgbImage::from_pixel(w * columns as u32 - 2, h * rows - 2, white);
     for (i, image) in images.iter().enumerate() {
         let (x, y) = ((i % columns) as i64, (i / columns) as i64);
-        imageops::replace(&mut canvas, image, i64::from(w) * x, i64::from(h) * y);
+        imageops::replace(&mut canvas, *image, i64::from(w) * x, i64::from(h) * y);
     }
     canvas
 }

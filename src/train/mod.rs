@@ -11,11 +11,16 @@
 pub mod adamw;
 #[doc(hidden)]
 pub mod backward;
+mod base_features;
 #[doc(hidden)]
 pub mod checkpoint;
+mod control;
 mod dump;
 mod epoch;
+mod epoch_record;
 mod evaluation;
+mod evaluation_record;
+mod measures;
 pub mod metrics;
 pub mod observer;
 mod prepare;
@@ -27,6 +32,11 @@ pub mod run_folder;
 mod self_test;
 #[doc(hidden)]
 pub mod update;
+mod update_record;
+#[doc(hidden)]
+pub mod watch;
+#[doc(hidden)]
+pub mod wishes;
 
 use std::time::Instant;
 
@@ -37,20 +47,23 @@ use self::adamw::{AdamWConfig, clip_norm};
 use self::checkpoint::RunState;
 use self::epoch::EpochState;
 use self::evaluation::{Extent, before_after};
-use self::metrics::{EpochRecord, PeakMemory, Record, Seconds, UpdateRecord};
+use self::measures::evaluate;
+use self::metrics::{About, PeakMemory, Record, Seconds, UpdateRecord};
 pub use self::observer::{Event, Observer, Silent};
 use self::prepare::{Prepared, prepare};
 use self::recovery::{diverged, keep_beginning, restore, suspend, test_restored};
 use self::rewards::flat;
+use self::run::Run;
 pub use self::run::{DumpRequest, Job, Summary};
-use self::run::{Run, open_grid};
-use self::update::{GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient};
+use self::run_folder::open_grid;
+use self::update::{
+    GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient, credit_table,
+};
+use self::watch::best_epoch;
 use crate::device;
 use crate::device::system::{peak, reset_peak};
 use crate::device::tensor::{read, upload};
-use crate::ops::Coefficients;
-use crate::ops::credit_reduce::{StepStats, credit_reduce};
-use crate::ops::policy_objective::{STATS, SampleStats, Surrogate};
+use crate::ops::policy_objective::Surrogate;
 use crate::sampling::Replica;
 use crate::sampling::generate::{
     Generated, Request, generate, lora_of, prompt_pair, upload_adapter,
@@ -58,8 +71,6 @@ use crate::sampling::generate::{
 use crate::sampling::parallel::{fold_batches, map_batches};
 use crate::sampling::policy::{GuidanceMode, Policy};
 use crate::sampling::trajectory::{Noise, NotFinite, decode};
-use crate::schedule::Step;
-use crate::stop;
 
 /// Updates in a row that may be skipped for values that are not finite.
 const MAX_SKIPPED: usize = 3;
@@ -77,12 +88,15 @@ pub fn train(mut job: Job, observer: &dyn Observer) -> Result<Summary> {
         // Also of a resumed run, which may have been given more epochs.
         let settings = toml::to_string(run.settings).context("settings")?;
         run.folder.file("settings.toml", settings.into_bytes());
+        let about = About::this(&run.first().compute.name);
+        run.folder.file("about.json", serde_json::to_vec_pretty(&about)?);
+        wishes::forget(&run.folder.dir);
         let mut restored = restore(&mut run, transitions)?;
         // A run that has gone back to its beginning has its first pictures already.
         if run.state.epoch == 0 && restored.is_none() && run.folder.reward_of(0).is_err() {
             begin(&mut run)?;
         }
-        while run.state.epoch < run.settings.epochs {
+        while run.state.epoch < run.settings.epochs && run.collapsed().is_none() {
             epoch(&mut run, restored.take())?;
         }
         finish(&mut run)
@@ -98,7 +112,7 @@ pub fn train(mut job: Job, observer: &dyn Observer) -> Result<Summary> {
 
 /// The pictures and the reward before anything is learnt.
 fn begin(run: &mut Run) -> Result<()> {
-    let before = run.evaluate(Extent::Full)?;
+    let before = evaluate(run, Extent::Full)?;
     run.show(0, before)?;
     run.state.metrics_lines = run.folder.records().len();
     Ok(())
@@ -161,7 +175,7 @@ fn rollout(run: &mut Run) -> Result<EpochState> {
     run.observer.on(Event::PhaseBegins { phase: "rollout", units, done: 0 });
     let tick = || {
         run.observer.on(Event::PhaseAdvances);
-        stop::check()
+        run.hear_stop()
     };
     let sampled = generate(&run.replicas, &request, &tick, |_, drawn: Generated| {
         let first_image = plan.noise.first_image + drawn.images.start as u32;
@@ -192,7 +206,9 @@ fn rollout(run: &mut Run) -> Result<EpochState> {
     let names: Vec<&str> = plan.prompts.iter().map(|p| p.text.as_str()).collect();
     let advantages = scores.advantages(s, &mut run.state, &names);
     let (rewards, scores) = (scores.totals(), scores.records(&names));
-    flat(s, &scores, &advantages).iter().for_each(|warning| run.warn(warning));
+    for warning in flat(s, &scores, &advantages) {
+        run.warn(&warning);
+    }
     let seconds = Seconds {
         rollout: sampled,
         decode: decoded - sampled,
@@ -214,6 +230,7 @@ fn updates(run: &mut Run, state: &mut EpochState) -> Result<()> {
         (per_pass * s.inner_epochs, per_pass * state.updates.len() / s.updates_per_epoch);
     run.observer.on(Event::PhaseBegins { phase: "update", units, done });
     while state.updates.len() < total {
+        control::hear(run, state)?;
         let start = Instant::now();
         let record = update(run, state)?;
         state.updates.push(record);
@@ -222,7 +239,7 @@ fn updates(run: &mut Run, state: &mut EpochState) -> Result<()> {
             bail!(NotFinite(format!("{MAX_SKIPPED} updates in a row were not finite")));
         }
         if state.updates.len() < total {
-            stop::check()?;
+            run.hear_stop()?;
         }
     }
     run.observer.on(Event::PhaseEnds);
@@ -255,7 +272,7 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
         run.observer.on(Event::SelfTest { largest: found.largest, bound: found.bound });
         run.tested = true;
     }
-    let table = credit_table(run, trained, &stats)?;
+    let table = credit_table(&run.first().compute, trained, &stats)?;
     let number = run.state.updates + 1;
     if let Some(request) = run.dump.take_if(|d| d.update == number) {
         let update = dump::Update {
@@ -284,14 +301,6 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
         run.optimizer.update(&config, run.adapter.parameters_mut(), &sum.gradients);
     }
     Ok(record)
-}
-
-/// The statistics of each trained step over the samples of an update.
-fn credit_table(run: &Run, trained: &[Step], stats: &[SampleStats]) -> Result<Vec<StepStats>> {
-    let compute = &run.first().compute;
-    let shape = [trained.len(), stats.len() / trained.len(), STATS];
-    let weights: Vec<f32> = trained.iter().map(|step| Coefficients::from(step).w).collect();
-    credit_reduce(compute, &upload(bytemuck::cast_slice(stats), shape, &compute.burn), &weights)
 }
 
 /// The gradient of an update, batch by batch.
@@ -335,26 +344,26 @@ fn gradient(
 fn record(run: &mut Run, done: &EpochState) -> Result<()> {
     let s = run.settings;
     let state = RunState { epoch: run.state.epoch + 1, unfinished: None, ..run.state.clone() };
-    let (updates, skipped) = (&done.updates, state.skipped);
-    let (rewards, scores) = (&done.rewards, &done.scores);
-    let record =
-        EpochRecord::new(state.epoch, rewards, scores, updates, done.seconds, done.peaks, skipped);
+    let mut record = done.record(s, state.epoch, state.skipped);
     // Before anything is changed: a reward program that dies here must not cost the epoch.
-    let shown = if state.epoch == s.epochs {
-        Some(run.evaluate(Extent::Full)?)
+    let shown = if state.epoch == s.epochs || state.epoch.is_multiple_of(s.eval_every) {
+        Some(evaluate(run, Extent::Full)?)
     } else if state.epoch.is_multiple_of(s.sample_every) {
-        Some(run.evaluate(Extent::Row)?)
+        Some(evaluate(run, Extent::Row)?)
     } else {
         // No grid is due: one picture shows whether the policy may be saved.
         run.draw(&run.plan_evaluation(Extent::Probe)?)?;
         None
     };
     keep_beginning(run)?;
-    updates.iter().for_each(|update| run.folder.record(Record::Update(update.clone())));
+    done.updates.iter().for_each(|update| run.folder.record(Record::Update(update.clone())));
+    // The watch compares the rollouts' rewards, this one's among them.
     run.folder.record(Record::Epoch(record.clone()));
     if let Some(shown) = shown {
         run.show(state.epoch, shown)?;
     }
+    record.warnings = std::mem::take(&mut run.warnings);
+    run.folder.amend(&record);
     let state = RunState { metrics_lines: run.folder.records().len(), ..state };
     run.save(state.clone(), Vec::new())?;
     run.state = state;
@@ -365,14 +374,14 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
 
 /// The run's first and last pictures side by side.
 fn finish(run: &mut Run) -> Result<Summary> {
-    let (dir, last) = (run.folder.dir.clone(), run.settings.epochs);
+    let (dir, last) = (run.folder.dir.clone(), run.state.epoch);
     let before = open_grid(&dir, 0)?;
     let drawn = open_grid(&dir, last).ok().filter(|g| g.dimensions() == before.dimensions());
     let after = match drawn {
         Some(grid) => grid,
         // The run was meant to be longer when its last epoch was drawn, in one row or not at all.
         None => {
-            let shown = run.evaluate(Extent::Full)?;
+            let shown = evaluate(run, Extent::Full)?;
             let grid = shown.grid.clone();
             run.show(last, shown)?;
             grid
@@ -381,5 +390,7 @@ fn finish(run: &mut Run) -> Result<Summary> {
     run.folder.picture("before_after.png", &before_after(&before, &after))?;
     run.folder.flush(|_| Ok(()))?;
     let (before, after) = (run.folder.reward_of(0)?, run.folder.reward_of(last)?);
-    Ok(Summary { before, after, out: dir })
+    let best_epoch = best_epoch(run.settings, run.folder.records());
+    run.written();
+    Ok(Summary { before, after, best_epoch, stopped: run.collapsed(), out: dir })
 }

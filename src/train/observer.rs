@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use super::metrics::EpochRecord;
+use super::metrics::{EpochRecord, Record};
 
 /// Something that happened.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +42,8 @@ pub enum Event<'a> {
     },
     /// Something that the user should know of.
     Warning(&'a str),
+    /// What was asked of the run is done.
+    Notice(&'a str),
     /// An update was written whole, as `--dump-update` asks.
     Dumped {
         /// Counted from 1 over the run.
@@ -55,6 +57,13 @@ pub enum Event<'a> {
         record: &'a EpochRecord,
         /// Epochs that the run is to have.
         epochs: usize,
+    },
+    /// All that the run's folder holds so far is written: settings, metrics, pictures.
+    Written {
+        /// The run's folder.
+        folder: &'a Path,
+        /// The records of metrics.jsonl.
+        records: &'a [Record],
     },
 }
 

@@ -7,9 +7,9 @@ use std::sync::Mutex;
 use anyhow::{Context, Result, ensure};
 
 use super::adamw::AdamWState;
+use super::base_features::load_base;
 use super::checkpoint::{self, Loaded, RunState, Snapshot};
 use super::epoch::drawn_prompts;
-use super::evaluation::fixed_prompts;
 use super::observer::{Event, Observer};
 use super::rewards::Rewards;
 use super::run::{Job, Run};
@@ -24,6 +24,7 @@ use crate::io;
 use crate::io::weights::Weights;
 use crate::lora::formats;
 use crate::lora::{Adapter, LinearShape};
+use crate::measure::features::FeatureModel;
 use crate::model::Pipeline;
 use crate::model::config::rows_at_once;
 use crate::model::pipeline::{TextFrom, embed, fingerprint};
@@ -59,6 +60,7 @@ pub(crate) fn prepare<'a>(
     let target = Target::of(&compute).with_limit(s.memory);
     let estimated = estimate::check(&found, s, target)?;
     let rewards = device::guard(|| Rewards::open(s, reward, &compute))?;
+    let features = device::guard(|| features(s, &compute))?;
     let embeddings = device::guard(|| encode(s, &compute))?;
     let pipeline =
         device::guard(|| Pipeline::load(&s.model, &compute.burn, s.storage, s.resolution))?;
@@ -93,8 +95,21 @@ pub(crate) fn prepare<'a>(
         tested: false,
         good: None,
         kept,
+        features,
+        base_features: if job.resume { load_base(&job.out)? } else { None },
+        bounds: s.collapse_bounds()?,
+        best: None,
+        warnings: Vec::new(),
     };
     Ok(Prepared { run, transitions })
+}
+
+/// What the diversity of pictures is measured by, on the device of the reward models.
+fn features(s: &Settings, compute: &Compute) -> Result<Option<FeatureModel>> {
+    let Some(given) = &s.features else { return Ok(None) };
+    let own = s.own_reward_device().map(device::open).transpose();
+    let compute = own.context("--reward-device")?.unwrap_or_else(|| compute.clone());
+    FeatureModel::open(given, &compute, s.storage).map(Some)
 }
 
 /// The file of an adapter that is not a fresh one. A resumed run has its own in its folder; the
@@ -107,7 +122,7 @@ fn adapter_file(job: &Job) -> Option<std::path::PathBuf> {
 /// The embeddings of all prompts that the run draws, and of the empty one: each is encoded once.
 fn encode(s: &Settings, compute: &Compute) -> Result<PromptEmbeddings> {
     let mut prompts = vec![String::new()];
-    prompts.extend(fixed_prompts(s).iter().map(|p| p.text.clone()));
+    prompts.extend(s.evaluation_prompts().iter().map(|p| p.text.clone()));
     prompts.extend(drawn_prompts(s));
     let from = match &s.embeddings {
         Some(file) => TextFrom::File(file),

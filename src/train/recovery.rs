@@ -8,9 +8,10 @@ use super::epoch::EpochState;
 use super::evaluation::Extent;
 use super::metrics::{Record, SuspendedRecord};
 use super::observer::Event;
-use super::run::Run;
+use super::run::{BEST, Run};
 use super::self_test::self_test;
 use super::update::{GradientOptions, TrajectoryBatch, batch_gradient};
+use super::watch::best_epoch;
 use crate::device::tensor::{read, upload};
 use crate::io::weights::Weights;
 use crate::lora::formats::{self, Format};
@@ -192,12 +193,17 @@ fn earlier(run: &Run, epoch: usize) -> Result<Option<Snapshot>> {
 
 /// Makes a state the run's own, in memory and on disk.
 fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
+    let best = best_epoch(run.settings, run.folder.records());
+    let best_is_gone = best.is_some_and(|epoch| epoch > good.state.epoch);
     run.forget_after(good.state.epoch, good.state.metrics_lines);
     let parts = parts(run, &good);
     let network = parts.network;
     run.folder.flush(|dir| {
         let file = dir.join("adapter.safetensors");
         formats::save(&good.adapter, &file, Format::Diffusers, network)?;
+        if best_is_gone {
+            formats::save(&good.adapter, &dir.join(BEST), Format::Diffusers, network)?;
+        }
         checkpoint::rewind(dir, &parts)
     })?;
     let Snapshot { state, adapter, optimizer } = good;

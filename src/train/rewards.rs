@@ -130,6 +130,12 @@ impl Scores {
         (0..images).map(total).collect()
     }
 
+    /// The mean of each reward for each of `prompts` prompts, where image i has prompt
+    /// i mod `prompts`.
+    pub fn by_prompt(&self, prompts: usize) -> BTreeMap<String, Vec<f64>> {
+        self.0.iter().map(|c| (c.spec.shown.clone(), means_of(&c.scores, prompts))).collect()
+    }
+
     /// The mean of each reward by its name.
     pub fn means(&self) -> BTreeMap<String, f64> {
         let mean = |c: &Column| c.scores.iter().sum::<f64>() / c.scores.len().max(1) as f64;
@@ -141,6 +147,15 @@ impl Scores {
         let record = |c: &Column| (c.spec.shown.clone(), ScoreRecord::new(&c.scores, prompts));
         self.0.iter().map(record).collect()
     }
+}
+
+/// The means of what belongs to the same prompt: image i has prompt i mod `prompts`.
+pub(crate) fn means_of(scores: &[f64], prompts: usize) -> Vec<f64> {
+    let mean = |prompt: usize| {
+        let own: Vec<f64> = scores.iter().skip(prompt).step_by(prompts).copied().collect();
+        own.iter().sum::<f64>() / own.len() as f64
+    };
+    (0..prompts).map(mean).collect()
 }
 
 /// What a user should hear at once: which rewards teach nothing in an epoch of these records.

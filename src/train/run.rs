@@ -1,32 +1,36 @@
 //! A job, a run of it, and what a run tells at its end.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use image::RgbImage;
 
 use super::adamw::AdamWState;
+use super::base_features::save_base;
 use super::checkpoint::{self, RunState, Snapshot};
 use super::epoch::EpochPlan;
-use super::evaluation::{EvaluationPlan, Extent, columns, grid};
-use super::metrics::{EvaluationRecord, Record};
+use super::evaluation::{EvaluationPlan, Extent};
+use super::metrics::{EvaluationRecord, Measures, Record};
 use super::observer::{Event, Observer};
 use super::rewards::{Rewards, Scores};
-use super::run_folder::RunFolder;
+use super::run_folder::{GRIDS, RunFolder, grid_epoch, grid_name};
+use super::watch::{best_epoch, evaluations};
+use super::wishes;
 use crate::config::{Options, Settings};
 use crate::io::tensors::TensorParts;
 use crate::lora::Adapter;
 use crate::lora::formats::{self, Format};
+use crate::measure::collapse::Bounds;
+use crate::measure::features::FeatureModel;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::reward::{Prompt, Reward, RewardSpec};
 use crate::sampling::Replica;
 use crate::sampling::generate::{Request, generate};
+use crate::sampling::kl::trajectory_kl;
 use crate::sampling::trajectory::decode;
 use crate::schedule::Step;
-use crate::stop;
 
 /// What is to be trained, where the run writes, and what it starts from.
 pub struct Job {
@@ -51,6 +55,11 @@ impl Job {
     pub fn resume(options: &Options, out: impl Into<PathBuf>) -> Result<Self> {
         let out = out.into();
         Ok(Self { resume: true, ..Self::new(options.resumed(&out)?, out) })
+    }
+
+    /// What the run is told.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// Scores pictures by a reward of one's own in place of the settings'; `name` is what the run's
@@ -104,14 +113,20 @@ pub struct Summary {
     pub before: f64,
     /// The same after the last epoch.
     pub after: f64,
+    /// The epoch of the best adapter, `adapter-best.safetensors`, where one was within all bounds.
+    pub best_epoch: Option<usize>,
+    /// Why the run ended before its last epoch, where its pictures had collapsed.
+    pub stopped: Option<String>,
 }
 
-/// Pictures of fixed prompts and noise, and their mean reward.
+/// Pictures of fixed prompts and noise, and what they are like.
 pub(crate) struct Evaluation {
     pub grid: RgbImage,
     pub reward_mean: f64,
     /// The mean of each reward by its name.
     pub rewards: BTreeMap<String, f64>,
+    /// Of a whole evaluation.
+    pub measures: Option<Measures>,
 }
 
 /// A run in progress.
@@ -141,6 +156,16 @@ pub(crate) struct Run<'a> {
     pub good: Option<Snapshot>,
     /// What is on disk to continue from, in words.
     pub kept: Option<String>,
+    /// What the diversity of pictures is measured by.
+    pub features: Option<FeatureModel>,
+    /// Features of the first evaluation's pictures, where they are known.
+    pub base_features: Option<Vec<Vec<f32>>>,
+    /// Where the watch warns and stops.
+    pub bounds: Bounds,
+    /// The best adapter so far, until it is written.
+    pub best: Option<Adapter>,
+    /// What was warned of since the last complete epoch.
+    pub warnings: Vec<String>,
 }
 
 impl Run<'_> {
@@ -171,23 +196,28 @@ impl Run<'_> {
         EvaluationPlan::new(self.settings, self.first(), steps, embeddings, extent)
     }
 
-    /// Draws and scores an evaluation.
-    pub fn evaluate(&mut self, extent: Extent) -> Result<Evaluation> {
-        let plan = self.plan_evaluation(extent)?;
-        let images = self.draw(&plan)?;
-        let scores = self.score(&images, &plan.prompts)?;
-        let totals = scores.totals();
-        let reward_mean = totals.iter().sum::<f64>() / totals.len() as f64;
-        let grid = grid(&images, columns(self.settings));
-        Ok(Evaluation { grid, reward_mean, rewards: scores.means() })
-    }
-
     /// The pictures of an evaluation, by the adapter as it is.
     pub fn draw(&self, plan: &EvaluationPlan) -> Result<Vec<RgbImage>> {
-        let batches: &[Range<usize>] = &plan.batches;
-        let request = Request {
+        let request = self.request(plan)?;
+        let pictures =
+            generate(&self.replicas, &request, &|| self.hear_stop(), |replica, drawn| {
+                decode(&replica.pipeline.vae, &drawn.latents)
+            })?;
+        Ok(pictures.concat())
+    }
+
+    /// The KL of an evaluation's trajectories to the model without its adapter, by the noise of the
+    /// training.
+    pub fn kl(&self, plan: &EvaluationPlan) -> Result<f64> {
+        let request = Request { steps: &self.steps, ..self.request(plan)? };
+        let each = trajectory_kl(&self.replicas, &request, &|| self.hear_stop())?;
+        Ok(each.iter().sum::<f64>() / each.len() as f64)
+    }
+
+    fn request<'a>(&'a self, plan: &'a EvaluationPlan) -> Result<Request<'a>> {
+        Ok(Request {
             images: &plan.images,
-            batches,
+            batches: &plan.batches,
             embeddings: &self.embeddings,
             uncond: self.embeddings.row_of("")?,
             adapter: Some(&self.adapter),
@@ -196,20 +226,39 @@ impl Run<'_> {
             keep: &[],
             latent: self.latent_shape(),
             noise: plan.noise,
-        };
-        let pictures = generate(&self.replicas, &request, &stop::check, |replica, drawn| {
-            decode(&replica.pipeline.vae, &drawn.latents)
-        })?;
-        Ok(pictures.concat())
+        })
     }
 
-    /// Adds an evaluation to what is written next: its grid and its record.
+    /// Between two steps.
+    ///
+    /// # Errors
+    /// When the run was asked to stop, by a signal or by a file in its folder.
+    pub fn hear_stop(&self) -> Result<()> {
+        wishes::check(&self.folder.dir)
+    }
+
+    /// Adds an evaluation to what is written next: its grid and its record, with what the watch
+    /// says of it. The best adapter so far is written with it.
     pub fn show(&mut self, epoch: usize, shown: Evaluation) -> Result<()> {
-        let Evaluation { grid, reward_mean, rewards } = shown;
+        let Evaluation { grid, reward_mean, rewards, measures } = shown;
         self.folder.picture(grid_name(epoch), &grid)?;
-        let record = EvaluationRecord { epoch, reward_mean, rewards };
+        let (out_of_bounds, collapse) = Default::default();
+        let mut record =
+            EvaluationRecord { epoch, reward_mean, rewards, measures, out_of_bounds, collapse };
+        record.watch(self.settings, &self.bounds, self.folder.records());
+        let news = record.news(self.folder.records());
+        news.iter().for_each(|text| self.warn(text));
         self.folder.record(Record::Evaluation(record));
+        if best_epoch(self.settings, self.folder.records()) == Some(epoch) {
+            self.best = Some(self.adapter.clone());
+        }
         Ok(())
+    }
+
+    /// Why the run is to end before its last epoch, where it is.
+    pub fn collapsed(&self) -> Option<String> {
+        let last = evaluations(self.folder.records()).next_back()?;
+        last.reason_to_stop().filter(|_| self.settings.stop_on_collapse).map(String::from)
     }
 
     /// The run as it is now.
@@ -228,11 +277,25 @@ impl Run<'_> {
         let (adapter, optimizer) = (&self.adapter, &self.optimizer);
         let keep = self.settings.keep_every;
         let parts = checkpoint::Parts { state: &state, adapter, optimizer, network };
+        let (best, base_features) = (&self.best, &self.base_features);
         self.folder.flush(|dir| {
             let file = dir.join("adapter.safetensors");
             formats::save(adapter, &file, Format::Diffusers, network)?;
+            if let Some(best) = best {
+                formats::save(best, &dir.join(BEST), Format::Diffusers, network)?;
+            }
+            save_base(dir, base_features.as_deref())?;
             checkpoint::save(dir, &parts, transitions, keep)
-        })
+        })?;
+        self.best = None;
+        self.written();
+        Ok(())
+    }
+
+    /// Tells that the folder is written.
+    pub fn written(&self) {
+        let (folder, records) = (&self.folder.dir, self.folder.records());
+        self.observer.on(Event::Written { folder, records });
     }
 
     /// Drops the records past a line and the grids past an epoch, written or not, and gives the
@@ -248,30 +311,11 @@ impl Run<'_> {
         self.folder.keep_records(lines)
     }
 
-    pub fn warn(&self, text: &str) {
+    pub fn warn(&mut self, text: &str) {
         self.observer.on(Event::Warning(text));
+        self.warnings.push(text.into());
     }
 }
 
-/// The folder of a run's grids.
-const GRIDS: &str = "grids";
-/// What stands before the number in the name of a grid's file.
-const GRID: &str = "epoch-";
-
-/// A grid's file in a run's folder.
-fn grid_name(epoch: usize) -> String {
-    format!("{GRIDS}/{GRID}{epoch:05}.png")
-}
-
-/// The epoch that a grid's file is of.
-fn grid_epoch(path: &Path) -> Option<usize> {
-    path.file_stem()?.to_str()?.strip_prefix(GRID)?.parse().ok()
-}
-
-/// A grid of a run's folder.
-pub(crate) fn open_grid(dir: &Path, epoch: usize) -> Result<RgbImage> {
-    let path = dir.join(grid_name(epoch));
-    let image =
-        image::open(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
-    Ok(image.to_rgb8())
-}
+/// The file of the best adapter in a run's folder.
+pub const BEST: &str = "adapter-best.safetensors";

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, ensure};
 use image::RgbImage;
 
-use super::metrics::Record;
+use super::metrics::{EpochRecord, Record};
 use crate::io;
 
 /// The folder of a run and what has not been written yet.
@@ -31,9 +31,15 @@ fn lock(dir: &Path, flag: &str) -> Result<std::fs::File> {
     let path = dir.join(LOCK);
     let file = std::fs::File::create(&path)
         .with_context(|| format!("{flag} {}: cannot be written", dir.display()))?;
-    // Some network filesystems have no locks: a run goes on without.
+    // A page that looks whether a run is alive holds the lock for a moment. Some network
+    // filesystems have no locks: a run goes on without.
+    let busy = || matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock));
+    let another = (0..5).all(|tried| {
+        std::thread::sleep(std::time::Duration::from_millis(20 * tried));
+        busy()
+    });
     ensure!(
-        !matches!(file.try_lock(), Err(std::fs::TryLockError::WouldBlock)),
+        !another,
         "{flag} {}: another run writes there; wait for it or choose another",
         dir.display()
     );
@@ -99,6 +105,15 @@ impl RunFolder {
     /// Adds a record.
     pub fn record(&mut self, record: Record) {
         self.records.push(record);
+    }
+
+    /// Puts an epoch's record in the place of the one that stands there.
+    pub fn amend(&mut self, epoch: &EpochRecord) {
+        let of_epoch =
+            |r: &&mut Record| matches!(r, Record::Epoch(there) if there.epoch == epoch.epoch);
+        if let Some(record) = self.records.iter_mut().rfind(of_epoch) {
+            *record = Record::Epoch(epoch.clone());
+        }
     }
 
     /// All records so far.
@@ -195,4 +210,30 @@ impl Drop for RunFolder {
 pub fn default_folder(name: &str) -> PathBuf {
     let candidate = |n: usize| PathBuf::from("runs").join(format!("{name}-{n:03}"));
     (1..).map(candidate).find(|d| !d.exists()).expect("numbers do not end")
+}
+
+/// The folder of a run's grids.
+pub const GRIDS: &str = "grids";
+/// What stands before the number in the name of a grid's file.
+const GRID: &str = "epoch-";
+
+/// A grid's file in a run's folder.
+pub fn grid_name(epoch: usize) -> String {
+    format!("{GRIDS}/{GRID}{epoch:05}.png")
+}
+
+/// The epoch that a grid's file is of.
+pub fn grid_epoch(path: &Path) -> Option<usize> {
+    path.file_stem()?.to_str()?.strip_prefix(GRID)?.parse().ok()
+}
+
+/// A grid of a run's folder.
+///
+/// # Errors
+/// When there is none, or it is damaged.
+pub fn open_grid(dir: &Path, epoch: usize) -> Result<RgbImage> {
+    let path = dir.join(grid_name(epoch));
+    let image =
+        image::open(&path).with_context(|| format!("{}: cannot be read", path.display()))?;
+    Ok(image.to_rgb8())
 }

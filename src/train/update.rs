@@ -7,9 +7,11 @@ use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::backward::{Forward, GradientAccumulator, LoraPair};
+use crate::device::Compute;
 use crate::device::tensor::{read_all, upload};
 use crate::lora::Adapter;
 use crate::model::Inputs;
+use crate::ops::credit_reduce::{StepStats, credit_reduce};
 use crate::ops::log_ratio::Predictions;
 use crate::ops::policy_objective::{
     GuidanceGradient, STATS, SampleStats, Surrogate, policy_objective,
@@ -181,6 +183,20 @@ impl UpdateGradient {
         };
         (0..steps).flat_map(of_step).copied().collect()
     }
+}
+
+/// The statistics of each trained step over the samples of an update.
+///
+/// # Errors
+/// When the device fails.
+pub fn credit_table(
+    compute: &Compute,
+    trained: &[Step],
+    stats: &[SampleStats],
+) -> Result<Vec<StepStats>> {
+    let shape = [trained.len(), stats.len() / trained.len(), STATS];
+    let weights: Vec<f32> = trained.iter().map(|step| Coefficients::from(step).w).collect();
+    credit_reduce(compute, &upload(bytemuck::cast_slice(stats), shape, &compute.burn), &weights)
 }
 
 #[cfg(test)]

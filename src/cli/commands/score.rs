@@ -1,19 +1,17 @@
 //! `score`: rewards of pictures that exist.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use image::RgbImage;
 use serde_json::{Map, Value, json};
 
-use crate::cli::args::{DeviceArg, StorageArg};
-use crate::config::numbers::{self, Range};
+use crate::cli::args::{DeviceArg, RemoteArgs, StorageArg, rewards, scores};
 use crate::config::prompts::lines;
 use crate::device;
 use crate::model::picture::open_rgb;
-use crate::reward::{self, JudgeAnswer, Prompt, RemoteOptions, RewardContext, RewardSpec};
+use crate::reward::{self, Prompt, RewardContext};
 
 #[derive(Args)]
 pub struct ScoreArgs {
@@ -45,50 +43,18 @@ pub struct ScoreArgs {
     device: DeviceArg,
     #[command(flatten)]
     storage: StorageArg,
-    /// Seconds that a reward's server has for an answer
-    #[arg(long, value_name = "SECONDS", default_value_t = reward::DEFAULT_TIMEOUT as f64)]
-    reward_timeout: f64,
-    /// What a judge is asked, with {prompt} in its place
-    #[arg(long, value_name = "TEXT")]
-    judge_question: Option<String>,
-    /// What a judge's answer is read for
-    #[arg(long, value_enum, default_value = "number")]
-    judge_answer: JudgeAnswer,
+    #[command(flatten)]
+    remote: RemoteArgs,
 }
 
 pub fn run(args: &ScoreArgs) -> Result<i32> {
-    numbers::number("--reward-timeout", args.reward_timeout, Range::Below(1e6))?;
-    let specs: Vec<RewardSpec> =
-        args.reward.iter().map(|s| RewardSpec::parse("--reward", s)).collect::<Result<_>>()?;
-    for (i, spec) in specs.iter().enumerate() {
-        reward::find("--reward", &spec.reward)?;
-        ensure!(
-            specs[..i].iter().all(|s| s.given != spec.given),
-            "--reward {}: stands there twice; give it once",
-            spec.given
-        );
-    }
+    let specs = rewards(&args.reward)?;
+    let remote = args.remote.options(&specs)?;
     let prompts = prompts(args)?;
     let images: Vec<RgbImage> = args.images.iter().map(|p| open_rgb(p)).collect::<Result<_>>()?;
-    let context = RewardContext {
-        compute: device::open(&args.device.device)?,
-        storage: args.storage.storage,
-        remote: RemoteOptions {
-            timeout: Duration::from_secs_f64(args.reward_timeout),
-            judge_question: args.judge_question.clone(),
-            judge_answer: args.judge_answer,
-        },
-    };
-    let by_reference: Vec<&Prompt> = prompts.iter().collect();
-    // All rewards are opened before the first one scores: a wrong name costs no time.
-    let opened: Vec<_> =
-        specs.iter().map(|s| reward::open(&s.reward, &context)).collect::<Result<_>>()?;
-    let mut columns = Vec::new();
-    for (spec, mut reward) in specs.iter().zip(opened) {
-        let scores =
-            device::guard(|| reward::score(&mut *reward, &spec.reward, &images, &by_reference))?;
-        columns.push(scores.into_iter().map(|s| spec.weight * s).collect::<Vec<f64>>());
-    }
+    let (compute, storage) = (device::open(&args.device.device)?, args.storage.storage);
+    let context = RewardContext { compute, storage, remote };
+    let columns = scores(&specs, &context, &images, &prompts)?;
     print(args, &context.compute.name, &prompts, &columns)?;
     Ok(0)
 }

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
-use crate::cli::console::{Console, catch_signals};
+use crate::cli::console::catch_signals;
+use crate::cli::listeners::Listeners;
 use crate::config::Options;
 use crate::train::run_folder::default_folder;
 use crate::train::{self, DumpRequest, Job};
@@ -44,12 +45,17 @@ pub fn run(args: TrainArgs) -> Result<i32> {
         }
     };
     catch_signals();
-    let done = train::train(job.with_dump(args.dump_update), &Console::new())?;
+    let listeners = Listeners::new(job.settings().tensorboard);
+    let done = train::train(job.with_dump(args.dump_update), &listeners)?;
+    if let Some(reason) = &done.stopped {
+        println!("stopped: the pictures have collapsed: {reason}");
+    }
+    println!("fixed prompts and noise: reward {:.4} before, {:.4} after", done.before, done.after);
+    if let Some(epoch) = done.best_epoch {
+        println!("best: adapter-best.safetensors, after epoch {epoch}");
+    }
     println!(
-        "fixed prompts and noise: reward {:.4} before, {:.4} after\nresult: {} (before_after.png, \
-         adapter.safetensors, metrics.jsonl)",
-        done.before,
-        done.after,
+        "result: {} (report.html, before_after.png, adapter.safetensors, metrics.jsonl)",
         done.out.display()
     );
     Ok(0)

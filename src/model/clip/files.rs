@@ -44,6 +44,12 @@ impl Files {
         let above = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         Ok(Self { weights: Weights::open_any(path)?, folder: above.to_path_buf() })
     }
+
+    /// Values of the weights of a CLIP's image encoder.
+    pub fn vision_size(&self) -> usize {
+        // `vision_model`, `visual_projection` and `visual`.
+        self.weights.elements(|name| name.starts_with("vis"))
+    }
 }
 
 /// The path, or what comes with the program under it, `models/..`, where it is run elsewhere.

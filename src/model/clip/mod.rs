@@ -21,6 +21,10 @@ use super::picture::Preparation;
 use super::text::clip::ClipText;
 use super::text::tokenizer::{CLIP_VOCABULARY, Tokenizer};
 use crate::device::tensor::read;
+use crate::device::{Compute, in_order, rows_at_a_time};
+
+/// Pictures, or texts, that an encoder takes at once.
+pub const PICTURES_AT_ONCE: usize = 8;
 
 /// A loaded dual encoder.
 pub struct Clip {
@@ -36,6 +40,9 @@ struct Text {
     model: ClipText,
     tokenizer: Tokenizer,
 }
+
+/// A row of features for each picture or text.
+pub type Features = Vec<Vec<f32>>;
 
 /// Which encoders are wanted.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -109,10 +116,33 @@ impl Clip {
     /// # Errors
     /// When the device fails, or a feature is not finite.
     pub fn image_features(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
+        self.projected(images)?.iter().map(|row| normalised(row)).collect()
+    }
+
+    /// Projected features of pictures as they come, a row each.
+    ///
+    /// # Errors
+    /// When the device fails.
+    pub fn projected(&self, images: &[RgbImage]) -> Result<Vec<Vec<f32>>> {
         if images.is_empty() {
             return Ok(Vec::new());
         }
-        normalised(&self.vision.forward(self.preparation.batch(images, &self.device)?))
+        rows(&self.vision.forward(self.preparation.batch(images, &self.device)?))
+    }
+
+    /// Any of these functions over many pictures, in batches over the device's cores.
+    ///
+    /// # Errors
+    /// As `of`.
+    pub fn in_batches(
+        &self,
+        compute: &Compute,
+        images: &[RgbImage],
+        of: fn(&Self, &[RgbImage]) -> Result<Features>,
+    ) -> Result<Features> {
+        let rows = rows_at_a_time(compute.threads(), images.len(), PICTURES_AT_ONCE);
+        let batches: Vec<&[RgbImage]> = images.chunks(rows).collect();
+        Ok(in_order::map(compute, &batches, |batch| of(self, batch))?.concat())
     }
 
     /// Features of texts, L2-normalised, a row each.
@@ -126,22 +156,24 @@ impl Clip {
         }
         let ids: Vec<Vec<u32>> =
             texts.iter().map(|t| text.tokenizer.encode(t)).collect::<Result<_>>()?;
-        normalised(&text.model.forward(&ids)?.pooled)
+        rows(&text.model.forward(&ids)?.pooled)?.iter().map(|row| normalised(row)).collect()
     }
 }
 
-/// Rows of norm 1, on the host.
-fn normalised(features: &Tensor<2>) -> Result<Vec<Vec<f32>>> {
+/// Features on the host, a row each.
+fn rows(features: &Tensor<2>) -> Result<Vec<Vec<f32>>> {
     let width = features.dims()[1];
-    let row = |row: &[f32]| {
-        let norm = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
-        ensure!(
-            norm.is_finite() && norm > 0.0,
-            "a feature is not finite or zero; are the weights or the picture preparation damaged?"
-        );
-        Ok(row.iter().map(|&v| (f64::from(v) / norm) as f32).collect())
-    };
-    read(features)?.chunks(width).map(row).collect()
+    Ok(read(features)?.chunks(width).map(<[f32]>::to_vec).collect())
+}
+
+/// A feature of norm 1.
+fn normalised(row: &[f32]) -> Result<Vec<f32>> {
+    let norm = row.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>().sqrt();
+    ensure!(
+        norm.is_finite() && norm > 0.0,
+        "a feature is not finite or zero; are the weights or the picture preparation damaged?"
+    );
+    Ok(row.iter().map(|&v| (f64::from(v) / norm) as f32).collect())
 }
 
 /// The cosine of two features of norm 1.

@@ -1,5 +1,7 @@
 //! Training end to end.
 
+mod collapse;
+mod control;
 mod diverge;
 mod gpu;
 mod library;

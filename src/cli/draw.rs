@@ -1,0 +1,156 @@
+//! What `sample` and `eval` are told alike: a model, an adapter, and how pictures are drawn.
+
+use std::path::PathBuf;
+
+use anyhow::{Context, Result, ensure};
+use clap::Args;
+
+use crate::cli::args::{DeviceArg, ModelArg, SequenceArg, StepArgs, StorageArg};
+use crate::config::numbers::{self, Range};
+use crate::device::Compute;
+use crate::io;
+use crate::io::tensors::{HostTensor, write_tensors};
+use crate::lora::formats;
+use crate::model::pipeline::{TextFrom, embed};
+use crate::model::{Family, Pipeline};
+use crate::sampling::Replica;
+use crate::schedule::{Sampler, Sampling, Step};
+use crate::tools::draw::{Canvas, given_latents};
+
+#[derive(Args)]
+pub struct DrawArgs {
+    #[command(flatten)]
+    pub model: ModelArg,
+    /// Adapter to use
+    #[arg(long, value_name = "FILE")]
+    pub lora: Option<PathBuf>,
+    #[command(flatten)]
+    pub steps: StepArgs,
+    /// Guidance; without a distilled network 1 or less is none [default: 5, for Stable Diffusion 3
+    /// 4.5, for FLUX 3.5]
+    #[arg(long)]
+    pub guidance: Option<f64>,
+    /// Amount of noise: 0 is deterministic, and 1 is DDPM for ddim
+    #[arg(long, default_value_t = 0.0)]
+    pub eta: f64,
+    /// Seed of the latents and of the steps' noise
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Side of the images in pixels [default: the model's own]
+    #[arg(long, value_name = "PIXELS")]
+    pub resolution: Option<usize>,
+    /// Text embeddings that `pcpo-wgpu embed` wrote: no text encoder is loaded
+    #[arg(long, value_name = "FILE")]
+    pub embeddings: Option<PathBuf>,
+    #[command(flatten)]
+    pub sequence: SequenceArg,
+    /// Start from the tensor `latents`, `[B,C,H,W]`, of this safetensors file, one an image
+    #[arg(long, value_name = "FILE")]
+    pub latents: Option<PathBuf>,
+    /// Write the final latents to this safetensors file, as the tensor `latents`
+    #[arg(long, value_name = "FILE")]
+    pub save_latents: Option<PathBuf>,
+    #[command(flatten)]
+    pub device: DeviceArg,
+    #[command(flatten)]
+    pub storage: StorageArg,
+}
+
+impl DrawArgs {
+    /// Checks the numbers.
+    pub fn check(&self) -> Result<()> {
+        numbers::number("--eta", self.eta, Range::NotNegative)?;
+        numbers::optional("--guidance", self.guidance, Range::NotNegative)?;
+        numbers::resolution(self.resolution)?;
+        self.steps.check()
+    }
+
+    /// Opens the model that draws `per_prompt` pictures of each prompt.
+    pub fn open(
+        &self,
+        compute: Compute,
+        prompts: Vec<String>,
+        per_prompt: usize,
+    ) -> Result<Canvas> {
+        let model = self.model.folder()?;
+        let family = Family::of(&model)?;
+        let length = self.sequence.length(family)?;
+        let from = match &self.embeddings {
+            Some(file) => TextFrom::File(file),
+            None => TextFrom::Encoders(length),
+        };
+        let all = [&[String::new()], &prompts[..]].concat();
+        let storage = self.storage.storage;
+        let embeddings = embed(&model, &all, from, &compute.burn, storage)?;
+        let pipeline = Pipeline::load(&model, &compute.burn, storage, self.resolution)?;
+        let linears = pipeline.net.linears();
+        let adapter = self.lora.as_ref().map(|f| formats::load(f, &linears));
+        let own = pipeline.latent_shape();
+        let latents = match &self.latents {
+            Some(file) => Some(given_latents(file, prompts.len() * per_prompt, own[0])?),
+            None => None,
+        };
+        let shape = latents.as_ref().map_or(own, |t| [t.shape[1], t.shape[2], t.shape[3]]);
+        pipeline.net.accepts([shape[1], shape[2]]).context("--latents")?;
+        if let Some(path) = &self.save_latents {
+            io::probe(path)?;
+        }
+        Ok(Canvas {
+            embeddings,
+            prompts,
+            per_prompt,
+            adapter: adapter.transpose().context("--lora")?,
+            guidance_scale: self.guidance.unwrap_or(family.default_guidance()),
+            steps: self.deterministic_steps(&pipeline, shape)?,
+            replicas: [Replica { compute, pipeline }],
+            seed: self.seed,
+            latents,
+            shape,
+        })
+    }
+
+    /// The steps as a user's pipeline takes them; with noise only where `--eta` asks for it.
+    fn deterministic_steps(&self, pipeline: &Pipeline, shape: [usize; 3]) -> Result<Vec<Step>> {
+        let own = Sampler::of_pipelines(pipeline.family.is_flow());
+        let sampler = self.steps.sampler.unwrap_or(own);
+        ensure!(
+            sampler != Sampler::Ode || self.eta == 0.0,
+            "--eta {}: the ode sampler draws no noise; leave it out, or give --sampler flow-grpo, \
+             dance or cps",
+            self.eta
+        );
+        let steps = self.steps.steps.unwrap_or(own.pipeline_steps());
+        self.steps_of(pipeline, shape, sampler, steps, self.eta)
+    }
+
+    /// The steps of the family's trainers, with their noise.
+    pub fn noisy_steps(&self, canvas: &Canvas) -> Result<Vec<Step>> {
+        let pipeline = &canvas.replicas[0].pipeline;
+        let given = self.steps.sampler.filter(|s| *s != Sampler::Ode);
+        let sampler = given.unwrap_or(Sampler::of_trainers(pipeline.family.is_flow()));
+        let steps = self.steps.steps.unwrap_or(sampler.default_steps());
+        let eta = if self.eta > 0.0 { self.eta } else { sampler.default_eta() };
+        self.steps_of(pipeline, canvas.shape, sampler, steps, eta)
+    }
+
+    fn steps_of(
+        &self,
+        pipeline: &Pipeline,
+        [_, h, w]: [usize; 3],
+        sampler: Sampler,
+        steps: usize,
+        eta: f64,
+    ) -> Result<Vec<Step>> {
+        let tokens = pipeline.net.tokens([h, w]);
+        let (grid, shift) = (self.steps.grid, self.steps.shift);
+        pipeline.schedule.steps(&Sampling { sampler, steps, eta, grid, shift, tokens })
+    }
+
+    /// Writes the final latents of all pictures, where they are asked for.
+    pub fn save(&self, canvas: &Canvas, latents: Vec<f32>) -> Result<()> {
+        let Some(path) = &self.save_latents else { return Ok(()) };
+        let [c, h, w] = canvas.shape;
+        let all = HostTensor::new("latents", [canvas.total(), c, h, w], latents);
+        write_tensors(path, &[all], &[])
+    }
+}

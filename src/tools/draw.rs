@@ -1,0 +1,136 @@
+//! Pictures from prompts, as `sample` and `eval` draw them: an opened model with its steps, and
+//! the images to begin with.
+
+use std::path::Path;
+
+use anyhow::{Result, ensure};
+
+use crate::io::tensors::HostTensor;
+use crate::io::weights::Weights;
+use crate::lora::Adapter;
+use crate::model::text::embeddings::PromptEmbeddings;
+use crate::philox::Stream;
+use crate::sampling::Replica;
+use crate::sampling::generate::{Generated, ImageRequest, InitialLatent, Request, generate};
+use crate::sampling::parallel::batches;
+use crate::sampling::trajectory::Noise;
+use crate::schedule::Step;
+
+/// A model that is ready to draw.
+pub struct Canvas {
+    pub replicas: [Replica; 1],
+    pub embeddings: PromptEmbeddings,
+    /// In the order of the pictures.
+    pub prompts: Vec<String>,
+    /// Pictures of each prompt.
+    pub per_prompt: usize,
+    pub adapter: Option<Adapter>,
+    pub guidance_scale: f64,
+    pub steps: Vec<Step>,
+    /// Of the latents and of the steps' noise.
+    pub seed: u64,
+    /// Where the pictures begin, where that is not noise: `[N, C, H, W]`.
+    pub latents: Option<HostTensor>,
+    /// Shape of a latent, `[C, H, W]`.
+    pub shape: [usize; 3],
+}
+
+/// Which pictures are drawn, and by what.
+#[derive(Clone, Copy)]
+pub struct Drawing<'a> {
+    pub adapter: Option<&'a Adapter>,
+    pub steps: &'a [Step],
+    /// The number of the first picture, which its noise depends on. Given latents are those of the
+    /// pictures from 0.
+    pub first: usize,
+    /// Pictures that the network takes at once.
+    pub at_once: usize,
+}
+
+impl Canvas {
+    /// Number of pictures.
+    pub fn total(&self) -> usize {
+        self.prompts.len() * self.per_prompt
+    }
+
+    /// The prompt of a picture.
+    pub fn prompt(&self, image: usize) -> &str {
+        &self.prompts[image / self.per_prompt]
+    }
+
+    /// Units of progress of a drawing: steps of its batches.
+    pub fn units(&self, drawing: &Drawing) -> usize {
+        self.batches(drawing).len() * drawing.steps.len()
+    }
+
+    /// Draws a picture of each prompt, `per_prompt` times over, and hands each batch to `finish`.
+    ///
+    /// # Errors
+    /// As [`generate`].
+    pub fn draw<R: Send>(
+        &self,
+        drawing: &Drawing,
+        tick: &(dyn Fn() -> Result<()> + Sync),
+        finish: impl Fn(&Replica, Generated) -> Result<R> + Sync,
+    ) -> Result<Vec<R>> {
+        self.request(drawing, |request| generate(&self.replicas, request, tick, finish))
+    }
+
+    /// Hands over what a drawing asks of the sampler.
+    ///
+    /// # Errors
+    /// Those of `take`.
+    pub fn request<R>(
+        &self,
+        drawing: &Drawing,
+        take: impl FnOnce(&Request) -> Result<R>,
+    ) -> Result<R> {
+        let images = self.images(drawing.first)?;
+        take(&Request {
+            images: &images,
+            batches: &self.batches(drawing),
+            embeddings: &self.embeddings,
+            uncond: self.embeddings.row_of("")?,
+            adapter: drawing.adapter,
+            guidance_scale: self.guidance_scale,
+            steps: drawing.steps,
+            keep: &[],
+            latent: self.shape,
+            noise: Noise { seed: self.seed, first_image: drawing.first as u32 },
+        })
+    }
+
+    fn batches(&self, drawing: &Drawing) -> Vec<std::ops::Range<usize>> {
+        batches(&self.replicas[0].compute, self.total(), drawing.at_once)
+    }
+
+    fn images(&self, first: usize) -> Result<Vec<ImageRequest>> {
+        let size: usize = self.shape.iter().product();
+        let image = |i: usize| {
+            let initial = match &self.latents {
+                Some(t) if first == 0 => {
+                    InitialLatent::Values(t.values[i * size..(i + 1) * size].to_vec())
+                }
+                Some(_) | None => InitialLatent::Noise(Stream::Evaluation, (first + i) as u32),
+            };
+            Ok(ImageRequest { prompt: self.embeddings.row_of(self.prompt(i))?, initial })
+        };
+        (0..self.total()).map(image).collect()
+    }
+}
+
+/// The tensor `latents` of a file, `[total, channels, H, W]`.
+///
+/// # Errors
+/// Names the file, and what its shape should be.
+pub fn given_latents(file: &Path, total: usize, channels: usize) -> Result<HostTensor> {
+    let t = Weights::open_file(file)?.f32("latents")?;
+    ensure!(
+        t.shape.len() == 4 && t.shape[..2] == [total, channels],
+        "--latents {}: latents has shape {:?}, expected [{total}, {channels}, H, W], one for each \
+         of {total} images",
+        file.display(),
+        t.shape
+    );
+    Ok(t)
+}

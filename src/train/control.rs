@@ -1,0 +1,44 @@
+//! What a run does that is asked for while it goes, but stopping.
+
+use anyhow::Result;
+
+use super::epoch::EpochState;
+use super::evaluation::{Extent, columns, grid, shown};
+use super::observer::Event;
+use super::recovery::suspend;
+use super::run::Run;
+use super::wishes::Wish;
+use crate::io;
+
+/// Between two updates, and before the first: does what was asked but stopping.
+///
+/// # Errors
+/// When the device fails.
+pub(super) fn hear(run: &mut Run, state: &EpochState) -> Result<()> {
+    let dir = run.folder.dir.clone();
+    if Wish::Save.take(&dir) {
+        let said = if state.updates.is_empty() {
+            "saved: nothing was learnt since the last complete epoch".to_string()
+        } else {
+            match suspend(run, state) {
+                Ok(()) => format!("saved: {} updates of the epoch", state.updates.len()),
+                Err(e) => format!("could not be saved: {e:#}"),
+            }
+        };
+        // The run goes on: its log has the epoch as a whole.
+        let (epoch, lines) = (run.state.epoch, run.state.metrics_lines);
+        run.forget_after(epoch, lines);
+        run.observer.on(Event::Notice(&said));
+    }
+    if Wish::Sample.take(&dir) {
+        let pictures = run.draw(&run.plan_evaluation(Extent::Full)?)?;
+        let grid = grid(&shown(run.settings, &pictures), columns(run.settings));
+        let file = dir.join(SAMPLED).join(format!("update-{:06}.png", run.state.updates));
+        io::write(&file, &io::png(&grid)?)?;
+        run.observer.on(Event::Notice(&format!("sampled: {}", file.display())));
+    }
+    Ok(())
+}
+
+/// The folder of a run's pictures that were asked for.
+pub const SAMPLED: &str = "samples";
