@@ -75,3 +75,16 @@ pub fn standard_error(values: &[f64]) -> Option<f64> {
     let n = values.len() as f64;
     finite((squared_deviations(values) / (n - 1.0) / n).sqrt())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn standard_error_is_of_the_sample() {
+        // Sample variance 5/3 of four values.
+        let found = standard_error(&[1.0, 2.0, 3.0, 4.0]).unwrap();
+        assert!((found - (5.0f64 / 12.0).sqrt()).abs() < 1e-15, "{found}");
+        assert_eq!(standard_error(&[0.1; 7]), Some(0.0));
+    }
+}

@@ -395,10 +395,3 @@ fn intervals_cover_what_normal_theory_says() {
     let two = interval(&[1.0, 3.0], 9).unwrap();
     assert_eq!((two.mean, two.bounds.map(|b| (b.low, b.high))), (2.0, Some((1.0, 3.0))));
 }
-
-#[test]
-fn standard_error_is_of_the_sample() {
-    // Sample variance 5/3 of four values.
-    is(standard_error(&[1.0, 2.0, 3.0, 4.0]), (5.0f64 / 12.0).sqrt(), 1e-15);
-    assert_eq!(standard_error(&[0.1; 7]), Some(0.0));
-}
