@@ -20,7 +20,7 @@ pub fn requested() -> bool {
 /// When it was asked to stop.
 pub fn check() -> Result<()> {
     if requested() {
-        bail!("stopped, as it was asked to");
+        bail!("stopped by a signal, or by a file in the folder `control` of its run");
     }
     Ok(())
 }

@@ -366,13 +366,16 @@ impl Options {
     /// When a path is not UTF-8 or a number does not fit TOML's 63 bits.
     pub fn over(&self, base: &Self) -> Result<Self> {
         let (own, mut merged) = (self.table()?, base.table()?);
-        let says = |keys: [&str; 2]| keys.iter().any(|key| own.contains_key(*key));
+        let says = |keys: &[&str]| keys.iter().any(|key| own.contains_key(*key));
         let (trained, held_out) = (["prompt", "prompts"], ["eval-prompt", "eval-prompts"]);
-        // One word on the prompts replaces all of the other's: the held-out ones belong to them.
-        for (keys, replaced) in
-            [(trained, says(trained)), (held_out, says(trained) || says(held_out))]
-        {
-            keys.iter().filter(|_| replaced).for_each(|key| drop(merged.remove(*key)));
+        // One word on the prompts replaces all of the other's: the held-out ones belong to them,
+        // and how many pictures each has.
+        if says(&trained) {
+            trained.iter().for_each(|key| drop(merged.remove(*key)));
+        }
+        if says(&trained) || says(&held_out) {
+            let all = held_out.iter().chain(&["eval-images"]);
+            all.for_each(|key| drop(merged.remove(*key)));
         }
         merged.extend(own);
         Ok(merged.try_into()?)

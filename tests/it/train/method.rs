@@ -257,7 +257,8 @@ fn grids_are_drawn_every_so_many_epochs() {
         &format!("[Console]::Out.WriteLine($l.Length); Add-Content '{file}' ''"),
     );
     let job = ["--device", "cpu", "--epochs", "3", "--reward", &reward];
-    let lines = run(&out, &[&job[..], &["--sample-every", "2"], &SMALL].concat());
+    let seldom = ["--sample-every", "2", "--eval-every", "3"];
+    let lines = run(&out, &[&job[..], &seldom, &SMALL].concat());
     let epochs: Vec<u64> = of(&lines, "evaluation").map(|l| l["epoch"].as_u64().unwrap()).collect();
     assert_eq!(epochs, [0, 2, 3]);
     let exists = |epoch: usize| out.join(format!("grids/epoch-{epoch:05}.png")).is_file();

@@ -80,7 +80,8 @@ fn a_folder_belongs_to_one_run() {
 fn a_shortened_run_ends_with_whole_pictures() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
-    run(&out, &[&["--device", "cpu", "--epochs", "1"], &SMALL[..]].concat());
+    let job = ["--device", "cpu", "--epochs", "1", "--eval-every", "9"];
+    run(&out, &[&job[..], &SMALL[..]].concat());
     let settings = std::fs::read_to_string(out.join("settings.toml")).unwrap();
     // As a run of three epochs that was killed after its second.
     std::fs::write(out.join("settings.toml"), settings.replace("epochs = 1", "epochs = 3"))
