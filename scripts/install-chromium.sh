@@ -8,19 +8,5 @@ set -eu
 for name in chromium chromium-browser google-chrome chrome; do
     if command -v "$name" >/dev/null 2>&1; then exit 0; fi
 done
-if ! command -v apt-get >/dev/null 2>&1; then
-    echo "No Chromium was found: install your distribution's, or set PCPO_CHROMIUM. The test that needs it is skipped." >&2
-    exit 0
-fi
-sudo=""
-if [ "$(id -u)" != 0 ]; then
-    if ! command -v sudo >/dev/null 2>&1; then
-        echo "No Chromium was found, and there is no sudo to install it with. The test that needs it is skipped." >&2
-        exit 0
-    fi
-    sudo=sudo
-fi
-echo "No Chromium was found: installing chromium"
-export DEBIAN_FRONTEND=noninteractive
-$sudo apt-get update -qq
-$sudo apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core >/dev/null
+. "$(dirname "$0")/apt.sh"
+install_with_apt Chromium "Or set PCPO_CHROMIUM. The test that needs it is skipped without." chromium fonts-dejavu-core

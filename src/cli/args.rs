@@ -5,13 +5,12 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use image::RgbImage;
 
 use crate::config::numbers::{self, MOST, Range};
 use crate::config::prompts::model_folder;
 use crate::device::{self, Compute};
 use crate::model::{Family, Storage};
-use crate::reward::{self, JudgeAnswer, Prompt, RemoteOptions, Reward, RewardContext, RewardSpec};
+use crate::reward::{self, JudgeAnswer, RemoteOptions, RewardSpec};
 use crate::schedule::{Grid, Sampler};
 
 /// A model folder.
@@ -137,22 +136,4 @@ pub fn rewards(given: &[String]) -> Result<Vec<RewardSpec>> {
         );
     }
     Ok(specs)
-}
-
-/// Scores of pictures by each reward, times its weight.
-pub fn scores(
-    specs: &[RewardSpec],
-    context: &RewardContext,
-    images: &[RgbImage],
-    prompts: &[Prompt],
-) -> Result<Vec<Vec<f64>>> {
-    // All are opened before one is asked: a name that is wrong costs no time.
-    let opened: Vec<Box<dyn Reward>> =
-        specs.iter().map(|s| reward::open(&s.reward, context)).collect::<Result<_>>()?;
-    let prompts: Vec<&Prompt> = prompts.iter().collect();
-    let column = |(spec, mut reward): (&RewardSpec, Box<dyn Reward>)| {
-        let scores = device::guard(|| reward::score(&mut *reward, &spec.shown, images, &prompts))?;
-        Ok(scores.into_iter().map(|s| spec.weight * s).collect())
-    };
-    specs.iter().zip(opened).map(column).collect()
 }

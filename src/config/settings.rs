@@ -11,7 +11,7 @@ use serde::{Serialize, Serializer};
 use super::numbers::{self, MOST, MOST_RANK, Range};
 use super::options::{InitialNoise, Preset};
 use crate::measure::collapse::Bounds;
-use crate::measure::features::FeatureSpec;
+use crate::measure::features::clip_path;
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
@@ -164,9 +164,10 @@ impl Settings {
 
     /// The prompts of evaluations: held-out ones, or the first of the training's.
     pub fn evaluation_prompts(&self) -> &[Prompt] {
-        match self.eval_prompt.is_empty() {
-            true => &self.prompt[..self.groups().min(GRID_COLUMNS)],
-            false => &self.eval_prompt,
+        if self.eval_prompt.is_empty() {
+            &self.prompt[..self.groups().min(GRID_COLUMNS)]
+        } else {
+            &self.eval_prompt
         }
     }
 
@@ -298,7 +299,7 @@ impl Settings {
     fn check_evaluation(&self) -> Result<()> {
         numbers::count("--eval-images times the prompts", self.evaluated(), MOST)?;
         self.collapse_bounds()?;
-        self.features.iter().try_for_each(|given| FeatureSpec::parse(given).map(drop))
+        self.features.iter().try_for_each(|given| clip_path(given).map(drop))
     }
 
     /// What a method's parts ask of each other.

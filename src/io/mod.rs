@@ -12,6 +12,8 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use image::ExtendedColorType;
+use image::codecs::jpeg::JpegEncoder;
 
 /// Writes a whole file or nothing: to a temporary name beside it, then renamed.
 ///
@@ -56,6 +58,19 @@ pub fn png(image: &image::RgbImage) -> Result<Vec<u8>> {
         .write_to(&mut bytes, image::ImageFormat::Png)
         .context("a picture cannot be encoded as PNG")?;
     Ok(bytes.into_inner())
+}
+
+/// A picture as the bytes of a JPEG file of a quality of 1 to 100.
+///
+/// # Errors
+/// When it has no pixels, or is larger than JPEG allows.
+pub fn jpeg(image: &image::RgbImage, quality: u8) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let (width, height) = image.dimensions();
+    JpegEncoder::new_with_quality(&mut bytes, quality)
+        .encode(image.as_raw(), width, height, ExtendedColorType::Rgb8)
+        .context("an image cannot be written as JPEG")?;
+    Ok(bytes)
 }
 
 /// Checks that a file can be written where it shall be, without leaving anything: what takes hours

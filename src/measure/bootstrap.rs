@@ -1,6 +1,8 @@
 //! How sure a mean is. Pictures of one prompt are alike, so prompts are what is resampled: give one
 //! value a prompt, its mean over the prompt's pictures.
 
+use std::collections::BTreeMap;
+
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -28,6 +30,16 @@ pub struct Bounds {
     pub low: f64,
     /// Their 97.5th percentile.
     pub high: f64,
+}
+
+/// The mean of the values of each prompt, in the order of the prompts' numbers; `prompt_of[i]` is
+/// the number of the prompt of value i.
+pub fn means_by_prompt(values: &[f64], prompt_of: &[usize]) -> Vec<f64> {
+    let mut groups: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
+    for (value, prompt) in values.iter().zip(prompt_of) {
+        groups.entry(*prompt).or_default().push(*value);
+    }
+    groups.values().map(|own| mean(own)).collect()
 }
 
 /// Percentile bootstrap (Efron & Tibshirani 1993, section 13.3) of the mean over prompts: 95% of

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::bootstrap::standard_error;
+use super::mean;
 
 /// What is watched.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -267,10 +268,6 @@ fn held_out(base: &Signs, now: &Signs) -> Vec<Reading> {
         })
     };
     now.held_out.iter().filter_map(fallen).collect()
-}
-
-fn mean(values: &[f64]) -> f64 {
-    values.iter().sum::<f64>() / values.len().max(1) as f64
 }
 
 #[cfg(test)]

@@ -10,28 +10,19 @@ use crate::model::Storage;
 use crate::model::clip::files::Files;
 use crate::model::clip::{Clip, Towers};
 
-/// What `--features` names.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct FeatureSpec<'a> {
-    /// Folder or weight file of a CLIP.
-    pub path: &'a Path,
-}
-
-impl<'a> FeatureSpec<'a> {
-    /// Reads `clip:PATH`.
-    ///
-    /// # Errors
-    /// Names the value and what is supported.
-    pub fn parse(given: &'a str) -> Result<Self> {
-        let unknown = || anyhow!("--features {given}: unknown; give clip:PATH, the folder or file");
-        let (name, path) = given.split_once(':').ok_or_else(unknown)?;
-        ensure!(name == "clip", unknown());
-        ensure!(
-            !path.trim().is_empty(),
-            "--features {given}: names nothing; write clip:PATH, the folder or file of a CLIP"
-        );
-        Ok(Self { path: Path::new(path) })
-    }
+/// The folder or weight file of a CLIP that `--features clip:PATH` names.
+///
+/// # Errors
+/// Names the value and what is supported.
+pub fn clip_path(given: &str) -> Result<&Path> {
+    let unknown = || anyhow!("--features {given}: unknown; give clip:PATH, the folder or file");
+    let (name, path) = given.split_once(':').ok_or_else(unknown)?;
+    ensure!(name == "clip", unknown());
+    ensure!(
+        !path.trim().is_empty(),
+        "--features {given}: names nothing; write clip:PATH, the folder or file of a CLIP"
+    );
+    Ok(Path::new(path))
 }
 
 /// An image encoder.
@@ -46,9 +37,9 @@ impl FeatureModel {
     /// # Errors
     /// Names the file and the field or tensor that is missing, damaged or not supported.
     pub fn open(given: &str, compute: &Compute, storage: Storage) -> Result<Self> {
-        let spec = FeatureSpec::parse(given)?;
-        let clip = Clip::load(spec.path, Towers::Vision, &compute.burn, storage.of_scores())
-            .with_context(|| format!("--features {given}"))?;
+        let clip =
+            Clip::load(clip_path(given)?, Towers::Vision, &compute.burn, storage.of_scores())
+                .with_context(|| format!("--features {given}"))?;
         Ok(Self { clip, compute: compute.clone() })
     }
 
@@ -71,7 +62,7 @@ impl FeatureModel {
 /// # Errors
 /// When the files cannot be opened.
 pub fn model_size(given: &str) -> Result<usize> {
-    let path = FeatureSpec::parse(given)?.path;
-    let files = Files::open(path, &[]).with_context(|| format!("--features {given}"))?;
+    let files =
+        Files::open(clip_path(given)?, &[]).with_context(|| format!("--features {given}"))?;
     Ok(files.vision_size())
 }

@@ -1,12 +1,12 @@
 //! What shows in the pixels of a set of pictures when a policy collapses: pictures that become
 //! alike, burnt out, overly colourful, grainy or gridded. No network is needed.
 
-use image::codecs::jpeg::JpegEncoder;
-use image::{ExtendedColorType, RgbImage};
+use image::RgbImage;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::{mean, squared_deviations};
+use crate::io;
 
 /// The quality of the JPEG whose size counts; that of the reward `jpeg`.
 const JPEG_QUALITY: u8 = 95;
@@ -123,9 +123,5 @@ fn laplacian_variance(grey: &[f64], width: usize) -> f64 {
 
 /// Size as JPEG in kB; None where JPEG has no room for the sides.
 fn jpeg_kb(image: &RgbImage) -> Option<f64> {
-    let mut bytes = Vec::new();
-    let mut encoder = JpegEncoder::new_with_quality(&mut bytes, JPEG_QUALITY);
-    let (width, height) = image.dimensions();
-    encoder.encode(image.as_raw(), width, height, ExtendedColorType::Rgb8).ok()?;
-    Some(bytes.len() as f64 / 1000.0)
+    Some(io::jpeg(image, JPEG_QUALITY).ok()?.len() as f64 / 1000.0)
 }

@@ -1,11 +1,11 @@
 //! Rewards that need no model: DDPO's JPEG size, colour and symmetry.
 
-use anyhow::{Context, Result, bail};
-use image::codecs::jpeg::JpegEncoder;
-use image::{ExtendedColorType, RgbImage};
+use anyhow::{Result, bail};
+use image::RgbImage;
 
 use super::prompt::Prompt;
 use super::score::Reward;
+use crate::io;
 
 /// Size in kB of the image as JPEG of quality 95; negative for compressibility (DDPO, Black et al.
 /// 2023).
@@ -15,13 +15,7 @@ pub struct Jpeg {
 
 impl Reward for Jpeg {
     fn score(&mut self, images: &[RgbImage], _prompts: &[&Prompt]) -> Result<Vec<f64>> {
-        let size = |image: &RgbImage| {
-            let mut bytes = Vec::new();
-            JpegEncoder::new_with_quality(&mut bytes, 95)
-                .encode(image.as_raw(), image.width(), image.height(), ExtendedColorType::Rgb8)
-                .context("an image cannot be written as JPEG")?;
-            Ok(self.sign * bytes.len() as f64 / 1000.0)
-        };
+        let size = |image: &RgbImage| Ok(self.sign * io::jpeg(image, 95)?.len() as f64 / 1000.0);
         images.iter().map(size).collect()
     }
 }

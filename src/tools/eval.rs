@@ -7,12 +7,14 @@ use anyhow::{Context, Result, bail, ensure};
 use image::RgbImage;
 use serde::Serialize;
 
-use crate::measure::bootstrap::interval;
+use crate::device;
+use crate::measure::bootstrap::{interval, means_by_prompt};
 use crate::measure::distances::{cmmd, frechet, frechet_infinity, kid};
 use crate::measure::diversity::over_prompts;
 use crate::measure::features::FeatureModel;
 use crate::measure::pixels::PixelStatistics;
 use crate::model::picture::open_rgb;
+use crate::reward::{self, Prompt, Reward, RewardContext, RewardSpec};
 use crate::sampling::kl::trajectory_kl;
 use crate::sampling::trajectory::decode;
 use crate::schedule::Step;
@@ -133,24 +135,14 @@ impl Evaluation {
         prompt_of: &[usize],
         reference: Option<&Reference>,
         seed: u64,
-    ) -> Result<()> {
+    ) {
         let found = over_prompts(features, prompt_of);
         self.pairwise_cosine_distance = found.pairwise_cosine_distance;
         self.vendi = found.vendi;
         if let Some(reference) = reference {
             self.distances = Distances::between(features, reference, seed);
         }
-        Ok(())
     }
-}
-
-/// The mean of each prompt's scores.
-fn means_by_prompt(scores: &[f64], prompt_of: &[usize]) -> Vec<f64> {
-    let mut groups: BTreeMap<usize, Vec<f64>> = BTreeMap::new();
-    for (score, prompt) in scores.iter().zip(prompt_of) {
-        groups.entry(*prompt).or_default().push(*score);
-    }
-    groups.values().map(|own| own.iter().sum::<f64>() / own.len() as f64).collect()
 }
 
 /// Draws the pictures of a canvas, numbered from `first`.
@@ -163,7 +155,7 @@ pub fn pictures(
     tick: &(dyn Fn() -> Result<()> + Sync),
 ) -> Result<Drawn> {
     let drawn = canvas.draw(drawing, tick, |replica, drawn| {
-        let latents = crate::device::tensor::read(&drawn.latents)?;
+        let latents = device::tensor::read(&drawn.latents)?;
         Ok((decode(&replica.pipeline.vae, &drawn.latents)?, latents))
     })?;
     let (images, latents): (Vec<_>, Vec<_>) = drawn.into_iter().unzip();
@@ -250,4 +242,25 @@ pub fn prompt_numbers(pictures: usize, prompts: usize) -> Result<Vec<usize>> {
          the order of the prompts"
     );
     Ok((0..pictures).map(|i| i / (pictures / prompts)).collect())
+}
+
+/// Scores of pictures by each reward, times its weight.
+///
+/// # Errors
+/// When a reward cannot be opened or fails.
+pub fn scores(
+    specs: &[RewardSpec],
+    context: &RewardContext,
+    images: &[RgbImage],
+    prompts: &[Prompt],
+) -> Result<Vec<Vec<f64>>> {
+    // All are opened before one is asked: a name that is wrong costs no time.
+    let opened: Vec<Box<dyn Reward>> =
+        specs.iter().map(|s| reward::open(&s.reward, context)).collect::<Result<_>>()?;
+    let prompts: Vec<&Prompt> = prompts.iter().collect();
+    let column = |(spec, mut reward): (&RewardSpec, Box<dyn Reward>)| {
+        let scores = device::guard(|| reward::score(&mut *reward, &spec.shown, images, &prompts))?;
+        Ok(scores.into_iter().map(|s| spec.weight * s).collect())
+    };
+    specs.iter().zip(opened).map(column).collect()
 }

@@ -3,10 +3,11 @@
 use anyhow::Result;
 
 use super::epoch::EpochState;
-use super::evaluation::{Extent, columns, grid, shown};
+use super::evaluation::{Extent, grid};
 use super::observer::Event;
 use super::recovery::suspend;
 use super::run::Run;
+use super::run_folder::sample_name;
 use super::wishes::Wish;
 use crate::io;
 
@@ -32,13 +33,10 @@ pub(super) fn hear(run: &mut Run, state: &EpochState) -> Result<()> {
     }
     if Wish::Sample.take(&dir) {
         let pictures = run.draw(&run.plan_evaluation(Extent::Full)?)?;
-        let grid = grid(&shown(run.settings, &pictures), columns(run.settings));
-        let file = dir.join(SAMPLED).join(format!("update-{:06}.png", run.state.updates));
+        let grid = grid(run.settings, &pictures);
+        let file = dir.join(sample_name(run.state.updates));
         io::write(&file, &io::png(&grid)?)?;
         run.observer.on(Event::Notice(&format!("sampled: {}", file.display())));
     }
     Ok(())
 }
-
-/// The folder of a run's pictures that were asked for.
-pub const SAMPLED: &str = "samples";

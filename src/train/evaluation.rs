@@ -38,7 +38,7 @@ pub(crate) struct EvaluationPlan {
 }
 
 /// Prompts that a run's grids show.
-pub(crate) fn columns(s: &Settings) -> usize {
+fn columns(s: &Settings) -> usize {
     s.evaluation_prompts().len().min(GRID_COLUMNS)
 }
 
@@ -77,22 +77,19 @@ impl EvaluationPlan {
     }
 }
 
-/// The pictures of an evaluation that its grid shows: those of the first prompts.
-pub(crate) fn shown<'a>(s: &Settings, images: &'a [RgbImage]) -> Vec<&'a RgbImage> {
-    let (columns, prompts) = (columns(s), s.evaluation_prompts().len());
-    images.iter().enumerate().filter(|(i, _)| i % prompts < columns).map(|(_, p)| p).collect()
-}
-
-/// Pictures side by side in rows of `columns`, 2 pixels apart.
-pub(crate) fn grid(images: &[&RgbImage], columns: usize) -> RgbImage {
+/// The pictures of an evaluation's first prompts side by side, a column a prompt, 2 pixels apart.
+pub(crate) fn grid(s: &Settings, images: &[RgbImage]) -> RgbImage {
     let Some(first) = images.first() else { return RgbImage::new(1, 1) };
+    let (columns, prompts) = (columns(s), s.evaluation_prompts().len());
+    let shown = images.iter().enumerate().filter(|(i, _)| i % prompts < columns);
+    let shown: Vec<&RgbImage> = shown.map(|(_, image)| image).collect();
     let (w, h) = (first.width() + 2, first.height() + 2);
-    let rows = images.len().div_ceil(columns) as u32;
+    let rows = shown.len().div_ceil(columns) as u32;
     let white = Rgb([255; 3]);
     let mut canvas = RgbImage::from_pixel(w * columns as u32 - 2, h * rows - 2, white);
-    for (i, image) in images.iter().enumerate() {
+    for (i, image) in shown.into_iter().enumerate() {
         let (x, y) = ((i % columns) as i64, (i / columns) as i64);
-        imageops::replace(&mut canvas, *image, i64::from(w) * x, i64::from(h) * y);
+        imageops::replace(&mut canvas, image, i64::from(w) * x, i64::from(h) * y);
     }
     canvas
 }

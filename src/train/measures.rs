@@ -4,10 +4,11 @@
 use anyhow::Result;
 use image::RgbImage;
 
-use super::evaluation::{Extent, columns, grid, shown};
+use super::evaluation::{Extent, grid};
 use super::metrics::Measures;
-use super::rewards::{Scores, means_of};
+use super::rewards::Scores;
 use super::run::{Evaluation, Run};
+use crate::measure::bootstrap::means_by_prompt;
 use crate::measure::distances::{cmmd, kid};
 use crate::measure::diversity::over_prompts;
 use crate::measure::pixels::PixelStatistics;
@@ -23,7 +24,7 @@ pub(super) fn evaluate(run: &mut Run, extent: Extent) -> Result<Evaluation> {
         Extent::Full => Some(measures(run, &images, &scores)?),
         Extent::Row | Extent::Probe => None,
     };
-    let grid = grid(&shown(run.settings, &images), columns(run.settings));
+    let grid = grid(run.settings, &images);
     Ok(Evaluation { grid, reward_mean, rewards: scores.means(), measures })
 }
 
@@ -42,8 +43,8 @@ fn measures(run: &mut Run, images: &[RgbImage], scores: &Scores) -> Result<Measu
     let pixels = PixelStatistics::of(images);
     Ok(Measures {
         pictures: images.len(),
-        reward_by_prompt: means_of(&scores.totals(), prompts),
-        rewards_by_prompt: scores.by_prompt(prompts),
+        reward_by_prompt: means_by_prompt(&scores.totals(), &prompt_of),
+        rewards_by_prompt: scores.by_prompt(&prompt_of),
         pvs: pixels.map(|p| p.pvs).filter(|_| images.len() > 1),
         saturated: pixels.map(|p| p.saturated),
         saturation: pixels.map(|p| p.saturation),

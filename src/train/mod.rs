@@ -55,7 +55,7 @@ use self::recovery::{diverged, keep_beginning, restore, suspend, test_restored};
 use self::rewards::flat;
 use self::run::Run;
 pub use self::run::{DumpRequest, Job, Summary};
-use self::run_folder::open_grid;
+use self::run_folder::{ABOUT, SETTINGS, open_grid};
 use self::update::{
     GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient, credit_table,
 };
@@ -87,9 +87,9 @@ pub fn train(mut job: Job, observer: &dyn Observer) -> Result<Summary> {
     let result = device::guard(|| {
         // Also of a resumed run, which may have been given more epochs.
         let settings = toml::to_string(run.settings).context("settings")?;
-        run.folder.file("settings.toml", settings.into_bytes());
+        run.folder.file(SETTINGS, settings.into_bytes());
         let about = About::this(&run.first().compute.name);
-        run.folder.file("about.json", serde_json::to_vec_pretty(&about)?);
+        run.folder.file(ABOUT, serde_json::to_vec_pretty(&about)?);
         wishes::forget(&run.folder.dir);
         let mut restored = restore(&mut run, transitions)?;
         // A run that has gone back to its beginning has its first pictures already.

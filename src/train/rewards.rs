@@ -9,6 +9,7 @@ use super::checkpoint::RunState;
 use super::metrics::ScoreRecord;
 use crate::config::Settings;
 use crate::device::{self, Compute};
+use crate::measure::bootstrap::means_by_prompt;
 use crate::ops::advantage::{Advantage, Weighted, mixed};
 use crate::reward::{self, Prompt, Reward, RewardContext, RewardSpec};
 
@@ -130,10 +131,10 @@ impl Scores {
         (0..images).map(total).collect()
     }
 
-    /// The mean of each reward for each of `prompts` prompts, where image i has prompt
-    /// i mod `prompts`.
-    pub fn by_prompt(&self, prompts: usize) -> BTreeMap<String, Vec<f64>> {
-        self.0.iter().map(|c| (c.spec.shown.clone(), means_of(&c.scores, prompts))).collect()
+    /// The mean of each reward for each prompt; `prompt_of[i]` is the number of image i's prompt.
+    pub fn by_prompt(&self, prompt_of: &[usize]) -> BTreeMap<String, Vec<f64>> {
+        let means = |c: &Column| (c.spec.shown.clone(), means_by_prompt(&c.scores, prompt_of));
+        self.0.iter().map(means).collect()
     }
 
     /// The mean of each reward by its name.
@@ -147,15 +148,6 @@ impl Scores {
         let record = |c: &Column| (c.spec.shown.clone(), ScoreRecord::new(&c.scores, prompts));
         self.0.iter().map(record).collect()
     }
-}
-
-/// The means of what belongs to the same prompt: image i has prompt i mod `prompts`.
-pub(crate) fn means_of(scores: &[f64], prompts: usize) -> Vec<f64> {
-    let mean = |prompt: usize| {
-        let own: Vec<f64> = scores.iter().skip(prompt).step_by(prompts).copied().collect();
-        own.iter().sum::<f64>() / own.len() as f64
-    };
-    (0..prompts).map(mean).collect()
 }
 
 /// What a user should hear at once: which rewards teach nothing in an epoch of these records.

@@ -23,8 +23,13 @@ pub struct RunFolder {
 }
 
 /// The file that marks a folder as being written to.
-const LOCK: &str = ".lock";
-const METRICS: &str = "metrics.jsonl";
+pub const LOCK: &str = ".lock";
+/// The file of a run's records.
+pub const METRICS: &str = "metrics.jsonl";
+/// The file of all that a run was told.
+pub const SETTINGS: &str = "settings.toml";
+/// The file of what computes a run.
+pub const ABOUT: &str = "about.json";
 
 /// Locks a folder for one run.
 fn lock(dir: &Path, flag: &str) -> Result<std::fs::File> {
@@ -85,12 +90,7 @@ impl RunFolder {
     pub fn resume(dir: &Path) -> Result<Self> {
         let lock = lock(dir, "--resume")?;
         let path = dir.join(METRICS);
-        let record = |(i, line): (usize, &str)| {
-            serde_json::from_str(line).with_context(|| {
-                let path = path.display();
-                format!("{path}: line {} is not a record of this version", i + 1)
-            })
-        };
+        let record = |(i, line): (usize, &str)| read_record(&path, i + 1, line);
         let text = io::read_text(&path)?;
         Ok(Self {
             _lock: lock,
@@ -212,10 +212,29 @@ pub fn default_folder(name: &str) -> PathBuf {
     (1..).map(candidate).find(|d| !d.exists()).expect("numbers do not end")
 }
 
+/// A line of a run's records.
+///
+/// # Errors
+/// Names the file and the line that is none.
+pub fn read_record(path: &Path, number: usize, line: &str) -> Result<Record> {
+    serde_json::from_str(line).with_context(|| {
+        format!("{}: line {number} is not a record of this version", path.display())
+    })
+}
+
+/// The folder of the pictures that were asked for, and what their names begin with.
+pub const SAMPLED: &str = "samples";
+pub const SAMPLE: &str = "update-";
+
+/// The file of pictures that were asked for after so many updates.
+pub fn sample_name(updates: usize) -> String {
+    format!("{SAMPLED}/{SAMPLE}{updates:06}.png")
+}
+
 /// The folder of a run's grids.
 pub const GRIDS: &str = "grids";
 /// What stands before the number in the name of a grid's file.
-const GRID: &str = "epoch-";
+pub const GRID: &str = "epoch-";
 
 /// A grid's file in a run's folder.
 pub fn grid_name(epoch: usize) -> String {

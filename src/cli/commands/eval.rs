@@ -1,11 +1,11 @@
 //! `eval`: what a model's pictures, or pictures that exist, are like.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 
-use crate::cli::args::{RemoteArgs, rewards, scores};
+use crate::cli::args::{RemoteArgs, rewards};
 use crate::cli::commands::sample::picture_path;
 use crate::cli::console::{Console, in_phase};
 use crate::cli::draw::DrawArgs;
@@ -13,13 +13,13 @@ use crate::config::numbers::{self, MOST};
 use crate::config::prompts::{lines, read_prompts};
 use crate::device::{self, Compute};
 use crate::io;
-use crate::measure::features::{FeatureModel, FeatureSpec};
+use crate::measure::features::{FeatureModel, clip_path};
 use crate::model::picture::open_rgb;
 use crate::reward::{self, Prompt, RemoteOptions, RewardContext, RewardSpec};
 use crate::tools::draw::{Canvas, Drawing};
 use crate::tools::eval::{
     Drawn, Evaluation, PictureSet, Reference, folder_features, kl, picture_files, pictures,
-    prompt_numbers, too_few,
+    prompt_numbers, scores, too_few,
 };
 use crate::train::{Observer, Silent};
 
@@ -100,7 +100,7 @@ pub fn run(args: &EvalArgs) -> Result<i32> {
     let specs = rewards(&args.reward)?;
     let remote = args.remote.options(&specs)?;
     if let Some(features) = &args.features {
-        FeatureSpec::parse(features)?;
+        clip_path(features)?;
     }
     if let Some(dir) = &args.reference {
         picture_files("--reference", dir)?;
@@ -120,7 +120,7 @@ fn open(args: &EvalArgs) -> Result<Compute> {
 }
 
 /// Of pictures that exist.
-fn of_folder(args: &EvalArgs, dir: &std::path::Path, measuring: Measuring) -> Result<Evaluation> {
+fn of_folder(args: &EvalArgs, dir: &Path, measuring: Measuring) -> Result<Evaluation> {
     let files = picture_files("--images-from", dir)?;
     let given = match (&args.prompts, &args.prompt) {
         (None, None) => Vec::new(),
@@ -136,10 +136,9 @@ fn of_folder(args: &EvalArgs, dir: &std::path::Path, measuring: Measuring) -> Re
             );
         }
     }
-    let none = [Prompt::default()];
+    let none = Prompt::default();
     let of = prompt_numbers(files.len(), given.len().max(1))?;
-    let prompts: Vec<Prompt> =
-        of.iter().map(|i| given.get(*i).unwrap_or(&none[0]).clone()).collect();
+    let prompts: Vec<Prompt> = of.iter().map(|i| given.get(*i).unwrap_or(&none).clone()).collect();
     let images = files.iter().map(|f| open_rgb(f)).collect::<Result<_>>()?;
     // A folder is one prompt's, unless it is known to hold several pictures of each.
     let several = given.len() < files.len();
@@ -147,12 +146,14 @@ fn of_folder(args: &EvalArgs, dir: &std::path::Path, measuring: Measuring) -> Re
     let set = PictureSet { images, prompt_of };
     let compute = open(args)?;
     measure(args, measuring, &set, &prompts, &compute, |model| match &args.reference {
-        Some(dir) => {
-            let whole = folder_features(model, "--reference", dir)?;
-            Ok(Some(Reference::of_set(whole, set.images.len())))
-        }
+        Some(dir) => folder(model, dir, &set).map(Some),
         None => Ok(None),
     })
+}
+
+/// A folder that pictures are compared with.
+fn folder(model: &FeatureModel, dir: &Path, set: &PictureSet) -> Result<Reference> {
+    Ok(Reference::of_set(folder_features(model, "--reference", dir)?, set.images.len()))
 }
 
 /// Of a model's pictures, drawn as its users would.
@@ -212,8 +213,7 @@ fn reference(
     model: &FeatureModel,
 ) -> Result<Option<Reference>> {
     if let Some(dir) = &args.reference {
-        let whole = folder_features(model, "--reference", dir)?;
-        return Ok(Some(Reference::of_set(whole, set.images.len())));
+        return folder(model, dir, set).map(Some);
     }
     let base = Drawing { adapter: None, ..*drawing };
     let same = match drawing.adapter {
@@ -253,7 +253,7 @@ fn measure(
                 eprintln!("warning: {few}");
             }
         }
-        found.add_features(&features, &set.prompt_of, reference.as_ref(), seed)?;
+        found.add_features(&features, &set.prompt_of, reference.as_ref(), seed);
     }
     Ok(found)
 }

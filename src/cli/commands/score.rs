@@ -7,11 +7,12 @@ use clap::Args;
 use image::RgbImage;
 use serde_json::{Map, Value, json};
 
-use crate::cli::args::{DeviceArg, RemoteArgs, StorageArg, rewards, scores};
+use crate::cli::args::{DeviceArg, RemoteArgs, StorageArg, rewards};
 use crate::config::prompts::lines;
 use crate::device;
 use crate::model::picture::open_rgb;
 use crate::reward::{self, Prompt, RewardContext};
+use crate::tools::eval::scores;
 
 #[derive(Args)]
 pub struct ScoreArgs {

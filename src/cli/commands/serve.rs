@@ -2,13 +2,14 @@
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex};
 
 use anyhow::{Result, anyhow};
 use clap::Args;
 
 use crate::stop;
-use crate::tools::report::{self, RunView};
+use crate::tools::report::{self, Report};
 use crate::tools::serve::{Look, Options, Server};
 
 #[derive(Args)]
@@ -61,6 +62,9 @@ fn host(text: &str) -> Result<IpAddr> {
 /// The page of `report.html`.
 const LOOK: Look = Look { render, style: report::STYLE, script: report::SCRIPT };
 
-fn render(dir: &std::path::Path) -> Result<String> {
-    Ok(report::body(&RunView::read(dir)?))
+/// The page's content. What pictures cost is paid once for each, whoever looks.
+fn render(dir: &Path) -> Result<String> {
+    static REPORT: LazyLock<Mutex<Report>> = LazyLock::new(Mutex::default);
+    let mut report = REPORT.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+    Ok(report::body(&report.view(dir)?))
 }

@@ -2,7 +2,7 @@
 
 use plotters::prelude::*;
 
-use super::svg::{AXIS, Area, Drawn, GRID, Ink, Size, Span, UNIT, draw, drawable, stroke};
+use super::svg::{Area, Axis, Drawn, Ink, Size, Span, chart, draw, drawable};
 
 /// What the bars of one colour show, one value for each place.
 pub struct BarSeries {
@@ -75,30 +75,16 @@ impl Bars<'_> {
         let span = Span::of(bars.iter().flat_map(|b| [0.0, b.low, b.high]));
         let top = span.high + span.length() * 0.07;
         let last = self.places.len().max(1) as f64 - 1.0;
-        let font = self.size.font * UNIT;
-        let mut chart = ChartBuilder::on(area)
-            .margin_top(font / 2)
-            .margin_right(font * 3 / 2)
-            .x_label_area_size(font * 3)
-            .y_label_area_size(font * 19 / 4)
-            .build_cartesian_2d(-0.5..last + 0.5, span.low..top)?;
+        let y = Span { high: top, ..span };
         let y_ticks = 6;
-        let y_texts = Span { high: top, ..span }.ticks(y_ticks);
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .max_light_lines(0)
-            .bold_line_style(stroke(GRID, 1.0))
-            .axis_style(stroke(AXIS, 1.0))
-            .label_style(self.size.letters())
-            .axis_desc_style(self.size.letters())
-            .set_all_tick_mark_size((UNIT * 4) as i32)
-            .x_desc(self.x_name)
-            .x_labels(7)
-            .y_labels(y_ticks)
-            .x_label_formatter(&|at| place_name(self.places, *at))
-            .y_label_formatter(&|v| y_texts.text(*v))
-            .draw()?;
+        let y_texts = y.ticks(y_ticks);
+        let x = Axis {
+            span: Span { low: -0.5, high: last + 0.5 },
+            ticks: 7,
+            text: &|at| place_name(self.places, at),
+        };
+        let y = Axis { span: y, ticks: y_ticks, text: &|v| y_texts.text(v) };
+        let mut chart = chart(area, self.size, self.x_name, &x, &y)?;
         let bar =
             |b: Bar| Rectangle::new([(b.left, b.low), (b.right, b.high)], b.color.color.filled());
         chart.draw_series(bars.into_iter().map(bar))?;

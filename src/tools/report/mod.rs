@@ -18,11 +18,12 @@ mod view;
 
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 
 use self::pictures::PictureCache;
 use crate::io;
 use crate::train::metrics::Record;
+use crate::train::run_folder::{ABOUT, METRICS, SETTINGS, read_record};
 
 pub use self::page::{SCRIPT, STYLE, body, page};
 pub use self::view::{Picture, RunView};
@@ -59,9 +60,9 @@ impl Report {
     /// Names the file that cannot be read.
     pub fn view(&mut self, dir: &Path) -> Result<RunView> {
         ensure!(dir.is_dir(), "{}: is not the folder of a run", dir.display());
-        let metrics = dir.join("metrics.jsonl");
-        let settings = dir.join("settings.toml");
-        let about = dir.join("about.json");
+        let metrics = dir.join(METRICS);
+        let settings = dir.join(SETTINGS);
+        let about = dir.join(ABOUT);
         Ok(RunView {
             title: name(dir),
             records: if metrics.exists() { records(&metrics)? } else { Vec::new() },
@@ -92,15 +93,10 @@ fn records(path: &Path) -> Result<Vec<Record>> {
     let text = io::read_text(path)?;
     let mut records = Vec::new();
     for (i, line) in text.split_inclusive('\n').enumerate() {
-        match serde_json::from_str(line) {
+        match read_record(path, i + 1, line) {
             Ok(record) => records.push(record),
             Err(_) if !line.ends_with('\n') || line.trim().is_empty() => {}
-            Err(error) => {
-                let path = path.display();
-                return Err(error).with_context(|| {
-                    format!("{path}: line {} is not a record of this version", i + 1)
-                });
-            }
+            Err(error) => return Err(error),
         }
     }
     Ok(records)

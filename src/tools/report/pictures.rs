@@ -1,17 +1,17 @@
 //! The pictures of a run as they stand in its page: small JPEGs, encoded once each.
 
 use std::collections::BTreeMap;
-use std::io::Cursor;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use image::codecs::jpeg::JpegEncoder;
 use image::imageops::FilterType;
 
 use super::view::Picture;
+use crate::io;
+use crate::train::run_folder::{GRID, GRIDS, SAMPLE, SAMPLED};
 
 /// Grids in a page.
 const MOST_GRIDS: usize = 40;
@@ -44,11 +44,12 @@ impl PictureCache {
     /// # Errors
     /// Names the picture that cannot be read.
     pub fn read(&mut self, dir: &Path) -> Result<Vec<Picture>> {
-        let grids = chosen(numbered(&dir.join("grids"), "epoch-"));
-        let mut samples = numbered(&dir.join("samples"), "update-");
+        let grids = chosen(numbered(&dir.join(GRIDS), GRID));
+        let mut samples = numbered(&dir.join(SAMPLED), SAMPLE);
         samples.drain(..samples.len().saturating_sub(MOST_SAMPLES));
         let kept: Vec<&PathBuf> = grids.iter().chain(&samples).map(|n| &n.path).collect();
-        self.0.retain(|path, _| kept.contains(&path));
+        // Those of other runs stay.
+        self.0.retain(|path, _| !path.starts_with(dir) || kept.contains(&path));
         let mut pictures = Vec::new();
         for Numbered { number, path } in &grids {
             let label =
@@ -110,9 +111,8 @@ fn encode(path: &Path) -> Result<Picture> {
         image = image::imageops::resize(&image, MOST_WIDTH, height, FilterType::CatmullRom);
     }
     let quality = if image.width() <= SMALL { 95 } else { 85 };
-    let mut jpeg = Cursor::new(Vec::new());
-    JpegEncoder::new_with_quality(&mut jpeg, quality).encode_image(&image).with_context(failed)?;
-    let data_uri = format!("data:image/jpeg;base64,{}", STANDARD.encode(jpeg.into_inner()));
+    let jpeg = io::jpeg(&image, quality).with_context(failed)?;
+    let data_uri = format!("data:image/jpeg;base64,{}", STANDARD.encode(jpeg));
     let (width, height) = image.dimensions();
     Ok(Picture { data_uri, width, height, ..Picture::default() })
 }

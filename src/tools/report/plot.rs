@@ -4,7 +4,7 @@ use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 use super::format::short;
-use super::svg::{AXIS, Drawn, GRID, Ink, Size, Span, UNIT, draw, drawable, stroke};
+use super::svg::{Area, Axis, Drawn, Ink, Size, Span, UNIT, chart, draw, drawable, stroke};
 
 /// A place in a plot.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,40 +68,21 @@ impl Plot<'_> {
         words
     }
 
-    fn draw(&self, area: &super::svg::Area) -> Drawn {
+    fn draw(&self, area: &Area) -> Drawn {
         let points = || self.series.iter().flat_map(|s| &s.points).filter(|p| visible(p));
         let x = Span::of(points().map(|p| p.x));
         let y =
             Span::of(points().map(|p| p.y)).wider(if self.marks.is_empty() { 0.07 } else { 0.12 });
         let x = if self.marks.is_empty() { x } else { x.wider(0.05) };
-        let font = self.size.font * UNIT;
-        let mut chart = ChartBuilder::on(area)
-            .margin_top(font / 2)
-            .margin_right(font * 3 / 2)
-            .x_label_area_size(font * 3)
-            .y_label_area_size(font * 19 / 4)
-            .build_cartesian_2d(x.low..x.high, y.low..y.high)?;
         let (x_ticks, y_ticks) = (6, 6);
         let (x_texts, y_texts) = (x.ticks(x_ticks), y.ticks(y_ticks));
-        let x_label = |v: &f64| {
+        let x_label = |v: f64| {
             let between = self.x_counts && v.fract() != 0.0;
-            if between { String::new() } else { x_texts.text(*v) }
+            if between { String::new() } else { x_texts.text(v) }
         };
-        chart
-            .configure_mesh()
-            .disable_x_mesh()
-            .max_light_lines(0)
-            .bold_line_style(stroke(GRID, 1.0))
-            .axis_style(stroke(AXIS, 1.0))
-            .label_style(self.size.letters())
-            .axis_desc_style(self.size.letters())
-            .set_all_tick_mark_size((UNIT * 4) as i32)
-            .x_desc(self.x_name)
-            .x_labels(x_ticks)
-            .y_labels(y_ticks)
-            .x_label_formatter(&x_label)
-            .y_label_formatter(&|v| y_texts.text(*v))
-            .draw()?;
+        let x = Axis { span: x, ticks: x_ticks, text: &x_label };
+        let y = Axis { span: y, ticks: y_ticks, text: &|v| y_texts.text(v) };
+        let mut chart = chart(area, self.size, self.x_name, &x, &y)?;
         for series in self.series {
             let thinned = thin(&series.points);
             let width = if thinned.len() > MOST_POINTS / 2 { 1.2 } else { 1.8 };
@@ -127,7 +108,8 @@ impl Plot<'_> {
         let above = Pos::new(HPos::Center, VPos::Bottom);
         let mark = |m: &Mark| {
             let letters = self.size.letters().pos(above);
-            let text = Text::new(m.text.clone(), (0, -(font as i32) / 3), letters);
+            let text =
+                Text::new(m.text.clone(), (0, -((self.size.font * UNIT) as i32) / 3), letters);
             EmptyElement::at((m.at.x, m.at.y)) + text
         };
         chart.draw_series(self.marks.iter().map(mark))?;

@@ -59,6 +59,55 @@ pub fn draw(size: Size, label: &str, plot: impl FnOnce(&Area) -> Drawn) -> Strin
     inline(&text, size, label)
 }
 
+/// A chart on two axes of numbers.
+pub type Chart<'a, 'b> =
+    ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
+
+/// How an axis is written.
+pub struct Axis<'a> {
+    pub span: Span,
+    /// Ticks at most.
+    pub ticks: usize,
+    /// The text at a tick.
+    pub text: &'a dyn Fn(f64) -> String,
+}
+
+/// Axes with lines at the ticks of y, on which a plot is drawn.
+///
+/// # Errors
+/// As plotters has them.
+pub fn chart<'a, 'b>(
+    area: &'a Area<'b>,
+    size: Size,
+    x_name: &str,
+    x: &Axis,
+    y: &Axis,
+) -> Result<Chart<'a, 'b>, Box<dyn std::error::Error>> {
+    let font = size.font * UNIT;
+    let mut chart = ChartBuilder::on(area)
+        .margin_top(font / 2)
+        .margin_right(font * 3 / 2)
+        .x_label_area_size(font * 3)
+        .y_label_area_size(font * 19 / 4)
+        .build_cartesian_2d(x.span.low..x.span.high, y.span.low..y.span.high)?;
+    chart
+        .configure_mesh()
+        .disable_x_mesh()
+        .max_light_lines(0)
+        .bold_line_style(stroke(GRID, 1.0))
+        .axis_style(stroke(AXIS, 1.0))
+        .label_style(size.letters())
+        .axis_desc_style(size.letters())
+        .set_all_tick_mark_size((UNIT * 4) as i32)
+        .x_desc(x_name)
+        .x_labels(x.ticks)
+        .y_labels(y.ticks)
+        .x_label_formatter(&|v| (x.text)(*v))
+        .y_label_formatter(&|v| (y.text)(*v))
+        .draw()?;
+    Ok(chart)
+}
+
 /// How drawing ends.
 pub type Drawn = Result<(), Box<dyn std::error::Error>>;
 

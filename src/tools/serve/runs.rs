@@ -9,14 +9,8 @@ use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
 
 use crate::io;
+use crate::train::run_folder::{GRIDS, LOCK, METRICS, SAMPLED, SETTINGS};
 use crate::train::wishes::{CONTROL, Wish};
-
-const METRICS: &str = "metrics.jsonl";
-const SETTINGS: &str = "settings.toml";
-/// The run's pictures.
-const GRIDS: &str = "grids";
-/// Locked as long as the run goes.
-const LOCK: &str = ".lock";
 
 /// A folder of runs, or of one.
 pub struct Runs {
@@ -97,8 +91,8 @@ impl Runs {
             dir.join(name).canonicalize().is_ok_and(|path| path.starts_with(&self.root))
         };
         let file = |name: &str| dir.join(name).is_file() && inside(name);
-        let grids = !dir.join(GRIDS).exists() || inside(GRIDS);
-        dir.starts_with(&self.root) && file(METRICS) && file(SETTINGS) && grids
+        let pictures = [GRIDS, SAMPLED].iter().all(|d| !dir.join(d).exists() || inside(d));
+        dir.starts_with(&self.root) && file(METRICS) && file(SETTINGS) && pictures
     }
 }
 
@@ -129,9 +123,14 @@ impl Run {
         let state = |file: Metadata| (file.len(), file.modified().ok());
         self.alive().hash(hasher);
         std::fs::metadata(self.dir.join(METRICS)).ok().map(state).hash(hasher);
-        let entries = std::fs::read_dir(self.dir.join(GRIDS)).into_iter().flatten().flatten();
-        let mut pictures: Vec<_> =
-            entries.map(|e| (e.file_name(), e.metadata().ok().map(state))).collect();
+        let entries =
+            [GRIDS, SAMPLED].map(|d| std::fs::read_dir(self.dir.join(d)).into_iter().flatten());
+        let mut pictures: Vec<_> = entries
+            .into_iter()
+            .flatten()
+            .flatten()
+            .map(|e| (e.file_name(), e.metadata().ok().map(state)))
+            .collect();
         pictures.sort();
         pictures.hash(hasher);
     }

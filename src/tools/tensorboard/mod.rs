@@ -18,8 +18,9 @@ use crate::train::run_folder::open_grid;
 #[derive(Default)]
 pub struct TensorBoard {
     file: Option<EventFile>,
-    /// Records that are in the file, which are the run's first.
-    written: Vec<Record>,
+    /// How many records are in the file, which are the run's first, and the last of them in JSON.
+    written: usize,
+    last: String,
 }
 
 impl TensorBoard {
@@ -29,18 +30,23 @@ impl TensorBoard {
     /// # Errors
     /// Names the file that cannot be written.
     pub fn write(&mut self, folder: &Path, records: &[Record]) -> Result<()> {
-        if !records.starts_with(&self.written) {
+        let last = |count: usize| match count.checked_sub(1).and_then(|i| records.get(i)) {
+            Some(record) => serde_json::to_string(record).context("a record"),
+            None => Ok(String::new()),
+        };
+        // A run that went back has fewer records, or others in their place.
+        if self.written > records.len() || last(self.written)? != self.last {
             *self = Self::default();
         }
         let mut file = match self.file.take() {
             Some(file) => file,
             None => EventFile::create(&folder.join("tensorboard"))?,
         };
-        for record in &records[self.written.len()..] {
+        for record in &records[self.written..] {
             write(&mut file, folder, record)?;
         }
         file.flush()?;
-        (self.file, self.written) = (Some(file), records.to_vec());
+        *self = Self { file: Some(file), written: records.len(), last: last(records.len())? };
         Ok(())
     }
 }
