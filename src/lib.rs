@@ -40,6 +40,8 @@ pub mod estimate;
 #[doc(hidden)]
 pub mod io;
 #[doc(hidden)]
+pub mod kernels;
+#[doc(hidden)]
 pub mod lora;
 #[doc(hidden)]
 pub mod measure;

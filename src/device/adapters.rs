@@ -165,7 +165,7 @@ fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
         .setup(setup)
         .init()
         .map_err(|e| anyhow!("--device: {} cannot be used by Burn: {e}", chosen.label()))?;
-    let gpu = Gpu::new(device, queue);
+    let gpu = Gpu::new(&burn, device, queue);
     let software =
         if chosen.is_hardware() { "" } else { " [software: for tests of the GPU path, slow]" };
     Ok(Compute {

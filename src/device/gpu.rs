@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use anyhow::{Result, anyhow};
 use burn::backend::wgpu::{AutoCompiler, WgpuResource};
@@ -14,11 +14,12 @@ use burn::cubecl::wgpu::WgpuServer;
 use burn::tensor::{Device, Tensor};
 use wgpu::util::DeviceExt;
 
-/// A kernel: its name is the shader's file name, its source carries the shared parts.
+/// A kernel: its name is the shader's file name, its source carries the shared parts. A variant is
+/// another source of the same name: a number of elements a thread (1 or 4) in the hot path.
 #[derive(Clone, Copy)]
 pub struct Kernel {
     pub name: &'static str,
-    /// The source for a width of 1 or 4 elements a thread.
+    /// The source of a variant.
     pub source: fn(u32) -> String,
 }
 
@@ -68,13 +69,31 @@ pub fn buffer<const D: usize>(tensor: &Tensor<D>) -> Buffer {
         let client: burn_fusion::client::GlobalFusionClient<_> = t.client.clone();
         client.resolve_tensor_float::<burn_wgpu::CubeBackend>(t)
     };
-    let t = burn_wgpu::into_contiguous(t);
+    let t = burn_cubecl::kernel::into_contiguous(t);
     Buffer { client: t.client, handle: t.handle }
 }
 
+/// What has been opened, by Burn's device.
+static OPENED: RwLock<Vec<(Device, Gpu)>> = RwLock::new(Vec::new());
+
 impl Gpu {
-    pub fn new(device: wgpu::Device, queue: wgpu::Queue) -> Self {
-        Self { device, queue, pipelines: Arc::default() }
+    /// Burn's wgpu device and queue for our pipelines, found again by [`Self::of`].
+    pub fn new(burn: &Device, device: wgpu::Device, queue: wgpu::Queue) -> Self {
+        let own = Self { device, queue, pipelines: Arc::default() };
+        let mut opened = OPENED.write().unwrap_or_else(PoisonError::into_inner);
+        opened.push((burn.clone(), own.clone()));
+        own
+    }
+
+    /// The GPU that a tensor is on; `None` on the CPU backend.
+    pub fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
+        let device = tensor.device().without_autodiff();
+        if device == Device::flex() {
+            return None;
+        }
+        let opened = OPENED.read().unwrap_or_else(PoisonError::into_inner);
+        let own = opened.iter().rev().find(|(burn, _)| *burn == device).map(|(_, gpu)| gpu.clone());
+        Some(own.expect("tensors are on devices that this program has opened"))
     }
 
     fn pipeline(&self, kernel: Kernel, width: u32) -> wgpu::ComputePipeline {

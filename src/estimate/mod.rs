@@ -16,7 +16,6 @@ use crate::config::Settings;
 use crate::device::system::memory_text;
 use crate::device::{Compute, rows_at_a_time};
 use crate::model::Storage;
-use crate::model::attention::MAX_SCORES;
 use crate::model::config::{BlockShape, rows_at_once};
 use crate::ops::Guidance;
 
@@ -25,26 +24,21 @@ use crate::ops::Guidance;
 struct Factors {
     stream: f64,
     wide: f64,
-    scores: f64,
 }
 
 /// Without gradients.
-const INFERENCE: Factors = Factors { stream: 3.0, wide: 1.0, scores: 3.0 };
+const INFERENCE: Factors = Factors { stream: 3.0, wide: 1.0 };
 /// What autodiff holds of a block between the passes: of a UNet's, and of a transformer's with its
 /// modulations.
-const SAVED_UNET: Factors = Factors { stream: 8.0, wide: 2.0, scores: 1.5 };
-const SAVED_TRANSFORMER: Factors = Factors { stream: 14.5, wide: 3.0, scores: 1.5 };
+const SAVED_UNET: Factors = Factors { stream: 3.5, wide: 0.8 };
+const SAVED_TRANSFORMER: Factors = Factors { stream: 7.0, wide: 1.5 };
 /// What the backward pass of a block holds besides.
-const BACKWARD: Factors = Factors { stream: 3.0, wide: 1.0, scores: 2.5 };
+const BACKWARD: Factors = Factors { stream: 4.5, wide: 1.2 };
 /// What several threads of the CPU take beside what they hold, where all blocks of a UNet are
-/// tracked at once: its tensors of many sizes leave holes in the heaps, 1.4 to 1.9 times by how
-/// chance puts the threads on them (1.4 with one heap for all, which costs time).
-const HEAPS: f64 = 1.6;
+/// tracked at once: its tensors of many sizes leave holes in the heaps.
+const HEAPS: f64 = 1.2;
 /// A decoder's, of its largest level.
-const DECODER: Factors = Factors { stream: 6.0, wide: 0.0, scores: 3.0 };
-/// Values under a convolution's kernel: the CPU and software Vulkan lay them out for a matrix
-/// product.
-const KERNEL: f64 = 9.0;
+const DECODER: Factors = Factors { stream: 6.0, wide: 0.0 };
 /// The program itself and its threads; on a GPU the driver's part, and on software Vulkan the
 /// kernels that it compiles into the program's memory, those of the backward pass among them.
 const PROGRAM: f64 = 45e6;
@@ -52,8 +46,8 @@ const PROGRAM_GPU: f64 = 250e6;
 const PROGRAM_SOFTWARE: f64 = 370e6;
 
 impl Factors {
-    fn bytes(&self, b: &BlockShape, rows: f64, scores: f64) -> f64 {
-        4.0 * (rows * (self.stream * b.stream + self.wide * b.wide) + self.scores * scores)
+    fn bytes(&self, b: &BlockShape, rows: f64) -> f64 {
+        4.0 * rows * (self.stream * b.stream + self.wide * b.wide)
     }
 }
 
@@ -191,20 +185,12 @@ pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
         on_host: target.gpu && !target.software,
         // The host has what each encoder makes of the prompts beside what is put together of it.
         encode: text.weights
-            + 4.0
-                * (INFERENCE.stream * text.stream
-                    + INFERENCE.scores * text.scores.min(MAX_SCORES as f64)
-                    + 2.0 * text.embedding * prompts),
-        rollout: rollout(shapes, &batches, target) * sampling + on_device,
+            + 4.0 * (INFERENCE.stream * text.stream + 2.0 * text.embedding * prompts),
+        rollout: rollout(shapes, &batches) * sampling + on_device,
         update: update(shapes, s, &batches, target) * updating,
-        decode: decode(shapes, target) * sampling,
+        decode: decode(shapes) * sampling,
         offered: target.offered,
     }
-}
-
-/// A convolution works on one image at a time.
-fn convolution(shapes: &Shapes, b: &BlockShape) -> f64 {
-    if shapes.convolves { 4.0 * KERNEL * b.stream } else { 0.0 }
 }
 
 fn largest(blocks: &[BlockShape], f: impl Fn(&BlockShape) -> f64) -> f64 {
@@ -212,15 +198,10 @@ fn largest(blocks: &[BlockShape], f: impl Fn(&BlockShape) -> f64) -> f64 {
 }
 
 /// Activations of one batch of a rollout.
-fn rollout(shapes: &Shapes, batches: &Batches, target: Target) -> f64 {
+fn rollout(shapes: &Shapes, batches: &Batches) -> f64 {
     let rows = batches.rows;
-    // The CPU's attention without gradients never holds its scores.
-    let scores =
-        |b: &BlockShape| if target.gpu { (rows * b.scores).min(MAX_SCORES as f64) } else { 0.0 };
     largest(&shapes.blocks, |b| {
-        INFERENCE.bytes(b, rows, scores(b))
-            + 4.0 * rows * (b.input - b.stream).max(0.0)
-            + convolution(shapes, b)
+        INFERENCE.bytes(b, rows) + 4.0 * rows * (b.input - b.stream).max(0.0)
     })
 }
 
@@ -234,9 +215,8 @@ fn update(shapes: &Shapes, s: &Settings, batches: &Batches, target: Target) -> f
         rows
     };
     let factors = if unet { SAVED_UNET } else { SAVED_TRANSFORMER };
-    let saved = |b: &BlockShape| factors.bytes(b, tracked, tracked * b.scores);
-    let backward =
-        |b: &BlockShape| BACKWARD.bytes(b, tracked, tracked * b.scores) + convolution(shapes, b);
+    let saved = |b: &BlockShape| factors.bytes(b, tracked);
+    let backward = |b: &BlockShape| BACKWARD.bytes(b, tracked);
     if s.activation_checkpointing {
         // Blocks share the tensors that only pass through them, so a block's input costs its
         // stream.
@@ -249,9 +229,8 @@ fn update(shapes: &Shapes, s: &Settings, batches: &Batches, target: Target) -> f
 }
 
 /// Activations of one picture's decoding.
-fn decode(shapes: &Shapes, target: Target) -> f64 {
-    let scores = |b: &BlockShape| if target.gpu { b.scores.min(MAX_SCORES as f64) } else { 0.0 };
-    largest(&shapes.decoder, |b| DECODER.bytes(b, 1.0, scores(b)))
+fn decode(shapes: &Shapes) -> f64 {
+    largest(&shapes.decoder, |b| DECODER.bytes(b, 1.0))
 }
 
 /// The largest `--batch` whose estimate fits, if any does.

@@ -7,12 +7,13 @@ use anyhow::{Context, Result};
 
 use crate::config::Settings;
 use crate::io::weights::Weights;
+use crate::kernels::frozen_weight::BLOCK;
 use crate::lora::adapter::targeted;
 use crate::lora::formats;
 use crate::measure::features;
 use crate::model::config::BlockShape;
 use crate::model::family::Family;
-use crate::model::loader::{QUANTISED_BLOCK, Storage};
+use crate::model::loader::Storage;
 use crate::model::pipeline::latent_size;
 use crate::model::text::clip::ClipConfig;
 use crate::model::text::embeddings::PromptEmbeddings;
@@ -32,9 +33,8 @@ pub struct TargetShape {
 pub struct TextShape {
     /// Bytes of the weights that are held while they run.
     pub weights: f64,
-    /// Elements of what a prompt takes in the widest layer, and of its scores.
+    /// Elements of what a prompt takes in the widest layer.
     pub stream: f64,
-    pub scores: f64,
     /// Elements of a prompt's embedding, which the host keeps.
     pub embedding: f64,
 }
@@ -154,7 +154,6 @@ fn text_shape(
     }
     let rows = clip.max_tokens as f64;
     text.stream = rows * clip.inner as f64;
-    text.scores = rows * clip.heads as f64 * clip.max_tokens as f64;
     let Some(dir) = layout.streamed().map(|part| s.model.join(part)).filter(|d| d.is_dir()) else {
         return Ok(text);
     };
@@ -167,21 +166,20 @@ fn text_shape(
     text.weights += layer.sum::<f64>();
     let rows = s.max_sequence_length as f64;
     text.stream = text.stream.max(rows * t5.inner as f64);
-    text.scores = text.scores.max(rows * (t5.heads * s.max_sequence_length) as f64);
     Ok(text)
 }
 
 /// Bytes of one weight as [`crate::model::nn`] stores it: matrices and kernels in the storage type,
 /// the rest in f32.
 fn bytes_per_weight(name: &str, shape: &[usize], storage: Storage) -> f64 {
-    let quantised = |bits: f64| bits / 8.0 + 4.0 / QUANTISED_BLOCK as f64;
+    let quantised = |bits: f64| bits / 8.0 + 4.0 / BLOCK as f64;
     let table = name.contains("token_embedding")
         || name.contains("position_embedding")
         || name.ends_with("pos_embed");
     if shape.len() < 2 || table {
         return 4.0;
     }
-    let in_blocks = shape.len() == 2 && shape[1].is_multiple_of(QUANTISED_BLOCK);
+    let in_blocks = shape.len() == 2 && shape[1].is_multiple_of(BLOCK);
     match storage {
         Storage::F32 => 4.0,
         Storage::Q8 if in_blocks => quantised(8.0),

@@ -104,7 +104,7 @@ impl VisionTower {
         Ok(Self {
             size: patch * (tokens - 1).isqrt(),
             class: root.tensor("cls_token", [1, 1, width])?,
-            patches: Conv2d::load(root, "patch_embed.proj", 3, width, patch, patch, 0)?,
+            patches: Conv2d::patches(root, "patch_embed.proj", 3, width, patch)?,
             positions: root.tensor("pos_embed", [1, tokens, width])?,
             layers: layers.collect::<Result<_>>()?,
             norm: LayerNorm::load(root, "norm", width, VISION_EPS)?,

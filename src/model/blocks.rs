@@ -6,7 +6,9 @@ use burn::tensor::{Int, Tensor, TensorData};
 
 use super::attention::Attention;
 use super::loader::Loader;
-use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear, gelu, gelu_tanh, silu};
+use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear};
+use crate::kernels::frozen_conv::ConvShape;
+use crate::kernels::geglu::geglu;
 use crate::lora::Lora;
 
 /// How a `ResnetBlock2D` is built.
@@ -50,12 +52,12 @@ impl Resnet {
             shortcut: if cin == cout {
                 None
             } else {
-                Some(Conv2d::load(l, "conv_shortcut", cin, cout, 1, 1, 0)?)
+                Some(Conv2d::point(l, "conv_shortcut", cin, cout)?)
             },
         })
     }
 
-    /// `x` `[B, cin, H, W]`, `time` `[B, width]` (after its own activation) -> `[B, cout, H, W]`.
+    /// `x` `[B, H, W, cin]`, `time` `[B, width]` (after its own activation) -> `[B, H, W, cout]`.
     pub fn forward(
         &self,
         x: Tensor<4>,
@@ -63,22 +65,22 @@ impl Resnet {
         lora: Option<&Lora>,
     ) -> Tensor<4> {
         let act = self.spec.activation;
-        let mut h = self.conv1.forward(act.forward(self.norm1.forward(x.clone())));
+        let mut h = self.conv1.forward(self.norm1.activated(x.clone(), act));
         let time = match (&self.time_emb_proj, time) {
             (Some(proj), Some(t)) => {
-                Some(proj.forward(t.clone(), lora).unsqueeze_dims::<4>(&[2, 3]))
+                Some(proj.forward(t.clone(), lora).unsqueeze_dims::<4>(&[1, 2]))
             }
             _ => None,
         };
-        match time {
+        h = match time {
             Some(t) if self.spec.scale_shift => {
-                let [scale, shift]: [Tensor<4>; 2] = t.chunk(2, 1).try_into().expect("two halves");
-                h = self.norm2.forward(h) * (scale + 1.0) + shift;
+                let [scale, shift]: [Tensor<4>; 2] = t.chunk(2, 3).try_into().expect("two halves");
+                act.forward(self.norm2.forward(h) * (scale + 1.0) + shift)
             }
-            Some(t) => h = self.norm2.forward(h + t),
-            None => h = self.norm2.forward(h),
-        }
-        h = self.conv2.forward(act.forward(h));
+            Some(t) => self.norm2.activated(h + t, act),
+            None => self.norm2.activated(h, act),
+        };
+        h = self.conv2.forward(h);
         let x = match &self.shortcut {
             Some(conv) => conv.forward(x),
             None => x,
@@ -155,7 +157,7 @@ impl Transformer2d {
             Ok::<_, anyhow::Error>(if spec.linear {
                 Projection::Linear(Linear::load(l, part, c, c)?)
             } else {
-                Projection::Conv(Conv2d::load(l, part, c, c, 1, 1, 0)?)
+                Projection::Conv(Conv2d::point(l, part, c, c)?)
             })
         };
         Ok(Self {
@@ -171,11 +173,11 @@ impl Transformer2d {
         })
     }
 
-    /// `x` `[B, C, H, W]` with `context` `[B, T, D]` -> `[B, C, H, W]`.
+    /// `x` `[B, H, W, C]` with `context` `[B, T, D]` -> `[B, H, W, C]`.
     pub fn forward(&self, x: Tensor<4>, context: &Tensor<3>, lora: Option<&Lora>) -> Tensor<4> {
-        let [b, c, h, w] = x.dims();
-        let tokens = |x: Tensor<4>| x.reshape([b, c, h * w]).swap_dims(1, 2);
-        let image = |x: Tensor<3>| x.swap_dims(1, 2).reshape([b, c, h, w]);
+        let [b, h, w, c] = x.dims();
+        let tokens = |x: Tensor<4>| x.reshape([b, h * w, c]);
+        let image = |x: Tensor<3>| x.reshape([b, h, w, c]);
         let y = self.norm.forward(x.clone());
         let mut y = match &self.proj_in {
             Projection::Linear(p) => p.forward(tokens(y), lora),
@@ -216,11 +218,12 @@ pub struct Downsample {
 
 impl Downsample {
     pub fn load(l: &Loader, c: usize, padding: usize) -> Result<Self> {
-        Ok(Self { conv: Conv2d::load(l, "conv", c, c, 3, 2, padding)?, pad: padding == 0 })
+        let shape = ConvShape { cin: c, cout: c, kernel: 3, stride: 2, padding };
+        Ok(Self { conv: Conv2d::load(l, "conv", shape)?, pad: padding == 0 })
     }
 
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let x = if self.pad { x.pad((0, 1, 0, 1), 0.0) } else { x };
+        let x = if self.pad { x.pad([(0, 0), (0, 1), (0, 1), (0, 0)], 0.0) } else { x };
         self.conv.forward(x)
     }
 }
@@ -235,17 +238,17 @@ impl Upsample {
         Ok(Self { conv: Conv2d::same(l, "conv", c, c)? })
     }
 
-    /// `[B, C, H, W] -> [B, C, size]`; `None` doubles.
+    /// `[B, H, W, C] -> [B, size, C]`; `None` doubles.
     pub fn forward(&self, x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
         self.conv.forward(nearest(x, size))
     }
 }
 
 fn nearest(x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
-    let [b, c, h, w] = x.dims();
+    let [b, h, w, c] = x.dims();
     let [oh, ow] = size.unwrap_or([2 * h, 2 * w]);
     if [oh, ow] == [2 * h, 2 * w] {
-        return x.reshape([b, c, h, 1, w, 1]).expand([b, c, h, 2, w, 2]).reshape([b, c, oh, ow]);
+        return x.reshape([b, h, 1, w, 1, c]).expand([b, h, 2, w, 2, c]).reshape([b, oh, ow, c]);
     }
     // PyTorch's rule: floor(i * (in / out)) with the ratio in f32.
     let device = x.device();
@@ -255,7 +258,7 @@ fn nearest(x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
             (0..to).map(|i| ((i as f32 * ratio) as usize).min(from - 1) as i32).collect();
         Tensor::<1, Int>::from_data(TensorData::new(rows, [to]), &device)
     };
-    x.select(2, index(h, oh)).select(3, index(w, ow))
+    x.select(1, index(h, oh)).select(2, index(w, ow))
 }
 
 /// diffusers' `TimestepEmbedding` over `Timesteps`.
@@ -294,7 +297,7 @@ impl TimeEmbedding {
             rows.resize(rows.len() + self.width % 2, 0.0);
         }
         let x = Tensor::from_data(TensorData::new(rows, [timesteps.len(), self.width]), device);
-        self.linear_2.forward(silu(self.linear_1.forward(x, None)), None)
+        self.linear_2.forward(Activation::Silu.forward(self.linear_1.forward(x, None)), None)
     }
 }
 
@@ -317,12 +320,7 @@ impl FeedForward {
 
     pub fn forward(&self, x: Tensor<3>, lora: Option<&Lora>) -> Tensor<3> {
         let h = self.input.forward(x, lora);
-        let h = if self.gated {
-            let [value, gate]: [Tensor<3>; 2] = h.chunk(2, 2).try_into().expect("two halves");
-            value * gelu(gate)
-        } else {
-            gelu_tanh(h)
-        };
+        let h = if self.gated { geglu(h) } else { Activation::GeluTanh.forward(h) };
         self.output.forward(h, lora)
     }
 }

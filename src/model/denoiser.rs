@@ -41,7 +41,7 @@ pub struct Fixed {
     pub time: Tensor<2>,
     /// The text that a UNet attends to.
     pub context: Option<Tensor<3>>,
-    /// cos and sin of the rotary position embedding, `[1, 1, T, head]`.
+    /// cos and sin of the rotary position embedding, `[1, T, 1, head]`.
     pub rotary: Option<[Tensor<4>; 2]>,
     /// Latent height and width.
     pub size: [usize; 2],

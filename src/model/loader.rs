@@ -1,60 +1,11 @@
 //! From a component's weights to tensors on a device, in the type that they are stored in.
 
 use anyhow::{Result, ensure};
-use burn::tensor::quantization::{QuantScheme, QuantValue, ScaleDtype};
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::io::weights::Weights;
 
-/// The type that frozen weights are stored in; computation is f32. 8 and 4 bits hold the linear
-/// layers' matrices, with one scale for each block of [`QUANTISED_BLOCK`] values; what they leave
-/// out is stored as f16.
-#[derive(
-    Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
-)]
-#[serde(rename_all = "lowercase")]
-pub enum Storage {
-    F32,
-    F16,
-    Q8,
-    Q4,
-}
-
-/// Weights that share a scale where they are quantised.
-pub const QUANTISED_BLOCK: usize = 32;
-
-impl Storage {
-    /// The type of weights that are not quantised.
-    pub fn dtype(self) -> DType {
-        match self {
-            Self::F32 => DType::F32,
-            Self::F16 | Self::Q8 | Self::Q4 => DType::F16,
-        }
-    }
-
-    /// How models store their weights whose outputs have to tell pictures apart that differ
-    /// little: as f32, or f16 where the run stores smaller ones.
-    pub fn of_scores(self) -> Self {
-        match self {
-            Self::F32 => Self::F32,
-            Self::F16 | Self::Q8 | Self::Q4 => Self::F16,
-        }
-    }
-
-    /// Symmetric quantisation with f32 scales, for linear layers.
-    pub fn scheme(self) -> Option<QuantScheme> {
-        let value = match self {
-            Self::F32 | Self::F16 => return None,
-            Self::Q8 => QuantValue::Q8S,
-            Self::Q4 => QuantValue::Q4S,
-        };
-        Some(
-            QuantScheme::default()
-                .with_value(value)
-                .per_block([QUANTISED_BLOCK as u8], ScaleDtype::F32),
-        )
-    }
-}
+pub use crate::kernels::frozen_weight::Storage;
 
 /// A place in a component's weights: the prefix of the names, where tensors go, and how they are
 /// stored.
@@ -89,8 +40,17 @@ impl<'a> Loader<'a> {
     /// One tensor of a known shape, in f32.
     ///
     /// # Errors
-    /// When it is missing, of another type or shape, or holds a value that is not finite.
+    /// As [`Self::values`].
     pub fn tensor<const D: usize>(&self, part: &str, shape: [usize; D]) -> Result<Tensor<D>> {
+        let values = self.values(part, shape)?;
+        Ok(Tensor::from_data(TensorData::new(values, shape), self.device))
+    }
+
+    /// The values of one tensor of a known shape, on the host.
+    ///
+    /// # Errors
+    /// When it is missing, of another type or shape, or holds a value that is not finite.
+    pub fn values<const D: usize>(&self, part: &str, shape: [usize; D]) -> Result<Vec<f32>> {
         let name = self.name(part);
         // Linear layers that older versions stored as 1x1 convolutions, and the reverse, hold the
         // same numbers.
@@ -102,14 +62,6 @@ impl<'a> Loader<'a> {
                 self.weights.source().display()
             );
         }
-        let values = self.weights.f32(&name)?.values;
-        Ok(Tensor::from_data(TensorData::new(values, shape), self.device))
-    }
-
-    /// A large weight, stored in the type of choice.
-    pub fn stored<const D: usize>(&self, part: &str, shape: [usize; D]) -> Result<Tensor<D>> {
-        let tensor = self.tensor(part, shape)?;
-        let dtype = self.storage.dtype();
-        Ok(if dtype == DType::F32 { tensor } else { tensor.cast(dtype) })
+        Ok(self.weights.f32(&name)?.values)
     }
 }

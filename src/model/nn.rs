@@ -1,47 +1,40 @@
-//! The layers that all networks share, with PyTorch's names and shapes. Weights stay in their
-//! storage type; every layer computes in f32.
+//! The layers that all networks share, with PyTorch's names and shapes; images are channels last.
+//! Weights stay in their storage type; every layer computes in f32.
+
+use std::sync::Arc;
 
 use anyhow::Result;
-use burn::tensor::module::{conv2d, linear};
-use burn::tensor::ops::ConvOptions;
-use burn::tensor::{DType, Tensor, activation};
+use burn::tensor::Tensor;
 
-use super::loader::{Loader, QUANTISED_BLOCK};
+use super::loader::Loader;
+pub use crate::kernels::activation::Activation;
+use crate::kernels::activation::activation;
+use crate::kernels::frozen_conv::{ConvShape, FrozenConv, frozen_conv};
+use crate::kernels::frozen_linear::{LowRank, frozen_linear};
+use crate::kernels::frozen_weight::FrozenWeight;
+use crate::kernels::group_norm_silu::group_norm_silu;
+use crate::kernels::layer_norm::layer_norm;
 use crate::lora::{LinearShape, Lora};
 
 /// `torch.nn.Linear`, with a LoRA where one is given for its name.
 pub struct Linear {
     /// Its full module name is what LoRA targets select.
     pub shape: LinearShape,
-    weight: Weight,
+    weight: Arc<FrozenWeight>,
     bias: Option<Tensor<1>>,
-}
-
-enum Weight {
-    /// [inputs, outputs]: transposed once at load, so that the matrix product reads it in order.
-    Float(Tensor<2>),
-    /// [outputs, inputs], in blocks along the inputs, the dimension that a product sums over.
-    Quantised(Tensor<2>),
-}
-
-fn f32<const D: usize>(t: &Tensor<D>) -> Tensor<D> {
-    if t.dtype() == DType::F32 { t.clone() } else { t.clone().cast(DType::F32) }
 }
 
 impl Linear {
     pub fn load(l: &Loader, part: &str, inputs: usize, outputs: usize) -> Result<Self> {
         let l = l.at(part);
-        let shape = [outputs, inputs];
-        let scheme = l.storage.scheme().filter(|_| inputs.is_multiple_of(QUANTISED_BLOCK));
-        let weight = match scheme {
-            Some(scheme) => Weight::Quantised(l.tensor("weight", shape)?.quantize_dynamic(&scheme)),
-            None => {
-                let weight = l.stored("weight", shape)?;
-                let dtype = weight.dtype();
-                // A plain transpose is a view; the copy makes it contiguous.
-                Weight::Float(Tensor::from_data(weight.transpose().into_data(), (l.device, dtype)))
-            }
-        };
+        let values = l.values("weight", [outputs, inputs])?;
+        // A product reads its matrix by rows: transposed once, here.
+        let mut by_input = vec![0.0; values.len()];
+        for (o, row) in values.chunks_exact(inputs).enumerate() {
+            row.iter().enumerate().for_each(|(i, v)| by_input[i * outputs + o] = *v);
+        }
+        let weight = FrozenWeight::new(by_input, [inputs, outputs], l.storage, l.device);
+        let weight = Arc::new(weight);
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
         let name = l.name("").trim_end_matches('.').to_string();
         Ok(Self { shape: LinearShape { name, inputs, outputs }, weight, bias })
@@ -49,56 +42,55 @@ impl Linear {
 
     /// `[.., inputs] -> [.., outputs]`: x W + b, and + s (x A) B where `lora` has this layer.
     pub fn forward<const D: usize>(&self, x: Tensor<D>, lora: Option<&Lora>) -> Tensor<D> {
-        let low = lora.and_then(|l| l.get(&self.shape.name)).map(|pair| {
-            let down = linear(x.clone(), pair.a.clone(), None);
-            linear(down, pair.b.clone(), None) * pair.scale
-        });
-        let weight = match &self.weight {
-            Weight::Float(weight) => f32(weight),
-            Weight::Quantised(weight) => weight.clone().dequantize().transpose(),
-        };
-        let y = linear(x, weight, self.bias.clone());
-        match low {
-            Some(low) => y + low,
-            None => y,
-        }
+        let low = lora.and_then(|l| l.get(&self.shape.name));
+        let low = low.map(|pair| LowRank { a: &pair.a, b: &pair.b, scale: pair.scale });
+        frozen_linear(x, &self.weight, self.bias.as_ref(), low)
     }
 }
 
 /// `torch.nn.Conv2d`.
-pub struct Conv2d {
-    weight: Tensor<4>,
-    bias: Option<Tensor<1>>,
-    stride: usize,
-    padding: usize,
-}
+pub struct Conv2d(FrozenConv);
 
 impl Conv2d {
-    pub fn load(
-        l: &Loader,
-        part: &str,
-        cin: usize,
-        cout: usize,
-        kernel: usize,
-        stride: usize,
-        padding: usize,
-    ) -> Result<Self> {
+    /// # Errors
+    /// Names the tensor that is missing or of the wrong shape.
+    pub fn load(l: &Loader, part: &str, shape: ConvShape) -> Result<Self> {
         let l = l.at(part);
-        let weight = l.stored("weight", [cout, cin, kernel, kernel])?;
+        let ConvShape { cin, cout, kernel, .. } = shape;
+        let values = l.values("weight", [cout, cin, kernel, kernel])?;
         let bias = if l.has("bias") { Some(l.tensor("bias", [cout])?) } else { None };
-        Ok(Self { weight, bias, stride, padding })
+        Ok(Self(FrozenConv::new(&values, shape, bias, l.storage, l.device)))
     }
 
     /// A 3x3 convolution that keeps the size.
     pub fn same(l: &Loader, part: &str, cin: usize, cout: usize) -> Result<Self> {
-        Self::load(l, part, cin, cout, 3, 1, 1)
+        Self::load(l, part, ConvShape { cin, cout, kernel: 3, stride: 1, padding: 1 })
     }
 
-    /// `[B, cin, H, W] -> [B, cout, H', W']`.
-    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let options = ConvOptions::new([self.stride; 2], [self.padding; 2], [1, 1], 1);
-        conv2d(x, f32(&self.weight), self.bias.clone(), options)
+    /// A 1x1 convolution.
+    pub fn point(l: &Loader, part: &str, cin: usize, cout: usize) -> Result<Self> {
+        Self::load(l, part, ConvShape { cin, cout, kernel: 1, stride: 1, padding: 0 })
     }
+
+    /// Patches of an image, none of which overlaps another.
+    pub fn patches(l: &Loader, part: &str, cin: usize, cout: usize, size: usize) -> Result<Self> {
+        Self::load(l, part, ConvShape { cin, cout, kernel: size, stride: size, padding: 0 })
+    }
+
+    /// `[B, H, W, cin] -> [B, H', W', cout]`.
+    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+        frozen_conv(x, &self.0)
+    }
+}
+
+/// `[B, C, H, W] -> [B, H, W, C]`.
+pub fn channels_last(x: Tensor<4>) -> Tensor<4> {
+    x.permute([0, 2, 3, 1])
+}
+
+/// The reverse of [`channels_last`].
+pub fn channels_first(x: Tensor<4>) -> Tensor<4> {
+    x.permute([0, 3, 1, 2])
 }
 
 /// `torch.nn.GroupNorm`.
@@ -120,40 +112,39 @@ impl GroupNorm {
         })
     }
 
-    /// `[B, C, H, W]`, normalised over each group of channels.
+    /// `[B, H, W, C]`, normalised over each group of channels.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let [b, c, h, w] = x.dims();
-        let (g, per) = (self.groups, c / self.groups);
-        let x = x.reshape([b, g, per * h * w]);
-        let x = x.clone() - x.mean_dim(2);
-        let rstd = (x.clone().square().mean_dim(2) + self.eps).sqrt().recip();
-        // The group's scale and gamma fold into one factor a channel: one pass over the image
-        // instead of two.
-        let scale = rstd.expand([b, g, per]).reshape([b, c, 1, 1])
-            * self.gamma.clone().reshape([1, c, 1, 1]);
-        x.reshape([b, c, h, w]) * scale + self.beta.clone().reshape([1, c, 1, 1])
+        group_norm_silu(x, self.groups, &self.gamma, &self.beta, self.eps, false)
+    }
+
+    /// The same with an activation after it.
+    pub fn activated(&self, x: Tensor<4>, act: Activation) -> Tensor<4> {
+        match act {
+            Activation::Silu => {
+                group_norm_silu(x, self.groups, &self.gamma, &self.beta, self.eps, true)
+            }
+            other => other.forward(self.forward(x)),
+        }
     }
 }
 
-/// `torch.nn.LayerNorm` over the last dimension; without weights where `elementwise_affine` is off.
+/// `torch.nn.LayerNorm` over the last dimension.
 pub struct LayerNorm {
     eps: f64,
-    gamma: Tensor<1>,
-    beta: Tensor<1>,
+    /// `[1, width]`
+    gamma: Tensor<2>,
+    beta: Tensor<2>,
 }
 
 impl LayerNorm {
     pub fn load(l: &Loader, part: &str, width: usize, eps: f64) -> Result<Self> {
         let l = l.at(part);
-        Ok(Self { eps, gamma: l.tensor("weight", [width])?, beta: l.tensor("bias", [width])? })
-    }
-
-    pub fn plain(l: &Loader, width: usize, eps: f64) -> Self {
-        Self { eps, gamma: Tensor::ones([width], l.device), beta: Tensor::zeros([width], l.device) }
+        let vector = |part| Ok::<_, anyhow::Error>(l.tensor(part, [width])?.unsqueeze());
+        Ok(Self { eps, gamma: vector("weight")?, beta: vector("bias")? })
     }
 
     pub fn forward(&self, x: Tensor<3>) -> Tensor<3> {
-        burn::tensor::module::layer_norm(x, self.gamma.clone(), Some(self.beta.clone()), self.eps)
+        layer_norm(x, self.gamma.clone(), self.beta.clone(), self.eps)
     }
 }
 
@@ -174,53 +165,8 @@ impl RmsNorm {
     }
 }
 
-/// Activations by diffusers' and transformers' names.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Activation {
-    Silu,
-    Gelu,
-    /// gelu by tanh: `gelu-approximate` in diffusers, `gelu_new` in transformers.
-    GeluTanh,
-    QuickGelu,
-    Relu,
-}
-
 impl Activation {
     pub fn forward<const D: usize>(self, x: Tensor<D>) -> Tensor<D> {
-        match self {
-            Self::Silu => silu(x),
-            Self::Gelu => gelu(x),
-            Self::GeluTanh => gelu_tanh(x),
-            Self::QuickGelu => x.clone() * activation::sigmoid(x * 1.702),
-            Self::Relu => activation::relu(x),
-        }
+        activation(self, x)
     }
-}
-
-pub fn silu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    activation::silu(x)
-}
-
-/// x Phi(x), by erf. On a GPU Burn 0.22 differentiates its own `gelu` as if it were the tanh
-/// approximation, which puts the gradients of everything below off by up to 3e-3; its erf is
-/// differentiated exactly.
-pub fn gelu<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    if on_cpu(&x) {
-        activation::gelu(x)
-    } else {
-        x.clone() * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5
-    }
-}
-
-/// x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). Burn's own takes the cube as a power, which
-/// has no derivative at negative numbers on every backend.
-pub fn gelu_tanh<const D: usize>(x: Tensor<D>) -> Tensor<D> {
-    let root = (2.0 / std::f64::consts::PI).sqrt();
-    let inner = x.clone() * (x.clone().square() * (0.044715 * root) + root);
-    x * (inner.tanh() + 1.0) * 0.5
-}
-
-/// Whether a tensor is on the CPU backend, whose fused kernels are exact.
-pub fn on_cpu<const D: usize>(x: &Tensor<D>) -> bool {
-    x.device().without_autodiff() == burn::tensor::Device::flex()
 }

@@ -10,7 +10,7 @@ use super::attention::Attention;
 use super::blocks::{Downsample, Resnet, ResnetSpec, Upsample};
 use super::config::{BlockShape, Config};
 use super::loader::{Loader, Storage};
-use super::nn::{Activation, Conv2d, GroupNorm, silu};
+use super::nn::{Activation, Conv2d, GroupNorm, channels_first, channels_last};
 use crate::io::weights::Weights;
 
 /// The numbers of an `AutoencoderKL`.
@@ -154,9 +154,9 @@ impl MidAttention {
     }
 
     fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        let [b, c, h, w] = x.dims();
-        let y = self.norm.forward(x.clone()).reshape([b, c, h * w]).swap_dims(1, 2);
-        x + self.attention.forward(y, None, None, None).swap_dims(1, 2).reshape([b, c, h, w])
+        let [b, h, w, c] = x.dims();
+        let y = self.norm.forward(x.clone()).reshape([b, h * w, c]);
+        x + self.attention.forward(y, None, None, None).reshape([b, h, w, c])
     }
 }
 
@@ -255,7 +255,7 @@ impl Coder {
     }
 
     fn out(&self, x: Tensor<4>) -> Tensor<4> {
-        self.conv_out.forward(silu(self.norm_out.forward(x)))
+        self.conv_out.forward(self.norm_out.activated(x, Activation::Silu))
     }
 }
 
@@ -284,7 +284,7 @@ impl Vae {
         let root = Loader::new(&weights, device, storage);
         let latent = c.latent_channels;
         let one = |wanted: bool, part: &str, width: usize| {
-            let conv = wanted.then(|| Conv2d::load(&root, part, width, width, 1, 1, 0));
+            let conv = wanted.then(|| Conv2d::point(&root, part, width, width));
             conv.transpose()
         };
         Ok(Self {
@@ -302,26 +302,27 @@ impl Vae {
     /// Latents `[B, C, h, w]` as the sampler has them -> images `[B, 3, H, W]`, not clamped, around
     /// [-1, 1].
     pub fn decode(&self, latents: Tensor<4>) -> Tensor<4> {
-        let z = latents / self.scaling_factor + self.shift_factor;
+        let z = channels_last(latents / self.scaling_factor + self.shift_factor);
         let z = match &self.post_quant {
             Some(conv) => conv.forward(z),
             None => z,
         };
         let d = &self.decoder;
         let x = d.mid(d.conv_in.forward(z));
-        d.out(d.levels(x))
+        channels_first(d.out(d.levels(x)))
     }
 
     /// Images `[B, 3, H, W]` in [-1, 1] -> the mean of the latent distribution, scaled, `[B, C, h,
     /// w]`.
     pub fn encode(&self, images: Tensor<4>) -> Tensor<4> {
         let e = &self.encoder;
-        let x = e.levels(e.conv_in.forward(images));
+        let x = e.levels(e.conv_in.forward(channels_last(images)));
         let moments = e.out(e.mid(x));
         let moments = match &self.quant {
             Some(conv) => conv.forward(moments),
             None => moments,
         };
-        (moments.narrow(1, 0, self.latent_channels) - self.shift_factor) * self.scaling_factor
+        (channels_first(moments).narrow(1, 0, self.latent_channels) - self.shift_factor)
+            * self.scaling_factor
     }
 }

@@ -7,6 +7,7 @@ mod credit;
 mod damaged_models;
 mod eval;
 mod hot_path;
+mod kernels;
 mod lora;
 mod measure;
 mod model;

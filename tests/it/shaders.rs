@@ -2,19 +2,32 @@
 
 use naga::back::{hlsl, msl, spv};
 use naga::valid::{Capabilities, ValidationFlags, Validator};
-use pcpo_wgpu::ops::registry::kernels;
+use pcpo_wgpu::device::gpu::Kernel;
+use pcpo_wgpu::{kernels, ops};
+
+/// Every kernel of the hot path and of the networks, in all its variants.
+fn kernels() -> Vec<(Kernel, u32)> {
+    let hot = ops::registry::kernels().into_iter().flat_map(|k| [(k, 1), (k, 4)]);
+    let own = kernels::registry::kernels().into_iter();
+    hot.chain(own.flat_map(|(k, variants)| variants.iter().map(move |v| (k, *v)))).collect()
+}
 
 #[test]
 fn every_shader_translates_for_msl_hlsl_and_spirv() {
-    for (kernel, width) in kernels().into_iter().flat_map(|k| [(k, 1), (k, 4)]) {
-        let name = format!("{} of width {width}", kernel.name);
+    for (kernel, width) in kernels() {
+        let name = format!("{} of variant {width}", kernel.name);
         let source = (kernel.source)(width);
         let module = naga::front::wgsl::parse_str(&source)
             .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
-        let info = Validator::new(ValidationFlags::all(), Capabilities::empty())
+        let info = Validator::new(ValidationFlags::all(), Capabilities::SHADER_FLOAT16_IN_FLOAT32)
             .validate(&module)
             .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
-        let options = msl::Options { fake_missing_bindings: true, ..Default::default() };
+        // The least version that wgpu takes.
+        let options = msl::Options {
+            fake_missing_bindings: true,
+            lang_version: (2, 0),
+            ..Default::default()
+        };
         let (metal, _) =
             msl::write_string(&module, &info, &options, &msl::PipelineOptions::default())
                 .unwrap_or_else(|e| panic!("{name}: MSL: {e}"));
@@ -27,10 +40,9 @@ fn every_shader_translates_for_msl_hlsl_and_spirv() {
         )
         .write(&module, &info, None)
         .unwrap_or_else(|e| panic!("{name}: HLSL: {e}"));
-        let threads = pcpo_wgpu::ops::THREADS;
         assert!(
-            text.contains(&format!("numthreads({threads}, 1, 1)")),
-            "{name}: HLSL has no kernel of {threads} threads"
+            text.contains("numthreads(64, 1, 1)") || text.contains("numthreads(256, 1, 1)"),
+            "{name}: HLSL has no kernel of 64 or 256 threads"
         );
         let words = spv::write_vec(&module, &info, &spv::Options::default(), None)
             .unwrap_or_else(|e| panic!("{name}: SPIR-V: {e}"));
@@ -41,10 +53,9 @@ fn every_shader_translates_for_msl_hlsl_and_spirv() {
 #[test]
 fn every_file_in_shaders_is_used() {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
-    let sources: Vec<String> =
-        kernels().iter().flat_map(|k| [1, 4].map(|width| (k.source)(width))).collect();
+    let sources: Vec<String> = kernels().iter().map(|(k, variant)| (k.source)(*variant)).collect();
     let mut files = 0;
-    for folder in [dir.clone(), dir.join("shared"), dir.join("objectives")] {
+    for folder in ["", "shared", "objectives", "weights"].map(|folder| dir.join(folder)) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {

@@ -4,11 +4,12 @@
 
 use std::path::{Path, PathBuf};
 
-use burn::tensor::Tensor;
+use burn::tensor::Device;
 use pcpo_wgpu::device::Compute;
-use pcpo_wgpu::device::tensor::{read, upload};
+use pcpo_wgpu::device::tensor::upload;
 use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
+use pcpo_wgpu::kernels::frozen_weight::FrozenWeight;
 use pcpo_wgpu::lora::formats::{Format, load, tensors};
 use pcpo_wgpu::model::pipeline::load_schedule;
 use pcpo_wgpu::model::{Conditioning, Family, Storage};
@@ -325,7 +326,7 @@ fn gradients_through_f16_weights_are_those_of_pytorch() {
 }
 
 /// A model folder whose network has the weights that a storage type leaves of another's.
-fn rounded(model: &Path, storage: Storage, compute: &Compute, out: &Path) {
+fn rounded(model: &Path, storage: Storage, out: &Path) {
     let (from, to) = (model.join("unet"), out.join("unet"));
     std::fs::create_dir_all(&to).unwrap();
     std::fs::copy(from.join("config.json"), to.join("config.json")).unwrap();
@@ -333,16 +334,20 @@ fn rounded(model: &Path, storage: Storage, compute: &Compute, out: &Path) {
     std::fs::create_dir_all(out.join("scheduler")).unwrap();
     std::fs::copy(model.join(schedule), out.join(schedule)).unwrap();
     let weights = Weights::open_dir(&from).unwrap();
-    let scheme = storage.scheme().unwrap();
     let round = |name: &str| {
         let t = weights.f32(name).unwrap();
         let [rows, columns] = match t.shape[..] {
             [rows, columns] if columns % 32 == 0 => [rows, columns],
             _ => return t,
         };
-        let matrix: Tensor<2> = upload(&t.values, [rows, columns], &compute.burn);
-        let rounded = matrix.quantize_dynamic(&scheme).dequantize();
-        HostTensor { values: read(&rounded).unwrap(), ..t }
+        let turned = |values: &[f32], [rows, columns]: [usize; 2]| -> Vec<f32> {
+            (0..rows * columns).map(|i| values[i % rows * columns + i / rows]).collect()
+        };
+        let own = turned(&t.values, [rows, columns]);
+        let weight = FrozenWeight::new(own, [columns, rows], storage, &Device::flex());
+        let mut rounded = vec![0.0; rows * columns];
+        weight.on_host().read(0, rows, &mut rounded);
+        HostTensor { values: turned(&rounded, [columns, rows]), ..t }
     };
     let tensors: Vec<HostTensor> = weights.names().map(round).collect();
     write_tensors(&to.join("diffusion_pytorch_model.safetensors"), &tensors, &[]).unwrap();
@@ -355,7 +360,7 @@ fn gradients_through_quantised_weights_are_those_of_the_rounded_weights() {
         for storage in [Storage::Q8, Storage::Q4] {
             let case = &cases()[1];
             let dir = tempfile::tempdir().unwrap();
-            rounded(&case.model, storage, &compute, dir.path());
+            rounded(&case.model, storage, dir.path());
             let in_f32 = Case { model: dir.path().to_path_buf(), ..cases()[1].clone() };
             let expected = replay(&in_f32, Replay::on(&cpu()));
             let found = replay(case, Replay { storage, ..Replay::on(&compute) });

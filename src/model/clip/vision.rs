@@ -4,7 +4,7 @@ use anyhow::Result;
 use burn::tensor::Tensor;
 
 use crate::model::loader::Loader;
-use crate::model::nn::{Activation, Conv2d, LayerNorm, Linear};
+use crate::model::nn::{Activation, Conv2d, LayerNorm, Linear, channels_last};
 use crate::model::text::clip::{CLIP_LAYER, Layer};
 
 /// The numbers of a CLIP image encoder.
@@ -28,9 +28,9 @@ pub struct VisionConfig {
 /// The tokens of pictures: the class first, then the patches, row by row, `[B, 1 + patches,
 /// width]`.
 pub fn tokens(patches: &Conv2d, class: &Tensor<3>, pictures: Tensor<4>) -> Tensor<3> {
-    let x = patches.forward(pictures);
-    let [b, width, rows, columns] = x.dims();
-    let x = x.reshape([b, width, rows * columns]).swap_dims(1, 2);
+    let x = patches.forward(channels_last(pictures));
+    let [b, rows, columns, width] = x.dims();
+    let x = x.reshape([b, rows * columns, width]);
     Tensor::cat(vec![class.clone().expand([b, 1, width]), x], 1)
 }
 
@@ -61,7 +61,7 @@ impl Vision {
         };
         Ok(Self {
             class: parts.tensor("class_embedding", [c.width])?.reshape([1, 1, c.width]),
-            patches: Conv2d::load(&parts, "patch_embedding", 3, c.width, c.patch, c.patch, 0)?,
+            patches: Conv2d::patches(&parts, "patch_embedding", 3, c.width, c.patch)?,
             positions: parts
                 .tensor("position_embedding.weight", [tokens, c.width])?
                 .unsqueeze::<3>(),

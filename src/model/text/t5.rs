@@ -11,7 +11,7 @@ use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::device::tensor::{read, upload};
 use crate::io::weights::Weights;
-use crate::model::attention::scaled_attention;
+use crate::kernels::attention::{Heads, attention};
 use crate::model::config::Config;
 use crate::model::loader::{Loader, Storage};
 use crate::model::nn::{Activation, Linear, RmsNorm};
@@ -135,19 +135,10 @@ impl Layer {
 
     /// `[B, T, width]`, with what each head adds to its scores, `[1, heads, T, T]`.
     fn forward(&self, c: &T5Config, x: Tensor<3>, bias: &Tensor<4>) -> Tensor<3> {
-        let [b, t, _] = x.dims();
         let h = self.norm1.forward(x.clone());
-        let split = |y: Tensor<3>| y.reshape([b, t, c.heads, c.head]).swap_dims(1, 2);
-        let heads = |linear: &Linear| split(linear.forward(h.clone(), None));
+        let [q, k, v] = [&self.q, &self.k, &self.v].map(|l| l.forward(h.clone(), None));
         // T5 does not scale its scores.
-        let y = scaled_attention(
-            heads(&self.q),
-            heads(&self.k),
-            heads(&self.v),
-            Some(bias.clone()),
-            1.0,
-        );
-        let y = y.swap_dims(1, 2).reshape([b, t, c.heads * c.head]);
+        let y = attention(q, k, v, Some(bias.clone()), Heads { heads: c.heads, scale: 1.0 });
         let x = x + self.o.forward(y, None);
         let h = self.norm2.forward(x.clone());
         let first = c.activation.forward(self.up[0].forward(h.clone(), None));

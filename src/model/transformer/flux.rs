@@ -20,7 +20,7 @@ use crate::model::blocks::FeedForward;
 use crate::model::config::{BlockShape, Config, NetworkConfig};
 use crate::model::denoiser::{Denoiser, Fixed, Hidden, Inputs};
 use crate::model::loader::{Loader, Storage};
-use crate::model::nn::{LayerNorm, Linear, gelu_tanh};
+use crate::model::nn::{Activation, Linear};
 use crate::model::reference::ReferenceTensors;
 
 /// FLUX packs 2x2 latent pixels into a token.
@@ -119,7 +119,6 @@ impl NetworkConfig for FluxConfig {
 struct Double {
     norm1: [Modulation; 2],
     attn: JointAttention,
-    norm2: LayerNorm,
     ff: [FeedForward; 2],
 }
 
@@ -132,7 +131,6 @@ impl Double {
         Ok(Self {
             norm1: [norm("norm1")?, norm("norm1_context")?],
             attn: JointAttention::load(&l.at("attn"), spec, out, Some(out))?,
-            norm2: LayerNorm::plain(l, width, 1e-6),
             ff: [ff("ff")?, ff("ff_context")?],
         })
     }
@@ -145,13 +143,13 @@ impl Double {
         lora: Option<&Lora>,
     ) -> (Tensor<3>, Tensor<3>) {
         let [image, context] = [0, 1].map(|i| self.norm1[i].gated(&fixed.time, lora));
-        let image_in = image[0].shift.apply(self.norm1[0].norm(x.clone()));
-        let text_in = context[0].shift.apply(self.norm1[1].norm(text.clone()));
+        let image_in = image[0].shift.norm(x.clone());
+        let text_in = context[0].shift.norm(text.clone());
         let rotary = fixed.rotary.as_ref();
         let (image_out, text_out) = self.attn.forward(image_in, Some(text_in), rotary, lora);
         let rest = |x: Tensor<3>, out: Tensor<3>, m: &[Gated], ff: &FeedForward| {
             let x = x + out * m[0].gate.clone();
-            let h = m[1].shift.apply(self.norm2.forward(x.clone()));
+            let h = m[1].shift.norm(x.clone());
             x + ff.forward(h, lora) * m[1].gate.clone()
         };
         let text_out = text_out.expect("attention over text gives text");
@@ -188,8 +186,8 @@ impl Single {
 
     fn forward(&self, x: Tensor<3>, fixed: &Fixed, lora: Option<&Lora>) -> Tensor<3> {
         let m = &self.norm.gated(&fixed.time, lora)[0];
-        let h = m.shift.apply(self.norm.norm(x.clone()));
-        let mlp = gelu_tanh(self.proj_mlp.forward(h.clone(), lora));
+        let h = m.shift.norm(x.clone());
+        let mlp = Activation::GeluTanh.forward(self.proj_mlp.forward(h.clone(), lora));
         let (attended, _) = self.attn.forward(h, None, fixed.rotary.as_ref(), lora);
         let y = self.proj_out.forward(Tensor::cat(vec![attended, mlp], 2), lora);
         x + y * m.gate.clone()
@@ -243,7 +241,7 @@ impl Flux {
         })
     }
 
-    /// cos and sin of the rotary embedding of positions (three numbers a token), `[1, 1, T, head]`.
+    /// cos and sin of the rotary embedding of positions (three numbers a token), `[1, T, 1, head]`.
     fn rotary(&self, ids: &[[f32; 3]]) -> [Tensor<4>; 2] {
         let mut values = [Vec::new(), Vec::new()];
         for id in ids {
@@ -257,7 +255,7 @@ impl Flux {
             }
         }
         let head: usize = self.config.axes.iter().sum();
-        values.map(|v| Tensor::from_data(TensorData::new(v, [1, 1, ids.len(), head]), &self.device))
+        values.map(|v| Tensor::from_data(TensorData::new(v, [1, ids.len(), 1, head]), &self.device))
     }
 
     /// The hidden before the first block, from packed tokens `[B, S, 4 C]` at positions
@@ -283,7 +281,7 @@ impl Flux {
         let total = first.dims()[1];
         let image = first.narrow(1, total - n, n);
         let shift = self.norm_out.continuous(&hidden.fixed.time, None);
-        self.proj_out.forward(shift.apply(self.norm_out.norm(image)), None)
+        self.proj_out.forward(shift.norm(image), None)
     }
 }
 

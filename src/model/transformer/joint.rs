@@ -4,13 +4,14 @@
 use anyhow::Result;
 use burn::tensor::{Device, Tensor};
 
+use crate::kernels::attention::{Heads, attention};
+use crate::kernels::layer_norm::layer_norm;
 use crate::lora::Lora;
-use crate::model::attention::attention;
 use crate::model::blocks::TimeEmbedding;
 use crate::model::config::BlockShape;
 use crate::model::denoiser::Inputs;
 use crate::model::loader::Loader;
-use crate::model::nn::{LayerNorm, Linear, RmsNorm, silu};
+use crate::model::nn::{Activation, Linear, RmsNorm};
 
 /// Width of the sinusoidal embedding of time and guidance.
 const TIME: usize = 256;
@@ -58,20 +59,35 @@ impl TimeTextEmbedding {
             sum = sum + embedding.forward(&scaled, &self.device);
         }
         let [first, second] = &self.text;
+        let silu = |x| Activation::Silu.forward(x);
         silu(sum + second.forward(silu(first.forward(pooled, None)), None))
     }
 }
 
-/// What one layer norm is modulated with, `[B, 1, width]` each.
+/// eps of every modulated norm.
+const NORM_EPS: f64 = 1e-6;
+
+/// What one layer norm is modulated with, `[B, width]` each.
 pub struct Shift {
-    pub shift: Tensor<3>,
-    pub scale: Tensor<3>,
+    shift: Tensor<2>,
+    /// 1 + scale.
+    factor: Tensor<2>,
+    /// One and zero of a width, where an adapter is on the layer that shift and scale come from:
+    /// the kernel holds what it modulates with constant.
+    plain: Option<[Tensor<2>; 2]>,
 }
 
 impl Shift {
-    /// x (1 + scale) + shift.
-    pub fn apply(&self, x: Tensor<3>) -> Tensor<3> {
-        x * (self.scale.clone() + 1.0) + self.shift.clone()
+    /// LayerNorm(x) (1 + scale) + shift, over tokens `[B, T, width]`.
+    pub fn norm(&self, x: Tensor<3>) -> Tensor<3> {
+        let (factor, shift) = (self.factor.clone(), self.shift.clone());
+        match &self.plain {
+            None => layer_norm(x, factor, shift, NORM_EPS),
+            Some([one, zero]) => {
+                layer_norm(x, one.clone(), zero.clone(), NORM_EPS) * factor.unsqueeze_dim::<3>(1)
+                    + shift.unsqueeze_dim::<3>(1)
+            }
+        }
     }
 }
 
@@ -85,7 +101,8 @@ pub struct Gated {
 /// and its relatives.
 pub struct Modulation {
     linear: Linear,
-    norm: LayerNorm,
+    /// One and zero, `[1, width]`.
+    plain: [Tensor<2>; 2],
     parts: usize,
 }
 
@@ -94,36 +111,38 @@ impl Modulation {
     pub fn load(l: &Loader, part: &str, width: usize, parts: usize) -> Result<Self> {
         Ok(Self {
             linear: Linear::load(&l.at(part), "linear", width, parts * width)?,
-            norm: LayerNorm::plain(l, width, 1e-6),
+            plain: [Tensor::ones([1, width], l.device), Tensor::zeros([1, width], l.device)],
             parts,
         })
     }
 
-    fn parts(&self, time: &Tensor<2>, lora: Option<&Lora>) -> Vec<Tensor<3>> {
-        self.linear.forward(time.clone(), lora).unsqueeze_dim::<3>(1).chunk(self.parts, 2)
+    fn parts(&self, time: &Tensor<2>, lora: Option<&Lora>) -> impl Iterator<Item = Tensor<2>> {
+        self.linear.forward(time.clone(), lora).chunk(self.parts, 1).into_iter()
+    }
+
+    fn shift(&self, shift: Tensor<2>, scale: Tensor<2>, lora: Option<&Lora>) -> Shift {
+        let adapted = lora.is_some_and(|l| l.get(&self.linear.shape.name).is_some());
+        Shift { shift, factor: scale + 1.0, plain: adapted.then(|| self.plain.clone()) }
     }
 
     /// The parts of `AdaLayerNormZero` and its relatives: (shift, scale, gate) over and over.
     pub fn gated(&self, time: &Tensor<2>, lora: Option<&Lora>) -> Vec<Gated> {
-        let mut parts = self.parts(time, lora).into_iter();
+        let mut parts = self.parts(time, lora);
         let mut gated = Vec::new();
         while let (Some(shift), Some(scale), Some(gate)) =
             (parts.next(), parts.next(), parts.next())
         {
-            gated.push(Gated { shift: Shift { shift, scale }, gate });
+            let shift = self.shift(shift, scale, lora);
+            gated.push(Gated { shift, gate: gate.unsqueeze_dim(1) });
         }
         gated
     }
 
     /// The two parts of `AdaLayerNormContinuous`, which has the scale first.
     pub fn continuous(&self, time: &Tensor<2>, lora: Option<&Lora>) -> Shift {
-        let [scale, shift]: [Tensor<3>; 2] =
-            self.parts(time, lora).try_into().expect("a scale and a shift");
-        Shift { shift, scale }
-    }
-
-    pub fn norm(&self, x: Tensor<3>) -> Tensor<3> {
-        self.norm.forward(x)
+        let mut parts = self.parts(time, lora);
+        let (scale, shift) = parts.next().zip(parts.next()).expect("a scale and a shift");
+        self.shift(shift, scale, lora)
     }
 
     pub fn linear(&self) -> &Linear {
@@ -183,10 +202,10 @@ impl Stream {
         })
     }
 
-    /// q, k and v, `[B, heads, T, head]`.
+    /// q, k and v, `[B, T, heads, head]`.
     fn heads(&self, x: Tensor<3>, heads: usize, lora: Option<&Lora>) -> [Tensor<4>; 3] {
         let [b, t, width] = x.dims();
-        let split = |y: Tensor<3>| y.reshape([b, t, heads, width / heads]).swap_dims(1, 2);
+        let split = |y: Tensor<3>| y.reshape([b, t, heads, width / heads]);
         let (q, k) =
             (split(self.q.forward(x.clone(), lora)), split(self.k.forward(x.clone(), lora)));
         let v = split(self.v.forward(x, lora));
@@ -251,15 +270,16 @@ impl JointAttention {
             let own = stream.heads(text, self.heads, lora);
             let mut own = own.into_iter();
             parts =
-                parts.map(|image| Tensor::cat(vec![own.next().expect("three parts"), image], 2));
+                parts.map(|image| Tensor::cat(vec![own.next().expect("three parts"), image], 1));
         }
         let [q, k, v] = parts;
         let (q, k) = match rotary {
             Some(rotary) => (rotate(q, rotary), rotate(k, rotary)),
             None => (q, k),
         };
-        let total = q.dims()[2];
-        let y = attention(q, k, v, None).swap_dims(1, 2).reshape([b, total, width]);
+        let total = q.dims()[1];
+        let [q, k, v] = [q, k, v].map(|x| x.reshape([b, total, width]));
+        let y = attention(q, k, v, None, Heads::of(self.heads, width));
         let project = |stream: &Stream, y: Tensor<3>| match &stream.out {
             Some(out) => out.forward(y, lora),
             None => y,
@@ -279,12 +299,12 @@ impl JointAttention {
     }
 }
 
-/// Rotates neighbouring pairs of `[B, heads, T, head]` by the angles whose cos and sin are given,
+/// Rotates neighbouring pairs of `[B, T, heads, head]` by the angles whose cos and sin are given,
 /// each twice in a row.
 fn rotate(x: Tensor<4>, [cos, sin]: &[Tensor<4>; 2]) -> Tensor<4> {
-    let [b, h, t, d] = x.dims();
-    let pairs = x.clone().reshape([b, h, t, d / 2, 2]);
+    let [b, t, h, d] = x.dims();
+    let pairs = x.clone().reshape([b, t, h, d / 2, 2]);
     let (real, imaginary) = (pairs.clone().narrow(4, 0, 1), pairs.narrow(4, 1, 1));
-    let turned = Tensor::cat(vec![-imaginary, real], 4).reshape([b, h, t, d]);
+    let turned = Tensor::cat(vec![-imaginary, real], 4).reshape([b, t, h, d]);
     x * cos.clone() + turned * sin.clone()
 }

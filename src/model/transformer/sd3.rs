@@ -18,7 +18,7 @@ use crate::model::blocks::FeedForward;
 use crate::model::config::{BlockShape, Config, NetworkConfig};
 use crate::model::denoiser::{Denoiser, Fixed, Hidden, Inputs, forward_of_latents};
 use crate::model::loader::{Loader, Storage};
-use crate::model::nn::{Conv2d, LayerNorm, Linear};
+use crate::model::nn::{Conv2d, Linear, channels_last};
 use crate::model::reference::ReferenceTensors;
 
 /// A transformer's settings.
@@ -127,7 +127,6 @@ struct JointBlock {
     attn: JointAttention,
     /// A second attention of the image to itself (3.5 medium).
     attn2: Option<JointAttention>,
-    norm2: LayerNorm,
     ff: FeedForward,
     /// The last block has none: its text goes nowhere.
     ff_context: Option<FeedForward>,
@@ -146,7 +145,6 @@ impl JointBlock {
             norm1_context: Modulation::load(l, "norm1_context", width, if last { 2 } else { 6 })?,
             attn: JointAttention::load(&l.at("attn"), spec, Output::Projected, Some(text))?,
             attn2,
-            norm2: LayerNorm::plain(l, width, 1e-6),
             ff: ff("ff")?,
             ff_context: if last { None } else { Some(ff("ff_context")?) },
         })
@@ -161,38 +159,31 @@ impl JointBlock {
     ) -> (Tensor<3>, Tensor<3>) {
         // Of attention, feed-forward, and the second attention where there is one.
         let image = self.norm1.gated(time, lora);
-        let normed = self.norm1.norm(x.clone());
-        let image_in = image[0].shift.apply(normed.clone());
-        let text_normed = self.norm1_context.norm(text.clone());
+        let image_in = image[0].shift.norm(x.clone());
         let Some(ff_context) = &self.ff_context else {
-            let text_in = self.norm1_context.continuous(time, lora).apply(text_normed);
+            let text_in = self.norm1_context.continuous(time, lora).norm(text.clone());
             let (out, _) = self.attn.forward(image_in, Some(text_in), None, lora);
-            return (self.rest(x, out, normed, &image, lora), text);
+            return (self.rest(x, out, &image, lora), text);
         };
         let context = self.norm1_context.gated(time, lora);
-        let text_in = context[0].shift.apply(text_normed);
+        let text_in = context[0].shift.norm(text.clone());
         let (image_out, text_out) = self.attn.forward(image_in, Some(text_in), None, lora);
-        let x = self.rest(x, image_out, normed, &image, lora);
+        let x = self.rest(x, image_out, &image, lora);
         let text = text + text_out.expect("text has projections") * context[0].gate.clone();
-        let h = context[1].shift.apply(self.norm2.forward(text.clone()));
+        let h = context[1].shift.norm(text.clone());
         (x, text + ff_context.forward(h, lora) * context[1].gate.clone())
     }
 
     /// What follows the image's attention, whose result is `out`.
-    fn rest(
-        &self,
-        x: Tensor<3>,
-        out: Tensor<3>,
-        normed: Tensor<3>,
-        m: &[Gated],
-        lora: Option<&Lora>,
-    ) -> Tensor<3> {
+    fn rest(&self, x: Tensor<3>, out: Tensor<3>, m: &[Gated], lora: Option<&Lora>) -> Tensor<3> {
+        // The second attention reads what the first did.
+        let before = x.clone();
         let mut x = x + out * m[0].gate.clone();
         if let Some(attn2) = &self.attn2 {
-            let (own, _) = attn2.forward(m[2].shift.apply(normed), None, None, lora);
+            let (own, _) = attn2.forward(m[2].shift.norm(before), None, None, lora);
             x = x + own * m[2].gate.clone();
         }
-        let h = m[1].shift.apply(self.norm2.forward(x.clone()));
+        let h = m[1].shift.norm(x.clone());
         x + self.ff.forward(h, lora) * m[1].gate.clone()
     }
 
@@ -230,7 +221,7 @@ impl Sd3 {
         let l = Loader::new(&weights, device, storage);
         let (width, patch, side) = (c.width, c.patch, c.side);
         let [joint, pooled] = c.context;
-        let patches = Conv2d::load(&l, "pos_embed.proj", c.channels, width, patch, patch, 0)?;
+        let patches = Conv2d::patches(&l, "pos_embed.proj", c.channels, width, patch)?;
         let table = if l.has("pos_embed.pos_embed") {
             l.tensor("pos_embed.pos_embed", [1, side * side, width])?
         } else {
@@ -299,7 +290,7 @@ impl Denoiser for Sd3 {
         let (rows, columns) = (h / patch, w / patch);
         let centre = self.positions.clone().narrow(1, (side - rows) / 2, rows);
         let centre = centre.narrow(2, (side - columns) / 2, columns);
-        let image = self.patches.forward(x).reshape([b, width, rows * columns]).swap_dims(1, 2)
+        let image = self.patches.forward(channels_last(x)).reshape([b, rows * columns, width])
             + centre.reshape([1, rows * columns, width]);
         let text = self.context_embedder.forward(inputs.cond.sequence.clone(), None);
         let time = self.time_text.forward(&inputs);
@@ -321,7 +312,7 @@ impl Denoiser for Sd3 {
     fn finish(&self, mut hidden: Hidden) -> Tensor<4> {
         let image = tokens(hidden.flow.swap_remove(0));
         let shift = self.norm_out.continuous(&hidden.fixed.time, None);
-        let y = self.proj_out.forward(shift.apply(self.norm_out.norm(image)), None);
+        let y = self.proj_out.forward(shift.norm(image), None);
         let ([h, w], p, b) = (hidden.fixed.size, self.config.patch, y.dims()[0]);
         let c = self.config.channels;
         let patches = y.reshape([b, h / p, w / p, p, p, c]);

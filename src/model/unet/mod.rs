@@ -14,7 +14,7 @@ use super::blocks::{Downsample, Resnet, ResnetSpec, TimeEmbedding, Transformer2d
 use super::config::NetworkConfig;
 use super::denoiser::{Denoiser, Fixed, Hidden, Inputs, forward_of_latents};
 use super::loader::{Loader, Storage};
-use super::nn::{Conv2d, GroupNorm, Linear, silu};
+use super::nn::{Activation, Conv2d, GroupNorm, Linear, channels_first, channels_last};
 use super::reference::ReferenceTensors;
 use crate::io::tensors::HostTensor;
 use crate::io::weights::Weights;
@@ -193,9 +193,9 @@ impl Denoiser for UNet {
     fn start(&self, x: Tensor<4>, inputs: Inputs) -> Hidden {
         let [_, _, h, w] = x.dims();
         // Every resnet activates the embedding first: once here instead of in each.
-        let time = silu(self.time.forward(inputs.timesteps, &self.device));
+        let time = Activation::Silu.forward(self.time.forward(inputs.timesteps, &self.device));
         let x = if self.config.center_input { x * 2.0 - 1.0 } else { x };
-        let x = self.conv_in.forward(x);
+        let x = self.conv_in.forward(channels_last(x));
         let context = Some(inputs.cond.sequence.clone());
         // The image last; below it the skip connections that wait for their up block.
         let fixed = Fixed { time, context, rotary: None, size: [h, w] };
@@ -233,11 +233,11 @@ impl Denoiser for UNet {
             Unit::Up(i, j) => {
                 let block = &self.up[i];
                 let skip = flow.pop().expect("a skip for every up resnet");
-                h = block.resnets[j].forward(Tensor::cat(vec![h, skip], 1), time, lora);
+                h = block.resnets[j].forward(Tensor::cat(vec![h, skip], 3), time, lora);
                 h = attend(h, block.attentions.get(j));
             }
             Unit::Upsample(i) => {
-                let size = flow.last().map(|s| [s.dims()[2], s.dims()[3]]);
+                let size = flow.last().map(|s| [s.dims()[1], s.dims()[2]]);
                 h = self.up[i].up.as_ref().expect("listed as a unit").forward(h, size);
             }
         }
@@ -247,7 +247,7 @@ impl Denoiser for UNet {
 
     fn finish(&self, mut hidden: Hidden) -> Tensor<4> {
         let h = hidden.flow.pop().expect("the image");
-        self.conv_out.forward(silu(self.norm_out.forward(h)))
+        channels_first(self.conv_out.forward(self.norm_out.activated(h, Activation::Silu)))
     }
 
     fn forward_reference(

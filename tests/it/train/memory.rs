@@ -71,7 +71,7 @@ fn a_run_that_cannot_fit_is_refused_with_the_setting_to_change() {
         "16",
     ];
     for (memory, words) in
-        [("0.1", ["--batch 16", "use --batch "]), ("0.05", ["--batch 16", "--storage f16"])]
+        [("0.085", ["--batch 16", "use --batch "]), ("0.05", ["--batch 16", "--storage f16"])]
     {
         let output = program(
             &[&fixed[..], &["--memory", memory, "--activation-checkpointing", "true"]].concat(),

@@ -1,0 +1,24 @@
+// Weights [rows, width] in 8 bits with their sign, four a word, the first in the lowest bits. In
+// each column 32 rows share a scale.
+
+@group(0) @binding(2) var<storage, read_write> weights: array<u32>;
+@group(0) @binding(5) var<storage, read_write> scales: array<Lanes>; // [rows / 32 upwards, width]
+
+fn weight(row: u32, column: u32) -> f32 {
+    let i = row * sizes.width + column;
+    let q = extractBits(bitcast<i32>(weights[i / 4u]), i % 4u * 8u, 8u);
+    let at = row / 32u * sizes.width + column;
+    return f32(q) * vec4<f32>(scales[at / WIDTH])[at % WIDTH];
+}
+
+// Four neighbours of a row: one word where rows start with a word.
+fn weight4(row: u32, column: u32) -> vec4<f32> {
+    if WIDTH == 1u { return weight_by_weight(row, column); }
+    let i = row * sizes.width + column;
+    let word = bitcast<i32>(weights[i / 4u]);
+    let q = vec4<i32>(
+        extractBits(word, 0u, 8u), extractBits(word, 8u, 8u),
+        extractBits(word, 16u, 8u), extractBits(word, 24u, 8u),
+    );
+    return vec4<f32>(q) * vec4<f32>(scales[(row / 32u * sizes.width + column) / WIDTH]);
+}

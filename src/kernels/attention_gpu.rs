@@ -1,0 +1,113 @@
+//! The GPU's path of [`super::attention`].
+
+use burn::backend::DispatchTensor;
+use burn::tensor::Tensor;
+use bytemuck::{Pod, Zeroable};
+
+use super::gpu::{grid, lanes, launch, shader, vector};
+use super::node::{node, output};
+use crate::device::gpu::{Gpu, Kernel, buffer, output as empty};
+
+/// The source's beginning for heads of a width.
+fn beginning(head: u32) -> String {
+    let width = lanes(head as usize);
+    let inner = if width == 4 {
+        include_str!("../../shaders/shared/attention4.wgsl")
+    } else {
+        include_str!("../../shaders/shared/attention1.wgsl")
+    };
+    format!("const HEAD: u32 = {head}u;\n{}\n{inner}", vector(width))
+}
+
+pub(super) const FORWARD: Kernel = shader!("attention", beginning, "attention_tile");
+pub(super) const DELTA: Kernel = shader!("attention_delta", vector);
+pub(super) const GRADIENT_Q: Kernel = shader!("attention_gradient_q", beginning, "attention_tile");
+pub(super) const GRADIENT_KV: Kernel =
+    shader!("attention_gradient_kv", beginning, "attention_tile");
+
+/// Sizes of one call.
+#[derive(Clone, Copy)]
+pub struct Call {
+    pub heads: usize,
+    pub scale: f32,
+    /// Strides of the bias over images and heads; 0 where one is for all.
+    pub bias: [usize; 2],
+}
+
+/// Kept in sync with `shaders/attention.wgsl` and its gradients.
+#[repr(C)]
+#[derive(Clone, Copy, Pod, Zeroable)]
+struct Sizes {
+    queries: u32,
+    keys: u32,
+    heads: u32,
+    has_bias: u32,
+    bias_batch: u32,
+    bias_head: u32,
+    scale: f32,
+    splits: u32,
+    batch: u32,
+    pad: [u32; 3],
+}
+
+/// Rows of a workgroup.
+const TILE: usize = 32;
+
+/// Workgroups that share a wide head's columns, where each holds at most so many chunks of 40.
+fn slices(head: usize, most: usize) -> usize {
+    let chunks = head.div_ceil(40);
+    chunks.div_ceil(chunks.min(most))
+}
+
+/// `q` `[B, Tq, width]`, `k` and `v` `[B, Tk, width]`, without gradients; the bias `[.., Tq, Tk]`.
+pub fn on_gpu(
+    gpu: Gpu,
+    [q, k, v]: [Tensor<3>; 3],
+    bias: Option<Tensor<4>>,
+    call: Call,
+    parents: [DispatchTensor; 3],
+) -> Tensor<3> {
+    let ([b, tq, width], tk, device) = (q.dims(), k.dims()[1], q.device());
+    let (heads, head) = (call.heads, width / call.heads);
+    let sizes = Sizes {
+        queries: tq as u32,
+        keys: tk as u32,
+        heads: heads as u32,
+        has_bias: bias.is_some().into(),
+        bias_batch: call.bias[0] as u32,
+        bias_head: call.bias[1] as u32,
+        scale: call.scale,
+        splits: 1,
+        batch: b as u32,
+        pad: [0; 3],
+    };
+    let blocks = move |rows: usize, most: usize| {
+        [rows.div_ceil(TILE) as u32, (b * heads * slices(head, most)) as u32]
+    };
+    let (y, lse) = (empty([b, tq, width], &device), empty([b, heads, tq], &device));
+    {
+        let [qb, kb, vb] = [buffer(&q), buffer(&k), buffer(&v)];
+        let own = bias.as_ref().map(buffer);
+        let bias = own.as_ref().unwrap_or(&qb);
+        let bindings = &[&qb, &kb, &vb, bias, &buffer(&y), &buffer(&lse)];
+        launch(&gpu, FORWARD, head as u32, &sizes, bindings, blocks(tq, 4));
+    }
+    let out = y.clone();
+    node(parents, y, move |g: Tensor<3>, _| {
+        let rows = b * tq * heads;
+        let delta = empty([b, heads, tq], &device);
+        let [g, delta, lse] = [buffer(&g), buffer(&delta), buffer(&lse)];
+        let own = [rows, tq, heads, head].map(|n| n as u32);
+        let made = &buffer(&out);
+        launch(&gpu, DELTA, lanes(head), &own, &[&g, made, &delta], grid(rows.div_ceil(64)));
+        let [qb, kb, vb] = [buffer(&q), buffer(&k), buffer(&v)];
+        let own = bias.as_ref().map(buffer);
+        let bias = own.as_ref().unwrap_or(&qb);
+        let [gq, gk, gv] = [tq, tk, tk].map(|t| empty([b, t, width], &device));
+        let bindings = &[&qb, &kb, &vb, bias, &g, &lse, &delta, &buffer(&gq)];
+        launch(&gpu, GRADIENT_Q, head as u32, &sizes, bindings, blocks(tq, 4));
+        let bindings = &[&qb, &kb, &vb, bias, &g, &lse, &delta, &buffer(&gk), &buffer(&gv)];
+        launch(&gpu, GRADIENT_KV, head as u32, &sizes, bindings, blocks(tk, 2));
+        [output(gq), output(gk), output(gv)]
+    })
+}

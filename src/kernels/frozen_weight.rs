@@ -1,0 +1,193 @@
+//! The matrix of a layer that does not train, `[inputs, outputs]`, in the type that it is stored
+//! in. Products take it in as it is: on the CPU a panel of rows at a time becomes f32, on a GPU a
+//! tile.
+
+use burn::tensor::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+use super::cpu::Values;
+use crate::device::tensor::upload;
+
+/// The type that frozen weights are stored in; computation is f32. 8 and 4 bits hold the linear
+/// layers' matrices, with one scale for each block of [`BLOCK`] values; what they leave out is
+/// stored as f16.
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, serde::Serialize, serde::Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Storage {
+    F32,
+    F16,
+    Q8,
+    Q4,
+}
+
+/// Inputs that share a scale where a matrix is quantised.
+pub const BLOCK: usize = 32;
+
+impl Storage {
+    /// The type of weights that are not quantised.
+    pub fn dtype(self) -> DType {
+        match self {
+            Self::F32 => DType::F32,
+            Self::F16 | Self::Q8 | Self::Q4 => DType::F16,
+        }
+    }
+
+    /// How models store their weights whose outputs have to tell pictures apart that differ
+    /// little: as f32, or f16 where the run stores smaller ones.
+    pub fn of_scores(self) -> Self {
+        match self {
+            Self::F32 => Self::F32,
+            Self::F16 | Self::Q8 | Self::Q4 => Self::F16,
+        }
+    }
+
+    /// Bits of a quantised weight.
+    fn bits(self) -> Option<u32> {
+        match self {
+            Self::F32 | Self::F16 => None,
+            Self::Q8 => Some(8),
+            Self::Q4 => Some(4),
+        }
+    }
+}
+
+/// A frozen matrix on a device.
+pub struct FrozenWeight {
+    pub rows: usize,
+    pub columns: usize,
+    pub(super) stored: Stored,
+}
+
+pub(super) enum Stored {
+    F32(Tensor<2>),
+    F16(Tensor<2>),
+    Quantised(Box<Quantised>),
+}
+
+/// Symmetric quantisation: value (k, n) is `q scale[k / 32, n]`.
+pub(super) struct Quantised {
+    pub bits: u32,
+    /// Words of four or eight values in row-major order, the first in the lowest bits. Of a type
+    /// that every backend stores as it is; nothing computes with it.
+    pub words: Tensor<1>,
+    /// `[rows / 32, columns]`
+    pub scales: Tensor<2>,
+}
+
+impl FrozenWeight {
+    /// From values `[rows, columns]`, quantised where the storage says so and the rows are whole
+    /// blocks.
+    pub fn new(values: Vec<f32>, [rows, columns]: [usize; 2], s: Storage, device: &Device) -> Self {
+        let quantised = s.bits().filter(|_| rows.is_multiple_of(BLOCK));
+        let stored = match quantised {
+            Some(bits) => {
+                let own = quantise(&values, rows, columns, bits, device);
+                Stored::Quantised(Box::new(own))
+            }
+            None => {
+                let whole = upload(&values, [rows, columns], device);
+                match s.dtype() {
+                    DType::F32 => Stored::F32(whole),
+                    half => Stored::F16(whole.cast(half)),
+                }
+            }
+        };
+        Self { rows, columns, stored }
+    }
+
+    /// The matrix as f32, for what has no kernel.
+    pub fn on_host(&self) -> HostWeight {
+        match &self.stored {
+            Stored::F32(w) => HostWeight::F32(Values::of(w)),
+            Stored::F16(w) => HostWeight::F16(Values::of(w)),
+            Stored::Quantised(q) => HostWeight::Quantised {
+                bits: q.bits,
+                words: Values::of(&q.words),
+                scales: Values::of(&q.scales),
+            },
+        }
+    }
+}
+
+fn quantise(values: &[f32], rows: usize, columns: usize, bits: u32, device: &Device) -> Quantised {
+    let most = ((1 << (bits - 1)) - 1) as f32;
+    let mut scales = vec![0f32; rows / BLOCK * columns];
+    for (scale, block) in scales.chunks_exact_mut(columns).zip(values.chunks(BLOCK * columns)) {
+        for row in block.chunks_exact(columns) {
+            scale.iter_mut().zip(row).for_each(|(s, v)| *s = s.max(v.abs() / most));
+        }
+    }
+    let each = (32 / bits) as usize;
+    let mut words = vec![0u32; values.len().div_ceil(each)];
+    for (i, v) in values.iter().enumerate() {
+        let scale = scales[i / columns / BLOCK * columns + i % columns];
+        let q = if scale > 0.0 { (v / scale).round().clamp(-most, most) as i32 } else { 0 };
+        let mask = (1u64 << bits) as u32 - 1;
+        words[i / each] |= (q as u32 & mask) << (bits * (i % each) as u32);
+    }
+    Quantised {
+        bits,
+        words: upload(bytemuck::cast_slice(&words), [words.len()], device),
+        scales: upload(&scales, [rows / BLOCK, columns], device),
+    }
+}
+
+/// A frozen matrix of the CPU backend.
+pub enum HostWeight {
+    F32(Values),
+    F16(Values),
+    Quantised { bits: u32, words: Values, scales: Values },
+}
+
+/// Rows that are f32 at a time: whole blocks of scales.
+const PANEL: usize = 256;
+
+impl HostWeight {
+    /// Hands `work` all rows, a panel of at most `most` at a time, with the number of the first.
+    pub fn panels(&self, [rows, columns]: [usize; 2], mut work: impl FnMut(usize, &[f32])) {
+        if let Self::F32(values) = self {
+            return work(0, values);
+        }
+        let mut panel = vec![0f32; PANEL.min(rows) * columns];
+        for first in (0..rows).step_by(PANEL) {
+            let panel = &mut panel[..PANEL.min(rows - first) * columns];
+            self.read(first, columns, panel);
+            work(first, panel);
+        }
+    }
+
+    /// Rows from `first` on as f32.
+    pub fn read(&self, first: usize, columns: usize, out: &mut [f32]) {
+        let part = columns.max(1 << 12).next_multiple_of(columns);
+        let from = first * columns;
+        match self {
+            Self::F32(values) => out.copy_from_slice(&values[from..from + out.len()]),
+            Self::F16(values) => {
+                use half::slice::HalfFloatSliceExt;
+                let values = &values.f16()[from..];
+                out.par_chunks_mut(part).enumerate().for_each(|(i, out)| {
+                    values[i * part..][..out.len()].convert_to_f32_slice(out);
+                });
+            }
+            Self::Quantised { bits, words, scales } => {
+                let words: &[u32] = bytemuck::cast_slice(words);
+                let (bits, each) = (*bits, (32 / *bits) as usize);
+                out.par_chunks_mut(part).enumerate().for_each(|(i, out)| {
+                    let from = from + i * part;
+                    for (row, out) in out.chunks_exact_mut(columns).enumerate() {
+                        let at = from + row * columns;
+                        let scales = &scales[at / columns / BLOCK * columns..][..columns];
+                        for (j, (out, scale)) in out.iter_mut().zip(scales).enumerate() {
+                            let shift = bits * ((at + j) % each) as u32;
+                            // Up to the sign, and down again with it.
+                            let up = words[(at + j) / each] << (32 - bits - shift);
+                            *out = (up as i32 >> (32 - bits)) as f32 * scale;
+                        }
+                    }
+                });
+            }
+        }
+    }
+}

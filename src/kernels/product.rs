@@ -1,0 +1,91 @@
+//! The GPU's product with frozen weights (`shaders/shared/product.wgsl`): that of a convolution,
+//! that of a linear layer, and the gradients of both.
+
+use burn::tensor::Tensor;
+use bytemuck::{Pod, Zeroable};
+
+use super::frozen_weight::{FrozenWeight, Stored};
+use super::gpu::{grid, launch};
+use crate::device::gpu::{Buffer, Gpu, Kernel, buffer};
+
+/// Kept in sync with `shaders/shared/product.wgsl`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+pub struct Sizes {
+    pub rows: u32,
+    pub columns: u32,
+    pub inner: u32,
+    /// This and the width are [`Product::run`]'s to fill in.
+    pub has_bias: u32,
+    pub width: u32,
+    pub kernel: [u32; 2],
+    pub stride: u32,
+    pub padding: u32,
+    pub source_h: u32,
+    pub source_w: u32,
+    pub h: u32,
+    pub w: u32,
+    pub pad: [u32; 3],
+}
+
+/// Rows and columns that a workgroup makes.
+const TILE: [usize; 2] = [64, 64];
+
+/// The number of a variant: how weights are stored, and whether channels come in fours.
+fn variant(stored: &Stored, sizes: &Sizes) -> u32 {
+    let format = match stored {
+        Stored::F32(_) => 0,
+        Stored::F16(_) => 1,
+        Stored::Quantised(q) if q.bits == 8 => 2,
+        Stored::Quantised(_) => 3,
+    };
+    let fours = sizes.inner.is_multiple_of(4) && sizes.columns.is_multiple_of(4);
+    2 * format + u32::from(fours)
+}
+
+/// What comes first in the source of a variant.
+pub fn beginning(variant: u32) -> String {
+    let weights = [
+        include_str!("../../shaders/weights/f32.wgsl"),
+        include_str!("../../shaders/weights/f16.wgsl"),
+        include_str!("../../shaders/weights/q8.wgsl"),
+        include_str!("../../shaders/weights/q4.wgsl"),
+    ];
+    let channels = [
+        include_str!("../../shaders/shared/channels1.wgsl"),
+        include_str!("../../shaders/shared/channels4.wgsl"),
+    ];
+    // Tiles of 64 rows: half as many reads for each product as tiles of 32.
+    let tall = "const TALL: bool = true;";
+    [tall, channels[(variant % 2) as usize], weights[(variant / 2) as usize]].join("\n")
+}
+
+/// A product on a GPU.
+pub struct Product<'a> {
+    pub gpu: &'a Gpu,
+    pub kernel: Kernel,
+    pub weight: &'a FrozenWeight,
+    pub bias: Option<&'a Tensor<1>>,
+}
+
+impl Product<'_> {
+    /// Fills `out` `[rows, columns]`.
+    pub fn run<const D: usize>(&self, source: &Tensor<D>, out: &Tensor<D>, sizes: Sizes) {
+        let (width, has_bias) = (self.weight.columns as u32, self.bias.is_some().into());
+        let sizes = Sizes { width, has_bias, ..sizes };
+        let (source, out) = (buffer(source), buffer(out));
+        let own = self.bias.map(buffer);
+        let bias: &Buffer = own.as_ref().unwrap_or(&source);
+        let [rows, columns] = [sizes.rows, sizes.columns].map(|n| n as usize);
+        let tiles = grid(rows.div_ceil(TILE[0]) * columns.div_ceil(TILE[1]));
+        let variant = variant(&self.weight.stored, &sizes);
+        let run =
+            |bindings: &[&Buffer]| launch(self.gpu, self.kernel, variant, &sizes, bindings, tiles);
+        match &self.weight.stored {
+            Stored::F32(w) | Stored::F16(w) => run(&[&source, &buffer(w), bias, &out]),
+            Stored::Quantised(q) => {
+                run(&[&source, &buffer(&q.words), bias, &out, &buffer(&q.scales)]);
+            }
+        }
+    }
+}

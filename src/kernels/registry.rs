@@ -1,0 +1,32 @@
+//! All kernels of networks, for validation.
+
+use super::{
+    activation, attention_gpu, frozen_conv, frozen_linear, geglu, group_norm_silu, layer_norm,
+};
+use crate::device::gpu::Kernel;
+
+/// Every kernel with its variants: lanes, widths of heads, or how weights are stored and whether
+/// channels come in fours.
+pub fn kernels() -> Vec<(Kernel, &'static [u32])> {
+    let lanes = [
+        activation::FORWARD,
+        activation::GRADIENT,
+        geglu::FORWARD,
+        geglu::GRADIENT,
+        layer_norm::FORWARD,
+        layer_norm::GRADIENT,
+        attention_gpu::DELTA,
+    ];
+    let groups = [group_norm_silu::FORWARD, group_norm_silu::GRADIENT];
+    let heads = [attention_gpu::FORWARD, attention_gpu::GRADIENT_Q, attention_gpu::GRADIENT_KV];
+    let products = [
+        frozen_conv::FORWARD,
+        frozen_conv::GRADIENT,
+        frozen_linear::FORWARD,
+        frozen_linear::GRADIENT,
+    ];
+    let all = lanes.map(|k| (k, &[1, 4][..])).into_iter();
+    let all = all.chain(groups.map(|k| (k, &[1, 2, 4][..])));
+    let all = all.chain(heads.map(|k| (k, &[5, 40, 64, 512][..])));
+    all.chain(products.map(|k| (k, &[0, 1, 2, 3, 4, 5, 6, 7][..]))).collect()
+}
