@@ -10,28 +10,6 @@ const OUT_CHUNKS: u32 = min(CHUNKS, 4u);
 
 var<workgroup> shares: array<vec4<f32>, THREADS>;
 
-fn load_queries(rows: Rows, first: u32, chunk: u32, thread: u32) {
-    for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = q[source(rows, first, chunk, i)]; }
-        outer_tile[place(i)] = unit;
-    }
-}
-fn load_keys(rows: Rows, first: u32, chunk: u32, thread: u32) {
-    for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = k[source(rows, first, chunk, i)]; }
-        inner_tile[place(i)] = unit;
-    }
-}
-fn load_values(rows: Rows, first: u32, chunk: u32, thread: u32) {
-    for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = v[source(rows, first, chunk, i)]; }
-        inner_tile[place(i)] = unit;
-    }
-}
-
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -40,17 +18,16 @@ fn main(
     let queries = sizes.queries;
     let keys = sizes.keys;
     let heads = sizes.heads;
-    let blocks = (queries + TILE - 1u) / TILE;
-    let tile = group.y * groups.x + group.x;
-    let slice = tile / blocks % SLICES;
-    let image = tile / blocks / SLICES / heads;
-    let head = tile / blocks / SLICES % heads;
-    if image >= sizes.batch { return; } // the whole workgroup, before any barrier
+    let own = block_of(group, groups, queries);
+    if own.image >= sizes.batch { return; } // the whole workgroup, before any barrier
+    let image = own.image;
+    let head = own.head;
+    let slice = own.slice;
+    let start = own.start;
     let query_rows = rows_of(image, head, heads, queries);
     let key_rows = rows_of(image, head, heads, keys);
     let x = thread % 8u;
     let y = thread / 8u;
-    let start = tile % blocks * TILE;
     let row = start + 4u * y;
     let bias_at = image * sizes.bias_batch + head * sizes.bias_head;
 

@@ -7,10 +7,7 @@
 // runs, whose results lie one after the other, for the caller to add up in order. For the same
 // bits at every batch size `splits` must not depend on it.
 
-// Bindings 0 to 4, sizes, q, k, v and bias, are in shared/attention_tile.wgsl.
-@group(0) @binding(5) var<storage, read_write> g: array<Lanes>;   // [batch, queries, heads, HEAD]
-@group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
-@group(0) @binding(7) var<storage, read_write> delta: array<f32>; // [batch, heads, queries]
+// Bindings 0 to 7 are in shared/attention_tile.wgsl and shared/attention_given.wgsl.
 @group(0) @binding(8) var<storage, read_write> gk: array<f32>;    // [splits, ..] of k
 @group(0) @binding(9) var<storage, read_write> gv: array<f32>;    // [splits, ..] of k
 
@@ -18,30 +15,22 @@ const OUT_CHUNKS: u32 = min(CHUNKS, 2u);
 
 fn load_keys(rows: Rows, first: u32, chunk: u32, thread: u32) {
     for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = k[source(rows, first, chunk, i)]; }
-        outer_tile[place(i)] = unit;
+        outer_tile[place(i)] = key_unit(rows, first, chunk, i);
     }
 }
 fn load_values(rows: Rows, first: u32, chunk: u32, thread: u32) {
     for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = v[source(rows, first, chunk, i)]; }
-        outer_tile[place(i)] = unit;
+        outer_tile[place(i)] = value_unit(rows, first, chunk, i);
     }
 }
 fn load_queries(rows: Rows, first: u32, chunk: u32, thread: u32) {
     for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = q[source(rows, first, chunk, i)]; }
-        inner_tile[place(i)] = unit;
+        inner_tile[place(i)] = query_unit(rows, first, chunk, i);
     }
 }
 fn load_gradients(rows: Rows, first: u32, chunk: u32, thread: u32) {
     for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = g[source(rows, first, chunk, i)]; }
-        inner_tile[place(i)] = unit;
+        inner_tile[place(i)] = gradient_unit(rows, first, chunk, i);
     }
 }
 
@@ -53,25 +42,22 @@ fn main(
     let queries = sizes.queries;
     let keys = sizes.keys;
     let heads = sizes.heads;
-    let blocks = (keys + TILE - 1u) / TILE;
-    let tile = group.y * groups.x + group.x;
-    let of_batch = tile / blocks;
-    let split = of_batch % sizes.splits;
-    let slice = of_batch / sizes.splits % SLICES;
-    let image = of_batch / sizes.splits / SLICES / heads;
-    let head = of_batch / sizes.splits / SLICES % heads;
-    if image >= sizes.batch { return; } // the whole workgroup, before any barrier
+    let own = block_of(group, groups, keys);
+    if own.image >= sizes.batch { return; } // the whole workgroup, before any barrier
+    let image = own.image;
+    let head = own.head;
+    let slice = own.slice;
+    let start = own.start;
     let query_rows = rows_of(image, head, heads, queries);
     let key_rows = rows_of(image, head, heads, keys);
     let x = thread % 8u;
     let y = thread / 8u;
-    let start = tile % blocks * TILE;
     let row = start + 4u * y;
     let bias_at = image * sizes.bias_batch + head * sizes.bias_head;
     let statistics = (image * heads + head) * queries;
     // Whole tiles a split.
     let run = (queries + TILE * sizes.splits - 1u) / (TILE * sizes.splits) * TILE;
-    let end = min((split + 1u) * run, queries);
+    let end = min((own.split + 1u) * run, queries);
 
     var key_sums: Sums;
     var value_sums: Sums;
@@ -79,7 +65,7 @@ fn main(
         key_sums[i] = vec4<f32>();
         value_sums[i] = vec4<f32>();
     }
-    for (var first = split * run; first < end; first += TILE) {
+    for (var first = own.split * run; first < end; first += TILE) {
         var s = array<vec4<f32>, 4>();
         for (var c = 0u; c < CHUNKS; c += 1u) {
             workgroupBarrier();
@@ -134,7 +120,7 @@ fn main(
     }
     for (var r = 0u; r < 4u; r += 1u) {
         if row + r >= keys { break; }
-        let at = (((split * sizes.batch + image) * keys + row + r) * heads + head) * HEAD;
+        let at = (((own.split * sizes.batch + image) * keys + row + r) * heads + head) * HEAD;
         for (var i = 0u; i < PER * OUT_CHUNKS; i += 1u) {
             let column = (slice * OUT_CHUNKS + i / PER) * COLUMNS + x + 8u * (i % PER);
             if column < HEAD {

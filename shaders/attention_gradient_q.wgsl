@@ -1,40 +1,14 @@
 // The queries' gradient of attention: ds = p (dp - delta) with p = exp(s - lse) made anew and
 // dp = g v^T; gq = scale ds k. Grid: batch x heads x SLICES x blocks of 32 queries, folded.
 
-// Bindings 0 to 4, sizes, q, k, v and bias, are in shared/attention_tile.wgsl.
-@group(0) @binding(5) var<storage, read_write> g: array<Lanes>;   // [batch, queries, heads, HEAD]
-@group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
-@group(0) @binding(7) var<storage, read_write> delta: array<f32>; // [batch, heads, queries]
+// Bindings 0 to 7 are in shared/attention_tile.wgsl and shared/attention_given.wgsl.
 @group(0) @binding(8) var<storage, read_write> gq: array<f32>;    // [batch, queries, heads, HEAD]
 
 const OUT_CHUNKS: u32 = min(CHUNKS, 4u);
 
-fn load_queries(rows: Rows, first: u32, chunk: u32, thread: u32) {
-    for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = q[source(rows, first, chunk, i)]; }
-        outer_tile[place(i)] = unit;
-    }
-}
 fn load_gradients(rows: Rows, first: u32, chunk: u32, thread: u32) {
     for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = g[source(rows, first, chunk, i)]; }
-        outer_tile[place(i)] = unit;
-    }
-}
-fn load_keys(rows: Rows, first: u32, chunk: u32, thread: u32) {
-    for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = k[source(rows, first, chunk, i)]; }
-        inner_tile[place(i)] = unit;
-    }
-}
-fn load_values(rows: Rows, first: u32, chunk: u32, thread: u32) {
-    for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        var unit = Lanes();
-        if held(rows, first, chunk, i) { unit = v[source(rows, first, chunk, i)]; }
-        inner_tile[place(i)] = unit;
+        outer_tile[place(i)] = gradient_unit(rows, first, chunk, i);
     }
 }
 
@@ -46,17 +20,16 @@ fn main(
     let queries = sizes.queries;
     let keys = sizes.keys;
     let heads = sizes.heads;
-    let blocks = (queries + TILE - 1u) / TILE;
-    let tile = group.y * groups.x + group.x;
-    let slice = tile / blocks % SLICES;
-    let image = tile / blocks / SLICES / heads;
-    let head = tile / blocks / SLICES % heads;
-    if image >= sizes.batch { return; } // the whole workgroup, before any barrier
+    let own = block_of(group, groups, queries);
+    if own.image >= sizes.batch { return; } // the whole workgroup, before any barrier
+    let image = own.image;
+    let head = own.head;
+    let slice = own.slice;
+    let start = own.start;
     let query_rows = rows_of(image, head, heads, queries);
     let key_rows = rows_of(image, head, heads, keys);
     let x = thread % 8u;
     let y = thread / 8u;
-    let start = tile % blocks * TILE;
     let row = start + 4u * y;
     let bias_at = image * sizes.bias_batch + head * sizes.bias_head;
     let statistics = (image * heads + head) * queries;

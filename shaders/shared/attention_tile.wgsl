@@ -65,6 +65,35 @@ fn source(rows: Rows, first: u32, chunk: u32, i: u32) -> u32 {
 }
 fn place(i: u32) -> u32 { return i / CHUNK * STRIDE + i % CHUNK; }
 
+fn query_unit(rows: Rows, first: u32, chunk: u32, i: u32) -> Lanes {
+    if !held(rows, first, chunk, i) { return Lanes(); }
+    return q[source(rows, first, chunk, i)];
+}
+fn key_unit(rows: Rows, first: u32, chunk: u32, i: u32) -> Lanes {
+    if !held(rows, first, chunk, i) { return Lanes(); }
+    return k[source(rows, first, chunk, i)];
+}
+fn value_unit(rows: Rows, first: u32, chunk: u32, i: u32) -> Lanes {
+    if !held(rows, first, chunk, i) { return Lanes(); }
+    return v[source(rows, first, chunk, i)];
+}
+
+// What a workgroup owns: outer rows from `start` on of a head of an image, a slice of its columns,
+// and one of the splits of its inner rows.
+struct Block { image: u32, head: u32, start: u32, slice: u32, split: u32 }
+
+fn block_of(group: vec3<u32>, groups: vec3<u32>, outer_rows: u32) -> Block {
+    let blocks = (outer_rows + TILE - 1u) / TILE;
+    let tile = group.y * groups.x + group.x;
+    let split = tile / blocks;
+    let slice = split / sizes.splits;
+    let head = slice / SLICES;
+    return Block(
+        head / sizes.heads, head % sizes.heads, tile % blocks * TILE, slice % SLICES,
+        split % sizes.splits,
+    );
+}
+
 // Adds a chunk's share to the scores of this thread.
 fn add_scores(x: u32, y: u32, scores: ptr<function, array<vec4<f32>, 4>>) {
     for (var u = 0u; u < CHUNK; u += 1u) {

@@ -17,7 +17,7 @@ struct Params {
 // uniforms over and over.
 var<private> params: Params;
 
-// Threads of a workgroup, and of a run; THREADS in src/ops/kernels.rs.
+// Threads of a workgroup, and of a run; THREADS in src/ops/context.rs.
 const THREADS: u32 = 64u;
 const RUN: u32 = 8u;
 

@@ -23,6 +23,44 @@ pub struct Kernel {
     pub source: fn(u32) -> String,
 }
 
+/// Numbers that a thread takes at a time, where rows of so many are read in order.
+pub fn width(row: usize) -> u32 {
+    if row.is_multiple_of(4) { 4 } else { 1 }
+}
+
+/// What a kernel's source begins with where its variant is a number of elements a thread.
+pub fn lanes(width: u32) -> String {
+    match width {
+        4 => include_str!("../../shaders/shared/lanes4.wgsl").into(),
+        2 => include_str!("../../shaders/shared/lanes2.wgsl").into(),
+        _ => include_str!("../../shaders/shared/lanes1.wgsl").into(),
+    }
+}
+
+/// Declares a [`Kernel`] from a function that says what a variant begins with ([`lanes`] where none
+/// is given) and the files of `shaders/` that it is made of, in order, its own last. `;
+/// "FOLDER/PART"` makes another kernel of it with a part of another folder.
+macro_rules! kernel {
+    ($name:literal $(, $shared:literal)* $(; $part:literal)?) => {
+        $crate::device::gpu::kernel!(
+            begins $crate::device::gpu::lanes, $name $(, $shared)* $(; $part)?
+        )
+    };
+    (begins $first:expr, $name:literal $(, $shared:literal)* $(; $part:literal)?) => {
+        $crate::device::gpu::Kernel {
+            name: concat!($name $(, ":", $part)?),
+            source: |variant| {
+                let first: fn(u32) -> String = $first;
+                [first(variant),
+                    $(include_str!(concat!("../../shaders/shared/", $shared, ".wgsl")).into(),)*
+                    $(include_str!(concat!("../../shaders/", $part, ".wgsl")).into(),)?
+                    include_str!(concat!("../../shaders/", $name, ".wgsl")).into()].join("\n")
+            },
+        }
+    };
+}
+pub(crate) use kernel;
+
 /// Burn's wgpu device and queue with our compiled pipelines; clones share them.
 #[derive(Clone)]
 pub struct Gpu {

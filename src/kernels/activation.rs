@@ -4,10 +4,10 @@ use burn::backend::DispatchTensor;
 use burn::tensor::Tensor;
 
 use super::cpu::{Values, parts, tensor};
-use super::gpu::{grid, lanes, launch, shader, vector};
+use super::gpu::{grid, launch};
 use super::node::{input, node, output};
 use super::vector::{erf, exp, sigmoid, tanh, vectorised};
-use crate::device::gpu::{Gpu, Kernel, buffer, output as empty};
+use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, output as empty};
 
 /// The functions, by diffusers' and transformers' names.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -138,10 +138,9 @@ pub fn gradient(kind: Activation, x: &[f32], g: &[f32]) -> Vec<f32> {
     }
 }
 
-pub(super) const FORWARD: Kernel =
-    shader!("activation", vector, "sigmoid", "gelu", "activations", "walk");
+pub(super) const FORWARD: Kernel = kernel!("activation", "sigmoid", "gelu", "activations", "walk");
 pub(super) const GRADIENT: Kernel =
-    shader!("activation_gradient", vector, "sigmoid", "gelu", "activations", "walk");
+    kernel!("activation_gradient", "sigmoid", "gelu", "activations", "walk");
 
 /// Kept in sync with `shaders/activation.wgsl`: units of lanes, and the number of the function.
 type Sizes = [u32; 4];
@@ -156,7 +155,7 @@ fn on_gpu<const D: usize>(
     parent: DispatchTensor,
 ) -> Tensor<D> {
     let n: usize = x.dims().iter().product();
-    let width = lanes(n);
+    let width = gpu::width(n);
     let units = n / width as usize;
     let sizes: Sizes = [units as u32, kind as u32, 0, 0];
     let like = |x: &Tensor<D>| empty(x.dims(), &x.device());

@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 use rayon::prelude::*;
 
 use super::attention_gpu::{Call, on_gpu};
-use super::cpu::{Into, Matrix, Values, product, tensor};
+use super::cpu::{Matrix, Values, Write, product, tensor};
 use super::layer_norm::sum;
 use super::node::{input, node, output};
 use super::vector::{exp, vectorised};
@@ -95,7 +95,7 @@ impl<'a> Head<'a> {
         let w = self.s.width;
         let q = Matrix::new(&self.q[i * w..], w);
         let k = Matrix::new(&self.k[j * w..], w).transposed();
-        product([m, self.s.head(), n], q, k, self.s.scale, Into::Replace, out, n);
+        product([m, self.s.head(), n], q, k, self.s.scale, Write::Replace, out, n);
         if let Some(bias) = self.bias {
             for (row, out) in out.chunks_exact_mut(n).take(m).enumerate() {
                 let bias = &bias[(i + row) * self.s.tk + j..][..n];
@@ -132,27 +132,23 @@ fn forward_rows(s: Sizes, qkv: [&[f32]; 3], bias: Option<&Bias>, rows: Rows) {
             let scores = &mut scores[..m * n];
             head.scores([rows.first, m], [j, n], scores);
             for (i, row) in scores.chunks_exact_mut(n).enumerate() {
-                let new = vectorised(
+                let [new, sum] = vectorised(
                     #[inline(always)]
-                    || row.iter().fold(most[i], |a, b| a.max(*b)),
+                    || {
+                        let new = row.iter().fold(most[i], |a, b| a.max(*b));
+                        row.iter_mut().for_each(|x| *x = exp(*x - new));
+                        [new, sum(n, |j| row[j])]
+                    },
                 );
                 let kept = if most[i] == new { 1.0 } else { exp(most[i] - new) };
-                vectorised(
-                    #[inline(always)]
-                    || row.iter_mut().for_each(|x| *x = exp(*x - new)),
-                );
-                total[i] = total[i] * kept
-                    + vectorised(
-                        #[inline(always)]
-                        || sum(n, |j| row[j]),
-                    );
+                total[i] = total[i] * kept + sum;
                 most[i] = new;
                 if kept != 1.0 && j > 0 {
                     out[i * s.width..][..d].iter_mut().for_each(|x| *x *= kept);
                 }
             }
             let v = Matrix::new(&head.v[j * s.width..], s.width);
-            let into = if j == 0 { Into::Replace } else { Into::Add };
+            let into = if j == 0 { Write::Replace } else { Write::Add };
             product([m, n, d], Matrix::new(scores, n), v, 1.0, into, out, s.width);
         }
         for i in 0..m {
@@ -205,12 +201,11 @@ fn gradient_image(s: Sizes, head: Head, h: usize, given: &Given, to: &mut Gradie
                 || sum(d, |j| g[j] * out[j]),
             )
         };
-        let delta: Vec<f32> = (0..m).map(delta).collect();
         for [j, n] in blocks(s.tk, KEYS) {
             let (p, gp) = (&mut p[..m * n], &mut gp[..m * n]);
             head.scores([i, m], [j, n], p);
             let v = Matrix::new(&head.v[j * w..], w).transposed();
-            product([m, d, n], g, v, 1.0, Into::Replace, gp, n);
+            product([m, d, n], g, v, 1.0, Write::Replace, gp, n);
             for (row, (p, gp)) in p.chunks_exact_mut(n).zip(gp.chunks_exact_mut(n)).enumerate() {
                 let [most, share] = given.sums[(i + row) * s.heads + h];
                 vectorised(
@@ -219,18 +214,18 @@ fn gradient_image(s: Sizes, head: Head, h: usize, given: &Given, to: &mut Gradie
                         p.iter_mut().for_each(|p| *p = exp(*p - most) * share);
                         // One block of keys gives the row's sum in the terms that it is taken
                         // from: where a softmax has one key, they cancel to the bit.
-                        let delta = if n == s.tk { sum(n, |j| p[j] * gp[j]) } else { delta[row] };
+                        let delta = if n == s.tk { sum(n, |j| p[j] * gp[j]) } else { delta(row) };
                         gp.iter_mut().zip(p).for_each(|(gp, p)| *gp = *p * (*gp - delta));
                     },
                 );
             }
             let (pt, gpt) = (Matrix::new(p, n).transposed(), Matrix::new(gp, n).transposed());
             let at_key = j * w + from;
-            product([n, m, d], pt, g, 1.0, Into::Add, &mut to.v[at_key..], w);
+            product([n, m, d], pt, g, 1.0, Write::Add, &mut to.v[at_key..], w);
             let q = Matrix::new(&head.q[i * w..], w);
-            product([n, m, d], gpt, q, s.scale, Into::Add, &mut to.k[at_key..], w);
+            product([n, m, d], gpt, q, s.scale, Write::Add, &mut to.k[at_key..], w);
             let k = Matrix::new(&head.k[j * w..], w);
-            product([m, n, d], Matrix::new(gp, n), k, s.scale, Into::Add, &mut to.q[at..], w);
+            product([m, n, d], Matrix::new(gp, n), k, s.scale, Write::Add, &mut to.q[at..], w);
         }
     }
 }

@@ -4,26 +4,30 @@ use burn::backend::DispatchTensor;
 use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
-use super::gpu::{grid, lanes, launch, shader, vector};
+use super::gpu::{grid, launch};
 use super::node::{node, output};
-use crate::device::gpu::{Gpu, Kernel, buffer, output as empty};
+use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, lanes, output as empty};
 
 /// The source's beginning for heads of a width.
 fn beginning(head: u32) -> String {
-    let width = lanes(head as usize);
+    let width = gpu::width(head as usize);
     let inner = if width == 4 {
         include_str!("../../shaders/shared/attention4.wgsl")
     } else {
         include_str!("../../shaders/shared/attention1.wgsl")
     };
-    format!("const HEAD: u32 = {head}u;\n{}\n{inner}", vector(width))
+    format!("const HEAD: u32 = {head}u;\n{}\n{inner}", lanes(width))
 }
 
-pub(super) const FORWARD: Kernel = shader!("attention", beginning, "attention_tile");
-pub(super) const DELTA: Kernel = shader!("attention_delta", vector);
-pub(super) const GRADIENT_Q: Kernel = shader!("attention_gradient_q", beginning, "attention_tile");
+pub(super) const FORWARD: Kernel =
+    kernel!(begins beginning, "attention", "attention_tile", "attention_queries");
+pub(super) const DELTA: Kernel = kernel!("attention_delta");
+pub(super) const GRADIENT_Q: Kernel = kernel!(
+    begins beginning, "attention_gradient_q", "attention_tile", "attention_queries",
+    "attention_given"
+);
 pub(super) const GRADIENT_KV: Kernel =
-    shader!("attention_gradient_kv", beginning, "attention_tile");
+    kernel!(begins beginning, "attention_gradient_kv", "attention_tile", "attention_given");
 
 /// Sizes of one call.
 #[derive(Clone, Copy)]
@@ -81,9 +85,8 @@ pub fn on_gpu(
         batch: b as u32,
         pad: [0; 3],
     };
-    let blocks = move |rows: usize, most: usize| {
-        [rows.div_ceil(TILE) as u32, (b * heads * slices(head, most)) as u32]
-    };
+    let blocks =
+        move |rows: usize, most: usize| grid(rows.div_ceil(TILE) * b * heads * slices(head, most));
     let (y, lse) = (empty([b, tq, width], &device), empty([b, heads, tq], &device));
     {
         let [qb, kb, vb] = [buffer(&q), buffer(&k), buffer(&v)];
@@ -99,7 +102,7 @@ pub fn on_gpu(
         let [g, delta, lse] = [buffer(&g), buffer(&delta), buffer(&lse)];
         let own = [rows, tq, heads, head].map(|n| n as u32);
         let made = &buffer(&out);
-        launch(&gpu, DELTA, lanes(head), &own, &[&g, made, &delta], grid(rows.div_ceil(64)));
+        launch(&gpu, DELTA, gpu::width(head), &own, &[&g, made, &delta], grid(rows.div_ceil(64)));
         let [qb, kb, vb] = [buffer(&q), buffer(&k), buffer(&v)];
         let own = bias.as_ref().map(buffer);
         let bias = own.as_ref().unwrap_or(&qb);

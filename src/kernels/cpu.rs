@@ -42,6 +42,18 @@ pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> 
     Tensor::from_data(TensorData::new(values, shape), &Device::flex())
 }
 
+/// Rows that are each a bias, or zero.
+pub fn biased(rows: usize, width: usize, bias: Option<&Values>) -> Vec<f32> {
+    match bias {
+        Some(bias) => {
+            let mut y = Vec::with_capacity(rows * width);
+            (0..rows).for_each(|_| y.extend_from_slice(bias));
+            y
+        }
+        None => vec![0.0; rows * width],
+    }
+}
+
 /// A matrix in a slice: element (i, j) is at `i * rows + j * columns`.
 #[derive(Clone, Copy)]
 pub struct Matrix<'a> {
@@ -63,7 +75,7 @@ impl<'a> Matrix<'a> {
 
 /// What becomes of the numbers that stand where a product goes.
 #[derive(Clone, Copy, PartialEq)]
-pub enum Into {
+pub enum Write {
     Replace,
     Add,
 }
@@ -81,7 +93,7 @@ pub fn product(
     a: Matrix,
     b: Matrix,
     factor: f32,
-    into: Into,
+    into: Write,
     out: &mut [f32],
     width: usize,
 ) {
@@ -101,7 +113,7 @@ pub fn product(
     for first in (0..k.max(1)).step_by(DEPTH) {
         let a = Matrix { values: &a.values[first * a.columns..], ..a };
         let b = Matrix { values: &b.values[first * b.rows..], ..b };
-        let into = if first == 0 { into } else { Into::Add };
+        let into = if first == 0 { into } else { Write::Add };
         gemm([m, DEPTH.min(k - first), n], a, b, factor, into, out, width);
     }
 }
@@ -111,7 +123,7 @@ fn gemm(
     a: Matrix,
     b: Matrix,
     factor: f32,
-    into: Into,
+    into: Write,
     out: &mut [f32],
     width: usize,
 ) {
@@ -124,7 +136,7 @@ fn gemm(
     let stride = |n: usize| n as isize;
     let (to, x, y) = (out.as_mut_ptr(), a.values.as_ptr(), b.values.as_ptr());
     let [xr, xc, yr, yc] = [a.rows, a.columns, b.rows, b.columns].map(stride);
-    let add = into == Into::Add;
+    let add = into == Write::Add;
     // SAFETY: the strides stay within the slices, as asserted.
     unsafe {
         gemm::gemm(

@@ -7,13 +7,12 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Tensor};
 
-use super::cpu::{Into, Matrix, Values, parts, product, scratch, tensor};
-use super::frozen_linear::{biased, frozen_linear};
-use super::frozen_weight::{FrozenWeight, HostWeight, Storage};
-use super::gpu::shader;
+use super::cpu::{Matrix, Values, Write, biased, parts, product, scratch, tensor};
+use super::frozen_linear::frozen_linear;
+use super::frozen_weight::{FrozenWeight, HostWeight, Storage, by_input};
 use super::node::{input, node, output};
 use super::product::{Product, Sizes, beginning};
-use crate::device::gpu::{Gpu, Kernel, output as empty};
+use crate::device::gpu::{Gpu, Kernel, kernel, output as empty};
 
 /// The numbers of a convolution.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -46,15 +45,10 @@ impl FrozenConv {
     ) -> Self {
         let ConvShape { cin, cout, kernel, .. } = shape;
         let places = kernel * kernel;
-        let mut rows = vec![0.0; values.len()];
-        for (i, v) in values.iter().enumerate() {
-            let (o, c, place) = (i / places / cin, i / places % cin, i % places);
-            rows[(place * cin + c) * cout + o] = *v;
-        }
-        // Only matrices of linear layers are quantised.
-        let storage = storage.of_scores();
-        let weight = Arc::new(FrozenWeight::new(rows, [places * cin, cout], storage, device));
-        Self { shape, weight, bias, flipped: Arc::default() }
+        let rows = by_input(values, cout, |row| row % cin * places + row / cin);
+        let shape_of = [places * cin, cout];
+        let weight = FrozenWeight::new(rows, shape_of, storage.unquantised(), device);
+        Self { shape, weight: Arc::new(weight), bias, flipped: Arc::default() }
     }
 }
 
@@ -72,14 +66,15 @@ fn pixels_at_once(row: usize) -> usize {
     ((1 << 18) / row).clamp(48, 512)
 }
 
-/// Where a convolution reads: from `from`, for outputs `[h, w]`.
+/// Where a convolution reads: of each output of `[h, w]`, `kernel` x `kernel` pixels of `from`.
 #[derive(Clone, Copy)]
 struct Window {
     from: Images,
     out: [usize; 2],
     kernel: usize,
     stride: usize,
-    padding: usize,
+    /// Where the first output's first pixel lies, row and column: -padding.
+    first: [isize; 2],
 }
 
 impl Window {
@@ -90,12 +85,12 @@ impl Window {
         for (i, row) in rows.chunks_exact_mut(k * k * c).enumerate() {
             let p = first + i;
             let (image, y, x0) = (p / (oh * ow), p / ow % oh, p % ow);
-            let left = (x0 * self.stride) as isize - self.padding as isize;
+            let left = (x0 * self.stride) as isize + self.first[1];
             // Columns of the neighbourhood that lie in the image.
             let begin = (-left).clamp(0, k as isize) as usize;
             let end = (w as isize - left).clamp(begin as isize, k as isize) as usize;
             for (ky, line) in row.chunks_exact_mut(k * c).enumerate() {
-                let at = (y * self.stride + ky) as isize - self.padding as isize;
+                let at = (y * self.stride + ky) as isize + self.first[0];
                 if at < 0 || at >= h as isize || begin == end {
                     line.fill(0.0);
                     continue;
@@ -108,60 +103,26 @@ impl Window {
         }
     }
 
-    /// One place of the neighbourhoods, `[pixels, c]`.
-    fn gather_place(&self, x: &[f32], first: usize, [ky, kx]: [usize; 2], rows: &mut [f32]) {
-        let Images { h, w, c } = self.from;
-        let [oh, ow] = self.out;
-        for (i, row) in rows.chunks_exact_mut(c).enumerate() {
-            let p = first + i;
-            let (image, y, x0) = (p / (oh * ow), p / ow % oh, p % ow);
-            let y = (y * self.stride + ky) as isize - self.padding as isize;
-            let x0 = (x0 * self.stride + kx) as isize - self.padding as isize;
-            if y < 0 || x0 < 0 || y >= h as isize || x0 >= w as isize {
-                row.fill(0.0);
-            } else {
-                let source = (image * h + y as usize) * w + x0 as usize;
-                row.copy_from_slice(&x[source * c..][..c]);
-            }
-        }
-    }
-
-    /// Adds the product of the neighbourhoods and a whole matrix `[kernel kernel c, n]`.
-    fn whole(&self, x: &[f32], matrix: &[f32], n: usize, y: &mut [f32]) {
+    /// Adds the product of the neighbourhoods and a matrix `[kernel kernel c, n]`.
+    fn multiply(&self, x: &[f32], matrix: Matrix, n: usize, y: &mut [f32]) {
         let row = self.kernel * self.kernel * self.from.c;
         let pixels = pixels_at_once(row);
         parts(y, pixels * n, |i, y| {
             let m = y.len() / n;
             scratch(m * row, |rows| {
                 self.gather(x, i * pixels, rows);
-                let (rows, matrix) = (Matrix::new(rows, row), Matrix::new(matrix, n));
-                product([m, row, n], rows, matrix, 1.0, Into::Add, y, n);
+                product([m, row, n], Matrix::new(rows, row), matrix, 1.0, Write::Add, y, n);
             });
         });
     }
 
-    /// The same place by place, with each place's matrix `[c, n]`.
-    fn by_place(
-        &self,
-        x: &[f32],
-        n: usize,
-        y: &mut [f32],
-        mut of: impl FnMut(usize, &mut dyn FnMut(Matrix)),
-    ) {
-        let c = self.from.c;
-        let pixels = pixels_at_once(c);
-        for place in 0..self.kernel * self.kernel {
-            let at = [place / self.kernel, place % self.kernel];
-            of(place, &mut |matrix| {
-                parts(y, pixels * n, |i, y| {
-                    let m = y.len() / n;
-                    scratch(m * c, |rows| {
-                        self.gather_place(x, i * pixels, at, rows);
-                        product([m, c, n], Matrix::new(rows, c), matrix, 1.0, Into::Add, y, n);
-                    });
-                });
-            });
-        }
+    /// The same place by place of the neighbourhood: a window of one pixel each, with its number.
+    fn places(&self) -> impl Iterator<Item = (usize, Self)> {
+        let (own, k) = (*self, self.kernel);
+        (0..k * k).map(move |place| {
+            let first = [0, 1].map(|axis| own.first[axis] + [place / k, place % k][axis] as isize);
+            (place, Self { kernel: 1, first, ..own })
+        })
     }
 }
 
@@ -176,18 +137,18 @@ fn is_small(s: ConvShape) -> bool {
 fn forward(w: &HostWeight, x: &[f32], window: Window, s: ConvShape, y: &mut [f32]) {
     let size = [s.kernel * s.kernel * s.cin, s.cout];
     match w {
-        HostWeight::F32(w) => window.whole(x, w, s.cout, y),
+        HostWeight::F32(w) => window.multiply(x, Matrix::new(w, s.cout), s.cout, y),
         _ if is_small(s) => {
             let mut whole = vec![0.0; size[0] * size[1]];
             w.read(0, s.cout, &mut whole);
-            window.whole(x, &whole, s.cout, y);
+            window.multiply(x, Matrix::new(&whole, s.cout), s.cout, y);
         }
         _ => {
             let mut matrix = vec![0.0; s.cin * s.cout];
-            window.by_place(x, s.cout, y, |place, multiply| {
+            for (place, window) in window.places() {
                 w.read(place * s.cin, s.cout, &mut matrix);
-                multiply(Matrix::new(&matrix, s.cout));
-            });
+                window.multiply(x, Matrix::new(&matrix, s.cout), s.cout, y);
+            }
         }
     }
 }
@@ -234,25 +195,27 @@ fn gradient(
         out: [h, width],
         kernel: s.kernel,
         stride: 1,
-        padding: s.kernel - 1 - s.padding,
+        first: [s.padding as isize + 1 - s.kernel as isize; 2],
     };
     let mut gx = vec![0.0; b * h * width * s.cin];
     if is_small(s) {
-        window.whole(g, flipped.get_or_init(|| flip(w, s)), s.cin, &mut gx);
+        let flipped = flipped.get_or_init(|| flip(w, s));
+        window.multiply(g, Matrix::new(flipped, s.cin), s.cin, &mut gx);
         return gx;
     }
     let places = s.kernel * s.kernel;
     let mut own = vec![0.0; s.cin * s.cout];
-    window.by_place(g, s.cin, &mut gx, |place, multiply| {
+    for (place, window) in window.places() {
         w.read((places - 1 - place) * s.cin, s.cout, &mut own);
-        multiply(Matrix::new(&own, s.cout).transposed());
-    });
+        window.multiply(g, Matrix::new(&own, s.cout).transposed(), s.cin, &mut gx);
+    }
     gx
 }
 
-pub(super) const FORWARD: Kernel = shader!("frozen_conv", beginning, "product", "product_forward");
+pub(super) const FORWARD: Kernel =
+    kernel!(begins beginning, "frozen_conv", "product", "product_forward");
 pub(super) const GRADIENT: Kernel =
-    shader!("frozen_conv_gradient", beginning, "product", "product_gradient");
+    kernel!(begins beginning, "frozen_conv_gradient", "product", "product_gradient");
 
 fn on_gpu(gpu: Gpu, x: Tensor<4>, conv: &FrozenConv, out: [usize; 2]) -> Tensor<4> {
     let (parent, x) = (input(&x), x.inner());
@@ -299,7 +262,8 @@ pub fn frozen_conv(x: Tensor<4>, conv: &FrozenConv) -> Tensor<4> {
     let (values, weight) = (Values::of(&x.inner()), conv.weight.on_host());
     let mut y = biased(b * out[0] * out[1], s.cout, conv.bias.as_ref().map(Values::of).as_ref());
     let from = Images { h, w, c: s.cin };
-    let window = Window { from, out, kernel: s.kernel, stride: s.stride, padding: s.padding };
+    let first = [-(s.padding as isize); 2];
+    let window = Window { from, out, kernel: s.kernel, stride: s.stride, first };
     forward(&weight, &values, window, s, &mut y);
     let y = tensor(y, [b, out[0], out[1], s.cout]);
     let flipped = conv.flipped.clone();

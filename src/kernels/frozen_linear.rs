@@ -6,12 +6,11 @@ use std::sync::Arc;
 use burn::tensor::Tensor;
 use burn::tensor::module::linear;
 
-use super::cpu::{Into, Matrix, Values, product, tensor};
+use super::cpu::{Matrix, Values, Write, biased, product, tensor};
 use super::frozen_weight::{FrozenWeight, HostWeight};
-use super::gpu::shader;
 use super::node::{input, node, output};
 use super::product::{Product, Sizes, beginning};
-use crate::device::gpu::{Gpu, Kernel, output as empty};
+use crate::device::gpu::{Gpu, Kernel, kernel, output as empty};
 
 /// An adapter's matrices: `a` `[inputs, rank]`, `b` `[rank, outputs]`, and the factor of their
 /// product.
@@ -39,7 +38,7 @@ fn frozen(w: &HostWeight, x: &[f32], y: &mut [f32], s: Shape) {
     w.panels([s.k, s.n], |first, panel| {
         let sizes = [s.m, panel.len() / s.n, s.n];
         let x = Matrix { values: &x[first..], rows: s.k, columns: 1 };
-        product(sizes, x, Matrix::new(panel, s.n), 1.0, Into::Add, y, s.n);
+        product(sizes, x, Matrix::new(panel, s.n), 1.0, Write::Add, y, s.n);
     });
 }
 
@@ -49,27 +48,15 @@ fn frozen_gradient(w: &HostWeight, g: &[f32], s: Shape) -> Vec<f32> {
     w.panels([s.k, s.n], |first, panel| {
         let sizes = [s.m, s.n, panel.len() / s.n];
         let w = Matrix::new(panel, s.n).transposed();
-        product(sizes, Matrix::new(g, s.n), w, 1.0, Into::Replace, &mut gx[first..], s.k);
+        product(sizes, Matrix::new(g, s.n), w, 1.0, Write::Replace, &mut gx[first..], s.k);
     });
     gx
 }
 
-/// Rows that are each a bias, or zero.
-pub(super) fn biased(rows: usize, width: usize, bias: Option<&Values>) -> Vec<f32> {
-    match bias {
-        Some(bias) => {
-            let mut y = Vec::with_capacity(rows * width);
-            (0..rows).for_each(|_| y.extend_from_slice(bias));
-            y
-        }
-        None => vec![0.0; rows * width],
-    }
-}
-
 pub(super) const FORWARD: Kernel =
-    shader!("frozen_linear", beginning, "product", "product_forward");
+    kernel!(begins beginning, "frozen_linear", "product", "product_forward");
 pub(super) const GRADIENT: Kernel =
-    shader!("frozen_linear_gradient", beginning, "product", "product_gradient");
+    kernel!(begins beginning, "frozen_linear_gradient", "product", "product_gradient");
 
 /// The product without an adapter on a GPU.
 fn on_gpu<const D: usize>(
@@ -139,29 +126,29 @@ pub fn frozen_linear<const D: usize>(
     let (a, b) = (Values::of(&low.a.clone().inner()), Values::of(&low.b.clone().inner()));
     let (r, scale) = (s.r, low.scale as f32);
     let mut down = vec![0.0; m * r];
-    product([m, k, r], Matrix::new(&x, k), Matrix::new(&a, r), 1.0, Into::Replace, &mut down, r);
-    product([m, r, n], Matrix::new(&down, r), Matrix::new(&b, n), scale, Into::Add, &mut y, n);
+    product([m, k, r], Matrix::new(&x, k), Matrix::new(&a, r), 1.0, Write::Replace, &mut down, r);
+    product([m, r, n], Matrix::new(&down, r), Matrix::new(&b, n), scale, Write::Add, &mut y, n);
     node(parents, tensor(y, shape), move |g: Tensor<D>, [wants_x, ..]| {
         let g = Values::of(&g);
         let gm = Matrix::new(&g, n);
         // The gradient of x A.
         let mut gd = vec![0.0; m * r];
         let bt = Matrix::new(&b, n).transposed();
-        product([m, n, r], gm, bt, scale, Into::Replace, &mut gd, r);
+        product([m, n, r], gm, bt, scale, Write::Replace, &mut gd, r);
         let (mut ga, mut gb) = (vec![0.0; k * r], vec![0.0; r * n]);
         // Sums over all rows: a block of them at a time, so that rounding grows with the blocks.
         for first in (0..m).step_by(BLOCK) {
             let rows = BLOCK.min(m - first);
             let xt = Matrix::new(&x[first * k..], k).transposed();
             let gd = Matrix::new(&gd[first * r..], r);
-            product([k, rows, r], xt, gd, 1.0, Into::Add, &mut ga, r);
+            product([k, rows, r], xt, gd, 1.0, Write::Add, &mut ga, r);
             let dt = Matrix::new(&down[first * r..], r).transposed();
             product(
                 [r, rows, n],
                 dt,
                 Matrix::new(&g[first * n..], n),
                 scale,
-                Into::Add,
+                Write::Add,
                 &mut gb,
                 n,
             );
@@ -169,7 +156,7 @@ pub fn frozen_linear<const D: usize>(
         let gx = wants_x.then(|| {
             let mut gx = frozen_gradient(&w, &g, s);
             let at = Matrix::new(&a, r).transposed();
-            product([m, r, k], Matrix::new(&gd, r), at, 1.0, Into::Add, &mut gx, k);
+            product([m, r, k], Matrix::new(&gd, r), at, 1.0, Write::Add, &mut gx, k);
             tensor(gx, x_shape)
         });
         [gx.and_then(output), output(tensor(ga, [k, r])), output(tensor(gb, [r, n]))]

@@ -2,7 +2,7 @@
 //! in. Products take it in as it is: on the CPU a panel of rows at a time becomes f32, on a GPU a
 //! tile.
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use rayon::prelude::*;
 
 use super::cpu::Values;
@@ -34,9 +34,9 @@ impl Storage {
         }
     }
 
-    /// How models store their weights whose outputs have to tell pictures apart that differ
-    /// little: as f32, or f16 where the run stores smaller ones.
-    pub fn of_scores(self) -> Self {
+    /// The same without quantisation, f16 instead: of convolutions, and of models whose outputs
+    /// have to tell pictures apart that differ little.
+    pub fn unquantised(self) -> Self {
         match self {
             Self::F32 => Self::F32,
             Self::F16 | Self::Q8 | Self::Q4 => Self::F16,
@@ -87,7 +87,8 @@ impl FrozenWeight {
                 Stored::Quantised(Box::new(own))
             }
             None => {
-                let whole = upload(&values, [rows, columns], device);
+                let data = TensorData::new(values, [rows, columns]);
+                let whole: Tensor<2> = Tensor::from_data(data, device);
                 match s.dtype() {
                     DType::F32 => Stored::F32(whole),
                     half => Stored::F16(whole.cast(half)),
@@ -97,7 +98,7 @@ impl FrozenWeight {
         Self { rows, columns, stored }
     }
 
-    /// The matrix as f32, for what has no kernel.
+    /// The matrix in memory, of the CPU backend.
     pub fn on_host(&self) -> HostWeight {
         match &self.stored {
             Stored::F32(w) => HostWeight::F32(Values::of(w)),
@@ -120,18 +121,36 @@ fn quantise(values: &[f32], rows: usize, columns: usize, bits: u32, device: &Dev
         }
     }
     let each = (32 / bits) as usize;
+    let mask = u32::MAX >> (32 - bits);
     let mut words = vec![0u32; values.len().div_ceil(each)];
-    for (i, v) in values.iter().enumerate() {
-        let scale = scales[i / columns / BLOCK * columns + i % columns];
-        let q = if scale > 0.0 { (v / scale).round().clamp(-most, most) as i32 } else { 0 };
-        let mask = (1u64 << bits) as u32 - 1;
-        words[i / each] |= (q as u32 & mask) << (bits * (i % each) as u32);
+    for (k, row) in values.chunks_exact(columns).enumerate() {
+        let scales = &scales[k / BLOCK * columns..][..columns];
+        for (i, (v, scale)) in (k * columns..).zip(row.iter().zip(scales)) {
+            let q = if *scale > 0.0 { (v / scale).round().clamp(-most, most) as i32 } else { 0 };
+            words[i / each] |= (q as u32 & mask) << (bits * (i % each) as u32);
+        }
     }
     Quantised {
         bits,
         words: upload(bytemuck::cast_slice(&words), [words.len()], device),
         scales: upload(&scales, [rows / BLOCK, columns], device),
     }
+}
+
+/// PyTorch's weight `[outputs, columns]` as rows for a product: row r of `[columns, outputs]` is
+/// its column `order(r)`. A few outputs at a time, so that what is read stays in a cache.
+pub fn by_input(values: &[f32], outputs: usize, order: impl Fn(usize) -> usize) -> Vec<f32> {
+    const OUTPUTS: usize = 16;
+    let columns = values.len() / outputs;
+    let mut rows = vec![0.0; values.len()];
+    for first in (0..outputs).step_by(OUTPUTS) {
+        let end = outputs.min(first + OUTPUTS);
+        for (r, row) in rows.chunks_exact_mut(outputs).enumerate() {
+            let column = order(r);
+            (first..end).for_each(|o| row[o] = values[o * columns + column]);
+        }
+    }
+    rows
 }
 
 /// A frozen matrix of the CPU backend.

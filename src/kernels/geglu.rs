@@ -5,10 +5,10 @@ use burn::tensor::Tensor;
 
 use super::activation::{GROUP, gelu, gelu_derivative};
 use super::cpu::{Values, parts, tensor};
-use super::gpu::{grid, lanes, launch, shader, vector};
+use super::gpu::{grid, launch};
 use super::node::{input, node, output};
 use super::vector::vectorised;
-use crate::device::gpu::{Gpu, Kernel, buffer, output as empty};
+use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, output as empty};
 
 /// Rows of one part of the work.
 const ROWS: usize = 16;
@@ -57,13 +57,13 @@ pub fn gradient(h: &[f32], g: &[f32], inner: usize) -> Vec<f32> {
     gh
 }
 
-pub(super) const FORWARD: Kernel = shader!("geglu", vector, "gelu", "walk");
-pub(super) const GRADIENT: Kernel = shader!("geglu_gradient", vector, "gelu", "walk");
+pub(super) const FORWARD: Kernel = kernel!("geglu", "gelu", "walk");
+pub(super) const GRADIENT: Kernel = kernel!("geglu_gradient", "gelu", "walk");
 
 fn on_gpu(gpu: Gpu, h: Tensor<3>, parent: DispatchTensor) -> Tensor<3> {
     let ([b, t, twice], device) = (h.dims(), h.device());
     let inner = twice / 2;
-    let width = lanes(inner);
+    let width = gpu::width(inner);
     let sizes = [(b * t) as u32, inner as u32, 0, 0];
     let groups = grid((b * t * inner / width as usize).div_ceil(GROUP));
     let (y, from) = (empty([b, t, inner], &device), buffer(&h));

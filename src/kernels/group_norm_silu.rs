@@ -7,10 +7,10 @@ use bytemuck::{Pod, Zeroable};
 
 use super::activation::{silu, silu_derivative};
 use super::cpu::{Values, parts, tensor};
-use super::gpu::{lanes, launch, shader, vector};
+use super::gpu::launch;
 use super::node::{input, node, output};
 use super::vector::vectorised;
-use crate::device::gpu::{Gpu, Kernel, buffer, output as empty};
+use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, output as empty};
 
 /// What the operation is told besides its image.
 #[derive(Clone, Copy)]
@@ -142,9 +142,9 @@ pub fn gradient(x: &[f32], g: &[f32], pixels: usize, c: usize, n: GroupNorm) -> 
 }
 
 pub(super) const FORWARD: Kernel =
-    shader!("group_norm_silu", vector, "sigmoid", "workgroup_sum", "group_walk");
+    kernel!("group_norm_silu", "sigmoid", "workgroup_sum", "group_walk");
 pub(super) const GRADIENT: Kernel =
-    shader!("group_norm_silu_gradient", vector, "sigmoid", "workgroup_sum", "group_walk");
+    kernel!("group_norm_silu_gradient", "sigmoid", "workgroup_sum", "group_walk");
 
 /// Kept in sync with `shaders/group_norm_silu.wgsl`.
 #[repr(C)]
@@ -168,7 +168,7 @@ fn on_gpu(
     let (shape, device) = (x.dims(), x.device());
     // A group of two channels is common in small networks.
     let each = (sizes.channels / sizes.groups) as usize;
-    let width = if each % 4 == 2 { 2 } else { lanes(each) };
+    let width = if each % 4 == 2 { 2 } else { gpu::width(each) };
     let grid = [sizes.groups, shape[0] as u32];
     let statistics = empty([shape[0], sizes.groups as usize, 2], &device);
     let y = empty(shape, &device);

@@ -6,10 +6,10 @@ use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
 use super::cpu::{Values, parts, tensor};
-use super::gpu::{grid, lanes, launch, shader, vector};
+use super::gpu::{grid, launch};
 use super::node::{input, node, output};
 use super::vector::vectorised;
-use crate::device::gpu::{Gpu, Kernel, buffer, output as empty};
+use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, output as empty};
 
 /// What rows are scaled and shifted by: row i takes gamma and beta `i / each`.
 #[derive(Clone, Copy)]
@@ -97,8 +97,8 @@ pub fn gradient(x: &[f32], g: &[f32], width: usize, a: Affine) -> Vec<f32> {
     gx
 }
 
-pub(super) const FORWARD: Kernel = shader!("layer_norm", vector, "run_sum");
-pub(super) const GRADIENT: Kernel = shader!("layer_norm_gradient", vector, "run_sum");
+pub(super) const FORWARD: Kernel = kernel!("layer_norm", "run_sum");
+pub(super) const GRADIENT: Kernel = kernel!("layer_norm_gradient", "run_sum");
 
 /// Kept in sync with `shaders/layer_norm.wgsl`.
 #[repr(C)]
@@ -121,7 +121,7 @@ fn on_gpu(
     parent: DispatchTensor,
 ) -> Tensor<3> {
     let (shape, device) = (x.dims(), x.device());
-    let (rows, width) = (shape[0] * shape[1], lanes(shape[2]));
+    let (rows, width) = (shape[0] * shape[1], gpu::width(shape[2]));
     let (y, statistics) = (empty(shape, &device), empty([rows, 2], &device));
     launch(
         &gpu,

@@ -48,8 +48,8 @@ pub fn beginning(variant: u32) -> String {
     let weights = [
         include_str!("../../shaders/weights/f32.wgsl"),
         include_str!("../../shaders/weights/f16.wgsl"),
-        include_str!("../../shaders/weights/q8.wgsl"),
-        include_str!("../../shaders/weights/q4.wgsl"),
+        concat!("const BITS: u32 = 8u;\n", include_str!("../../shaders/weights/quantised.wgsl")),
+        concat!("const BITS: u32 = 4u;\n", include_str!("../../shaders/weights/quantised.wgsl")),
     ];
     let channels = [
         include_str!("../../shaders/shared/channels1.wgsl"),

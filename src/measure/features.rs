@@ -38,7 +38,7 @@ impl FeatureModel {
     /// Names the file and the field or tensor that is missing, damaged or not supported.
     pub fn open(given: &str, compute: &Compute, storage: Storage) -> Result<Self> {
         let clip =
-            Clip::load(clip_path(given)?, Towers::Vision, &compute.burn, storage.of_scores())
+            Clip::load(clip_path(given)?, Towers::Vision, &compute.burn, storage.unquantised())
                 .with_context(|| format!("--features {given}"))?;
         Ok(Self { clip, compute: compute.clone() })
     }

@@ -11,7 +11,7 @@ pub use crate::kernels::activation::Activation;
 use crate::kernels::activation::activation;
 use crate::kernels::frozen_conv::{ConvShape, FrozenConv, frozen_conv};
 use crate::kernels::frozen_linear::{LowRank, frozen_linear};
-use crate::kernels::frozen_weight::FrozenWeight;
+use crate::kernels::frozen_weight::{FrozenWeight, by_input};
 use crate::kernels::group_norm_silu::group_norm_silu;
 use crate::kernels::layer_norm::layer_norm;
 use crate::lora::{LinearShape, Lora};
@@ -28,12 +28,8 @@ impl Linear {
     pub fn load(l: &Loader, part: &str, inputs: usize, outputs: usize) -> Result<Self> {
         let l = l.at(part);
         let values = l.values("weight", [outputs, inputs])?;
-        // A product reads its matrix by rows: transposed once, here.
-        let mut by_input = vec![0.0; values.len()];
-        for (o, row) in values.chunks_exact(inputs).enumerate() {
-            row.iter().enumerate().for_each(|(i, v)| by_input[i * outputs + o] = *v);
-        }
-        let weight = FrozenWeight::new(by_input, [inputs, outputs], l.storage, l.device);
+        let rows = by_input(&values, outputs, |input| input);
+        let weight = FrozenWeight::new(rows, [inputs, outputs], l.storage, l.device);
         let weight = Arc::new(weight);
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
         let name = l.name("").trim_end_matches('.').to_string();

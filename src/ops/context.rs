@@ -2,10 +2,12 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::kernels::{THREADS, width};
 use crate::device::compute::Compute;
-use crate::device::gpu::Buffer;
+use crate::device::gpu::{Buffer, width};
 use crate::schedule::{Step, StepKind};
+
+/// Threads of a workgroup: each leaves a partial sum. `THREADS` in the shaders.
+pub const THREADS: usize = 64;
 
 /// Elements that one workgroup takes of one sample at most: 64 threads, 16 quads each.
 pub const BLOCK: usize = 4096;

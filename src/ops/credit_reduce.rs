@@ -10,10 +10,9 @@ use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 use serde::{Deserialize, Serialize};
 
-use super::kernels::kernel;
 use super::policy_objective::SampleStats;
 use crate::device::compute::Compute;
-use crate::device::gpu::{Kernel, Launch, buffer, output};
+use crate::device::gpu::{Kernel, Launch, buffer, kernel, output};
 use crate::device::tensor::{host, read, upload};
 
 pub(super) const REDUCE: Kernel = kernel!("credit_reduce");

@@ -11,9 +11,8 @@ use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::context::StepContext;
-use super::kernels::kernel;
 use super::sampler_step::{Stepped, SteppedHost, run};
-use crate::device::gpu::Kernel;
+use crate::device::gpu::{Kernel, kernel};
 
 pub(super) const STEP: Kernel = kernel!("ddim_step", "common", "philox", "sampler_step");
 

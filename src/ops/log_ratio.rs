@@ -14,9 +14,8 @@ use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
 use super::context::{Params, StepContext};
-use super::kernels::{kernel, width};
 use super::philox_noise;
-use crate::device::gpu::{Buffer, Kernel, Launch, buffer, output};
+use crate::device::gpu::{Buffer, Kernel, Launch, buffer, kernel, output, width};
 use crate::device::tensor::{host, upload};
 
 pub(super) const PARTIALS: Kernel = kernel!("log_ratio", "common", "philox");

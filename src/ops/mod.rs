@@ -9,7 +9,6 @@ pub mod context;
 pub mod credit_reduce;
 pub mod ddim_step;
 pub mod flow_step;
-pub mod kernels;
 pub mod log_ratio;
 pub mod philox_noise;
 pub mod policy_objective;
@@ -20,10 +19,9 @@ pub mod tensor_ops;
 use anyhow::Result;
 use burn::tensor::Tensor;
 
-pub use self::context::{BLOCK, Coefficients, Guidance, NoiseKey, StepContext};
+pub use self::context::{BLOCK, Coefficients, Guidance, NoiseKey, StepContext, THREADS};
 use self::ddim_step::ddim_step;
 use self::flow_step::flow_step;
-pub use self::kernels::THREADS;
 use self::sampler_step::Stepped;
 
 /// The step of the kind that the coefficients belong to.

@@ -8,9 +8,8 @@ use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::context::{Coefficients, Guidance, NoiseKey, Params, StepContext};
-use super::kernels::{kernel, width};
 use crate::device::compute::Compute;
-use crate::device::gpu::{Kernel, Launch, buffer, output};
+use crate::device::gpu::{Kernel, Launch, buffer, kernel, output, width};
 use crate::device::tensor::upload;
 use crate::philox::{self, Stream};
 

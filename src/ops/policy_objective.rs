@@ -18,10 +18,9 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use super::context::{Guidance, Params, StepContext};
-use super::kernels::{kernel, width};
 use super::log_ratio::{self, HostPredictions, LogRatio, Predictions};
 use super::philox_noise;
-use crate::device::gpu::{Kernel, Launch, buffer, output};
+use crate::device::gpu::{Kernel, Launch, buffer, kernel, output, width};
 use crate::device::tensor::{host, upload};
 
 /// What each sample leaves in the statistics; kept in sync with the struct of the same name in

@@ -13,8 +13,7 @@ use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::context::{Params, StepContext};
-use super::kernels::{kernel, width};
-use crate::device::gpu::{Kernel, Launch, buffer, output};
+use crate::device::gpu::{Kernel, Launch, buffer, kernel, output, width};
 use crate::device::tensor::{host, upload};
 
 pub(super) const LOG_PROB: Kernel = kernel!("step_log_prob", "common", "partials_sum");

@@ -56,6 +56,6 @@ impl<'a> Opening<'a> {
 
     /// How a reward model stores its weights.
     pub fn storage(&self) -> Storage {
-        self.storage.of_scores()
+        self.storage.unquantised()
     }
 }

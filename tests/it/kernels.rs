@@ -1,6 +1,9 @@
 //! The kernels of networks, on the CPU and as shaders: value and gradient against Burn's own
 //! operations, and a row's result whatever stands beside it. One test a kernel, by the kernels'
-//! names.
+//! names: activation with activation_gradient, geglu with geglu_gradient, layer_norm with
+//! layer_norm_gradient, group_norm_silu with group_norm_silu_gradient, frozen_conv with
+//! frozen_conv_gradient, frozen_linear with frozen_linear_gradient, attention with attention_delta,
+//! attention_gradient_q and attention_gradient_kv.
 
 use burn::tensor::activation::{sigmoid, softmax};
 use burn::tensor::module::conv2d;

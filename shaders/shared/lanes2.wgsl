@@ -1,5 +1,5 @@
 // Even widths that are no multiples of 4 (groups of 10 or 30 channels): two elements at a time. See
-// vector4.wgsl.
+// lanes4.wgsl.
 
 alias Lanes = vec2<f32>;
 const WIDTH: u32 = 2u;
