@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use clap::{Args, ValueEnum};
 use serde::{Deserialize, Deserializer, Serialize};
 
+use super::checkpointing::Checkpointing;
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
@@ -211,15 +212,15 @@ pub struct Options {
     #[arg(long, help_heading = "Images and updates")]
     pub batch: Option<usize>,
     /// Hold the activations of one block at a time: much less memory for one more forward pass
-    /// [default: true]
+    /// [default: auto: where memory asks for it]
     #[arg(
         long,
+        value_enum,
         num_args = 0..=1,
         default_missing_value = "true",
-        value_name = "BOOL",
         help_heading = "Images and updates",
     )]
-    pub activation_checkpointing: Option<bool>,
+    pub activation_checkpointing: Option<Checkpointing>,
     /// Seed of all noise and all draws [default: 0]
     #[arg(long, help_heading = "Images and updates")]
     pub seed: Option<u64>,

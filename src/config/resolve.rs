@@ -5,6 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
+use super::checkpointing::Checkpointing;
 use super::options::{InitialNoise, Options, Preset};
 use super::prompts::{embedded, held_out, prompts};
 use super::settings::Settings;
@@ -132,7 +133,7 @@ impl Options {
             train_steps: o.train_steps,
             train_window: o.train_window.unwrap_or(false),
             noise_only_trained: o.noise_only_trained.unwrap_or(false),
-            activation_checkpointing: o.activation_checkpointing.unwrap_or(true),
+            activation_checkpointing: o.activation_checkpointing.unwrap_or(Checkpointing::Auto),
             clip_range: o.clip_range.unwrap_or(1e-4),
             advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
             tracker_size: o.tracker_size.unwrap_or(32),

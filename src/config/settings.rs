@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use serde::{Serialize, Serializer};
 
+use super::checkpointing::Checkpointing;
 use super::numbers::{self, MOST, MOST_RANK, Range};
 use super::options::{InitialNoise, Preset};
 use crate::measure::collapse::Bounds;
@@ -78,7 +79,7 @@ pub struct Settings {
     pub train_steps: Option<usize>,
     pub train_window: bool,
     pub noise_only_trained: bool,
-    pub activation_checkpointing: bool,
+    pub activation_checkpointing: Checkpointing,
     pub clip_range: f64,
     pub advantage_clamp: f64,
     pub tracker_size: usize,

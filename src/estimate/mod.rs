@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 
 pub use self::shapes::Shapes;
 use crate::choice::name;
-use crate::config::Settings;
+use crate::config::{Checkpointing, Settings};
 use crate::device::system::memory_text;
 use crate::device::{Compute, rows_at_a_time};
 use crate::model::Storage;
@@ -74,6 +74,8 @@ pub struct Estimate {
     pub decode: f64,
     /// Bytes that the device offers, where it says so.
     pub offered: Option<u64>,
+    /// Whether an update holds the activations of one block at a time.
+    pub checkpointing: bool,
 }
 
 impl Estimate {
@@ -149,8 +151,25 @@ impl Batches {
     }
 }
 
-/// Estimates a run.
+/// Share of a device's memory that a run may be estimated to need without activation checkpointing
+/// for it to be left off: estimates are within 20%.
+const ROOM: f64 = 0.8;
+
+/// Estimates a run. Where nothing is said of activation checkpointing it is left off where that
+/// leaves room; a device that does not say what it offers may have none.
 pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
+    match s.activation_checkpointing {
+        Checkpointing::True => estimate_with(shapes, s, target, true),
+        Checkpointing::False => estimate_with(shapes, s, target, false),
+        Checkpointing::Auto => {
+            let without = estimate_with(shapes, s, target, false);
+            let room = target.offered.map_or(0.0, |offered| ROOM * offered as f64);
+            if without.peak() <= room { without } else { estimate_with(shapes, s, target, true) }
+        }
+    }
+}
+
+fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: bool) -> Estimate {
     let batches = Batches::of(shapes, s, target);
     let Batches { sampling, updating, .. } = batches;
     let parameters: f64 =
@@ -187,9 +206,10 @@ pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
         encode: text.weights
             + 4.0 * (INFERENCE.stream * text.stream + 2.0 * text.embedding * prompts),
         rollout: rollout(shapes, &batches) * sampling + on_device,
-        update: update(shapes, s, &batches, target) * updating,
+        update: update(shapes, checkpointing, &batches, target) * updating,
         decode: decode(shapes) * sampling,
         offered: target.offered,
+        checkpointing,
     }
 }
 
@@ -206,18 +226,14 @@ fn rollout(shapes: &Shapes, batches: &Batches) -> f64 {
 }
 
 /// Activations of one batch of an update.
-fn update(shapes: &Shapes, s: &Settings, batches: &Batches, target: Target) -> f64 {
+fn update(shapes: &Shapes, checkpointing: bool, batches: &Batches, target: Target) -> f64 {
     let rows = batches.rows;
     let unet = shapes.convolves;
-    let tracked = if s.activation_checkpointing {
-        rows.min(rows_at_once(&shapes.blocks) as f64)
-    } else {
-        rows
-    };
+    let tracked = if checkpointing { rows.min(rows_at_once(&shapes.blocks) as f64) } else { rows };
     let factors = if unet { SAVED_UNET } else { SAVED_TRANSFORMER };
     let saved = |b: &BlockShape| factors.bytes(b, tracked);
     let backward = |b: &BlockShape| BACKWARD.bytes(b, tracked);
-    if s.activation_checkpointing {
+    if checkpointing {
         // Blocks share the tensors that only pass through them, so a block's input costs its
         // stream.
         let inputs = shapes.blocks.iter().map(|b| 4.0 * rows * b.stream).sum::<f64>();
@@ -267,7 +283,7 @@ pub fn check(shapes: &Shapes, s: &Settings, target: Target) -> Result<Estimate> 
 
 /// What helps where no batch fits.
 fn way_out(shapes: &Shapes, s: &Settings, target: Target) -> String {
-    if !s.activation_checkpointing {
+    if s.activation_checkpointing == Checkpointing::False {
         return "use --activation-checkpointing true and --batch 1".into();
     }
     let smaller = match s.storage {
@@ -311,6 +327,12 @@ pub fn text(estimate: &Estimate, s: &Settings, largest: Option<usize>) -> String
          kept and the largest phase\n",
         mib(estimate.peak())
     );
+    let held = match (estimate.checkpointing, s.activation_checkpointing) {
+        (true, _) => "on: one block's activations at a time",
+        (false, Checkpointing::Auto) => "off: all blocks' activations leave room",
+        (false, _) => "off: all blocks' activations",
+    };
+    out += &format!("activation checkpointing {held}\n");
     if let Some(offered) = estimate.offered {
         out += &format!("the device offers    {}\n", mib(offered as f64));
         out += &match largest {

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use burn::tensor::Tensor;
 
+use super::conditioning::Conditioning;
 use super::loader::Loader;
 use super::nn::Linear;
 use crate::kernels::attention::{Heads, attention};
@@ -35,18 +36,23 @@ impl Attention {
         })
     }
 
-    /// `x` `[B, T, width]` attends to `context` `[B, S, context]`, to itself without one.
+    /// `x` `[B, T, width]` attends to the sequences `[P, S, context]` of its rows' conditions, to
+    /// itself without them.
     pub fn forward(
         &self,
         x: Tensor<3>,
-        context: Option<&Tensor<3>>,
+        context: Option<&Conditioning>,
         bias: Option<Tensor<4>>,
         lora: Option<&Lora>,
     ) -> Tensor<3> {
-        let context = context.cloned().unwrap_or_else(|| x.clone());
+        let keys = |from: &Tensor<3>| {
+            [&self.to_k, &self.to_v].map(|layer| layer.forward(from.clone(), lora))
+        };
+        let [k, v] = match context {
+            None => keys(&x),
+            Some(c) => c.keys(&self.to_k.shape.name, keys).map(|few| c.rows.spread(few)),
+        };
         let q = self.to_q.forward(x, lora);
-        let k = self.to_k.forward(context.clone(), lora);
-        let v = self.to_v.forward(context, lora);
         let heads = Heads::of(self.heads, q.dims()[2]);
         let y = attention(q, k, v, bias, heads);
         self.to_out.forward(y, lora)

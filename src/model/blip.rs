@@ -9,6 +9,7 @@ use serde_json::json;
 use super::attention::Attention;
 use super::clip::files::Files;
 use super::clip::vision::tokens;
+use super::conditioning::Conditioning;
 use super::config::Config;
 use super::loader::{Loader, Storage};
 use super::nn::{Activation, Conv2d, LayerNorm, Linear};
@@ -137,7 +138,7 @@ impl Attends {
     fn forward(
         &self,
         x: Tensor<3>,
-        context: Option<&Tensor<3>>,
+        context: Option<&Conditioning>,
         bias: Option<Tensor<4>>,
     ) -> Tensor<3> {
         self.norm.forward(x.clone() + self.attention.forward(x, context, bias, None))
@@ -196,9 +197,10 @@ impl TextTower {
             ids.iter().flatten().map(|&i| if i == pad { -1e30 } else { 0.0 }).collect();
         let mask = upload(&mask, [b, 1, 1, t], &device);
         let mut x = self.norm.forward(words + positions);
+        let seen = Conditioning::of_each(pictures, None);
         for layer in &self.layers {
             x = layer.own.forward(x, None, Some(mask.clone()));
-            x = layer.cross.forward(x, Some(&pictures), None);
+            x = layer.cross.forward(x, Some(&seen), None);
             let y = self.config.activation.forward(layer.fc1.forward(x.clone(), None));
             x = layer.norm.forward(x + layer.fc2.forward(y, None));
         }

@@ -5,11 +5,21 @@ use anyhow::Result;
 use burn::tensor::{Int, Tensor, TensorData};
 
 use super::attention::Attention;
+use super::conditioning::Conditioning;
 use super::loader::Loader;
 use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear};
+use super::row_map::RowMap;
 use crate::kernels::frozen_conv::ConvShape;
 use crate::kernels::geglu::geglu;
 use crate::lora::Lora;
+
+/// The embedding of time of few conditions, and which of them each row has.
+#[derive(Clone, Copy)]
+pub struct Time<'a> {
+    /// `[P, width]`
+    pub embedding: &'a Tensor<2>,
+    pub rows: &'a RowMap,
+}
 
 /// How a `ResnetBlock2D` is built.
 #[derive(Clone, Copy, Debug)]
@@ -57,18 +67,15 @@ impl Resnet {
         })
     }
 
-    /// `x` `[B, H, W, cin]`, `time` `[B, width]` (after its own activation) -> `[B, H, W, cout]`.
-    pub fn forward(
-        &self,
-        x: Tensor<4>,
-        time: Option<&Tensor<2>>,
-        lora: Option<&Lora>,
-    ) -> Tensor<4> {
+    /// `x` `[B, H, W, cin]`, `time` of the rows' conditions (after its own activation) ->
+    /// `[B, H, W, cout]`.
+    pub fn forward(&self, x: Tensor<4>, time: Option<Time>, lora: Option<&Lora>) -> Tensor<4> {
         let act = self.spec.activation;
         let mut h = self.conv1.forward(self.norm1.activated(x.clone(), act));
         let time = match (&self.time_emb_proj, time) {
-            (Some(proj), Some(t)) => {
-                Some(proj.forward(t.clone(), lora).unsqueeze_dims::<4>(&[1, 2]))
+            (Some(proj), Some(Time { embedding, rows })) => {
+                let few = proj.forward(embedding.clone(), lora);
+                Some(rows.spread(few).unsqueeze_dims::<4>(&[1, 2]))
             }
             _ => None,
         };
@@ -119,7 +126,7 @@ impl TransformerBlock {
         })
     }
 
-    fn forward(&self, x: Tensor<3>, context: &Tensor<3>, lora: Option<&Lora>) -> Tensor<3> {
+    fn forward(&self, x: Tensor<3>, context: &Conditioning, lora: Option<&Lora>) -> Tensor<3> {
         let own = self.only_cross.then_some(context);
         let x = x.clone() + self.attn1.forward(self.norms[0].forward(x), own, None, lora);
         let x = x.clone() + self.attn2.forward(self.norms[1].forward(x), Some(context), None, lora);
@@ -173,8 +180,8 @@ impl Transformer2d {
         })
     }
 
-    /// `x` `[B, H, W, C]` with `context` `[B, T, D]` -> `[B, H, W, C]`.
-    pub fn forward(&self, x: Tensor<4>, context: &Tensor<3>, lora: Option<&Lora>) -> Tensor<4> {
+    /// `x` `[B, H, W, C]` of B conditioned images -> `[B, H, W, C]`.
+    pub fn forward(&self, x: Tensor<4>, context: &Conditioning, lora: Option<&Lora>) -> Tensor<4> {
         let [b, h, w, c] = x.dims();
         let tokens = |x: Tensor<4>| x.reshape([b, h * w, c]);
         let image = |x: Tensor<3>| x.reshape([b, h, w, c]);

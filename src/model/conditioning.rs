@@ -1,49 +1,101 @@
 //! What a network is conditioned on.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
 use burn::tensor::Tensor;
 
-/// What a denoiser is conditioned on, for B images.
+use super::row_map::RowMap;
+
+/// What a denoiser is conditioned on, for B images of P conditions: images of one prompt share one.
 #[derive(Clone)]
 pub struct Conditioning {
-    /// Text tokens, `[B, T, D]`.
+    /// Text tokens, `[P, T, D]`.
     pub sequence: Tensor<3>,
-    /// Pooled text embedding, `[B, P]`, of the families that have one.
+    /// Pooled text embedding, `[P, W]`, of the families that have one.
     pub pooled: Option<Tensor<2>>,
+    /// The condition of each image.
+    pub rows: RowMap,
+    /// What layers made of the sequence, where it stays as it is from step to step.
+    kept: Option<Arc<Kept>>,
 }
 
-impl Conditioning {
-    /// `n` rows from `start` on.
-    pub fn rows(&self, start: usize, n: usize) -> Self {
-        Self {
-            sequence: self.sequence.clone().narrow(0, start, n),
-            pooled: self.pooled.clone().map(|p| p.narrow(0, start, n)),
-        }
-    }
+/// Keys and values of layers, by the layers' names.
+type Kept = Mutex<HashMap<String, [Tensor<3>; 2]>>;
 
-    /// All rows of all parts, in order.
+impl Conditioning {
+    /// Conditions, `[P, T, D]` and `[P, W]`, and which of them each image has.
     ///
     /// # Panics
-    /// When there is no part, or some have a pooled embedding and others do not.
-    pub fn cat(parts: Vec<Self>) -> Self {
-        let pooled: Vec<Tensor<2>> = parts.iter().filter_map(|p| p.pooled.clone()).collect();
-        assert!(pooled.is_empty() || pooled.len() == parts.len(), "all parts are of one family");
+    /// When the rows are of another number of conditions.
+    pub fn new(sequence: Tensor<3>, pooled: Option<Tensor<2>>, rows: RowMap) -> Self {
+        assert_eq!(sequence.dims()[0], rows.few(), "a condition for each of the rows' kinds");
+        Self { sequence, pooled, rows, kept: None }
+    }
+
+    /// One condition for each image.
+    pub fn of_each(sequence: Tensor<3>, pooled: Option<Tensor<2>>) -> Self {
+        let rows = RowMap::identity(sequence.dims()[0]);
+        Self::new(sequence, pooled, rows)
+    }
+
+    /// The same, where layers keep what they make of it: for several passes without gradients by
+    /// one adapter.
+    pub fn keeping(self) -> Self {
+        Self { kept: Some(Arc::default()), ..self }
+    }
+
+    /// What `make` makes of the sequence for the layer `name`, `[P, T, ..]`: once, where it is
+    /// kept.
+    pub fn keys(&self, name: &str, make: impl Fn(&Tensor<3>) -> [Tensor<3>; 2]) -> [Tensor<3>; 2] {
+        let Some(kept) = &self.kept else { return make(&self.sequence) };
+        let mut kept = kept.lock().expect("no thread panics with it");
+        if let Some(found) = kept.get(name) {
+            return found.clone();
+        }
+        let made = make(&self.sequence);
+        kept.insert(name.into(), made.clone());
+        made
+    }
+
+    /// `n` images from `start` on, with the conditions that they need.
+    pub fn narrow(&self, start: usize, n: usize) -> Self {
+        let (rows, few) = self.rows.narrow(start, n);
+        let (from, few) = (few.start, few.len());
         Self {
-            sequence: Tensor::cat(parts.into_iter().map(|p| p.sequence).collect(), 0),
-            pooled: (!pooled.is_empty()).then(|| Tensor::cat(pooled, 0)),
+            sequence: self.sequence.clone().narrow(0, from, few),
+            pooled: self.pooled.clone().map(|p| p.narrow(0, from, few)),
+            rows,
+            kept: None,
         }
     }
 
-    /// Row `0` repeated.
-    pub fn repeat(&self, n: usize) -> Self {
+    /// Some of the images, of all conditions.
+    pub fn at(&self, images: &[usize]) -> Self {
+        Self { rows: self.rows.at(images), ..self.clone() }
+    }
+
+    /// These images, and below them others.
+    ///
+    /// # Panics
+    /// When one has a pooled embedding and the other has none.
+    pub fn then(self, other: Self) -> Self {
+        let pooled = match (self.pooled, other.pooled) {
+            (Some(one), Some(other)) => Some(Tensor::cat(vec![one, other], 0)),
+            (None, None) => None,
+            _ => panic!("both are of one family"),
+        };
         Self {
-            sequence: self.sequence.clone().repeat_dim(0, n),
-            pooled: self.pooled.clone().map(|p| p.repeat_dim(0, n)),
+            sequence: Tensor::cat(vec![self.sequence, other.sequence], 0),
+            pooled,
+            rows: self.rows.then(&other.rows),
+            kept: None,
         }
     }
 
     /// Number of images.
     pub fn len(&self) -> usize {
-        self.sequence.dims()[0]
+        self.rows.len()
     }
 
     pub fn is_empty(&self) -> bool {

@@ -17,10 +17,10 @@ use crate::lora::{LinearShape, Lora};
 /// The inputs of a network that are not its latents.
 #[derive(Clone, Copy)]
 pub struct Inputs<'a> {
-    /// One a row, 0..1000.
+    /// One a condition, 0..1000.
     pub timesteps: &'a [f32],
     pub cond: &'a Conditioning,
-    /// The guidance scale, one a row, that a distilled network (FLUX.1-dev) takes as an input;
+    /// The guidance scale, one a condition, that a distilled network (FLUX.1-dev) takes as an input;
     /// others ignore it.
     pub guidance: &'a [f32],
 }
@@ -37,10 +37,10 @@ pub struct Hidden {
 
 /// What all blocks of a forward pass read.
 pub struct Fixed {
-    /// The embedding of time and of the pooled text, activated, `[B, D]`.
+    /// The embedding of time and of the pooled text, activated, `[P, D]`: one a condition.
     pub time: Tensor<2>,
-    /// The text that a UNet attends to.
-    pub context: Option<Tensor<3>>,
+    /// The text, and which condition each row has.
+    pub cond: Conditioning,
     /// cos and sin of the rotary position embedding, `[1, T, 1, head]`.
     pub rotary: Option<[Tensor<4>; 2]>,
     /// Latent height and width.
@@ -67,9 +67,10 @@ impl Hidden {
         if (start, n) == (0, self.len()) {
             return self.clone();
         }
+        let (_, few) = self.fixed.cond.rows.narrow(start, n);
         let fixed = Fixed {
-            time: self.fixed.time.clone().narrow(0, start, n),
-            context: self.fixed.context.clone().map(|c| c.narrow(0, start, n)),
+            time: self.fixed.time.clone().narrow(0, few.start, few.len()),
+            cond: self.fixed.cond.narrow(start, n),
             rotary: self.fixed.rotary.clone(),
             size: self.fixed.size,
         };

@@ -14,6 +14,7 @@ pub mod picture;
 pub mod pipeline;
 pub mod reference;
 pub mod resize;
+pub mod row_map;
 pub mod text;
 pub mod transformer;
 pub mod unet;

@@ -82,6 +82,6 @@ impl ReferenceTensors {
              network that takes {context:?}",
             self.path().display()
         );
-        Ok(Conditioning { sequence, pooled })
+        Ok(Conditioning::of_each(sequence, pooled))
     }
 }

@@ -9,7 +9,7 @@ use burn::tensor::Tensor;
 use super::Replica;
 use super::parallel::map_batches;
 use super::policy::{GuidanceMode, Policy, PromptPair};
-use super::trajectory::{Noise, Transition, sample};
+use super::trajectory::{Noise, Trajectory, Transition, sample};
 use crate::device::tensor::upload;
 use crate::lora::{Adapter, Lora};
 use crate::model::text::embeddings::PromptEmbeddings;
@@ -61,6 +61,8 @@ pub struct Generated {
     pub latents: Tensor<4>,
     /// What was to be kept, in sampling order.
     pub transitions: Vec<Transition>,
+    /// Rows that the network has computed; guidance's are not counted twice.
+    pub calls: usize,
 }
 
 /// Draws all images; `finish` takes each batch on the replica that drew it. `tick` is called after
@@ -91,10 +93,14 @@ pub fn generate<R: Send>(
         };
         let first_image = request.noise.first_image + images.start as u32;
         let noise = Noise { first_image, ..request.noise };
-        let latents = initial_latents(replica, request, &request.images[images.clone()]);
-        let drawn = sample(&policy, latents, request.steps, request.keep, noise, &|| tick())?;
-        let (latents, transitions) = (drawn.latents, drawn.transitions);
-        finish(replica, Generated { images: images.clone(), latents, transitions })
+        let latents = initial_latents(request, &request.images[images.clone()]);
+        let equal = policy.equal_rows(&latents);
+        let [c, h, w] = request.latent;
+        let latents = upload(&latents, [images.len(), c, h, w], &replica.compute.burn);
+        let (steps, keep) = (request.steps, request.keep);
+        let Trajectory { latents, transitions, calls } =
+            sample(&policy, latents, &equal, steps, keep, noise, &|| tick())?;
+        finish(replica, Generated { images: images.clone(), latents, transitions, calls })
     })
 }
 
@@ -129,7 +135,7 @@ pub fn prompt_pair(
     })
 }
 
-fn initial_latents(replica: &Replica, request: &Request, images: &[ImageRequest]) -> Tensor<4> {
+fn initial_latents(request: &Request, images: &[ImageRequest]) -> Vec<f32> {
     let [c, h, w] = request.latent;
     let mut values = Vec::with_capacity(images.len() * c * h * w);
     for image in images {
@@ -140,5 +146,5 @@ fn initial_latents(replica: &Replica, request: &Request, images: &[ImageRequest]
             }
         }
     }
-    upload(&values, [images.len(), c, h, w], &replica.compute.burn)
+    values
 }

@@ -4,9 +4,10 @@ use anyhow::Result;
 
 use super::Replica;
 use super::generate::{Generated, Request, generate, prompt_pair};
-use super::policy::{GuidanceMode, Policy};
+use super::policy::{Branch, GuidanceMode, Policy};
 use super::trajectory::Noise;
 use crate::device::tensor::{read, upload};
+use crate::model::row_map::RowMap;
 use crate::ops::{self, Coefficients, StepContext};
 use crate::schedule::Step;
 
@@ -44,6 +45,8 @@ fn batch_kl(
     let prompts = prompt_pair(replica, request.embeddings, request.uncond, images)?;
     let guidance = GuidanceMode::new(net, request.guidance_scale);
     let base = Policy { compute, net, lora: None, guidance, prompts: &prompts };
+    let each = RowMap::identity(images.len());
+    let base = base.pass(Branch::All, &each).keeping();
     let [c, h, w] = request.latent;
     let first_image = request.noise.first_image + drawn.images.start as u32;
     let noise = Noise { first_image, ..request.noise };

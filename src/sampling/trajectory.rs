@@ -4,8 +4,9 @@ use anyhow::{Result, ensure};
 use burn::tensor::Tensor;
 use image::RgbImage;
 
-use super::policy::Policy;
-use crate::device::tensor::read;
+use super::policy::{Branch, Policy};
+use crate::device::tensor::{read, read_all};
+use crate::model::row_map::RowMap;
 use crate::model::vae::Vae;
 use crate::ops::{self, Coefficients, NoiseKey, StepContext};
 use crate::schedule::Step;
@@ -26,6 +27,8 @@ pub struct Trajectory {
     pub latents: Tensor<4>,
     /// The transitions that were asked for, in sampling order.
     pub transitions: Vec<Transition>,
+    /// Rows that the network has computed, over all steps; guidance's are not counted twice.
+    pub calls: usize,
 }
 
 /// Values or pictures that are not finite: of a policy that has diverged, or of a model that
@@ -49,7 +52,8 @@ impl std::fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
-/// Samples a batch from initial latents; image i of it draws the noise of number
+/// Samples a batch from initial latents, some of whose rows may be `equal` in value and prompt: they
+/// are computed once until noise makes them different. Image i of it draws the noise of number
 /// `first_image + i`. Keeps the transitions of the steps whose index is in `keep`; `tick` is called
 /// after each step.
 ///
@@ -58,15 +62,18 @@ impl std::error::Error for NotFinite {}
 pub fn sample(
     policy: &Policy,
     latents: Tensor<4>,
+    equal: &RowMap,
     steps: &[Step],
     keep: &[usize],
     noise: Noise,
     tick: &dyn Fn() -> Result<()>,
 ) -> Result<Trajectory> {
     let mut x = latents;
-    let mut kept = Vec::with_capacity(keep.len());
+    let mut pass = policy.pass(Branch::All, equal).keeping();
+    let (mut kept, mut calls) = (Vec::with_capacity(2 * keep.len()), 0);
     for step in steps {
-        let out = policy.output(&x, step.t);
+        let out = pass.output(&x, step.t);
+        calls += pass.calls();
         let context = StepContext {
             compute: policy.compute,
             guidance: policy.guidance.combine,
@@ -75,16 +82,21 @@ pub fn sample(
         };
         let next = ops::step(&context, &x, &out)?;
         if keep.contains(&step.index) {
-            kept.push((x, next.prediction));
+            kept.extend([x, next.prediction]);
         }
         x = next.x_prev;
+        if step.sigma > 0.0 && pass.calls() < x.dims()[0] {
+            pass = policy.pass(Branch::All, &RowMap::identity(x.dims()[0])).keeping();
+        }
         tick()?;
     }
     policy.compute.sync()?;
-    let transition = |(x, old): &(Tensor<4>, Tensor<4>)| {
-        anyhow::Ok(Transition { x: read(x)?, old_prediction: read(old)? })
+    let mut values = read_all(kept)?.into_iter();
+    let transition = |_| {
+        let (x, old_prediction) = values.next().zip(values.next()).expect("two for each step");
+        Transition { x, old_prediction }
     };
-    Ok(Trajectory { latents: x, transitions: kept.iter().map(transition).collect::<Result<_>>()? })
+    Ok(Trajectory { latents: x, transitions: keep.iter().map(transition).collect(), calls })
 }
 
 /// Which noise a batch draws.

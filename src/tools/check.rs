@@ -14,6 +14,7 @@ use crate::device::{Compute, guard};
 use crate::io::tensors::HostTensor;
 use crate::model::pipeline::load_schedule;
 use crate::model::reference::ReferenceTensors;
+use crate::model::row_map::RowMap;
 use crate::model::text::TextEncoders;
 use crate::model::text::clip::ClipText;
 use crate::model::text::embeddings::fits;
@@ -232,7 +233,8 @@ impl Subject<'_> {
             shift: None,
             tokens: net.tokens([h, w]),
         })?;
-        let prompts = PromptPair { uncond: prompts.uncond.repeat(rows), ..prompts };
+        let uncond = prompts.uncond.at(&vec![0; rows]);
+        let prompts = PromptPair { uncond, ..prompts };
         let policy = Policy {
             compute: self.compute,
             net,
@@ -242,7 +244,8 @@ impl Subject<'_> {
         };
         let latents = upload(&read(&latents)?, latents.dims(), device);
         let noise = Noise { seed: 0, first_image: 0 };
-        let found = sample(&policy, latents, &steps, &[], noise, &|| Ok(()))?.latents;
+        let each = RowMap::identity(rows);
+        let found = sample(&policy, latents, &each, &steps, &[], noise, &|| Ok(()))?.latents;
         lines.push(self.compare_tensor("latents", "out.latents", &found)?);
         Ok(lines)
     }
@@ -280,10 +283,12 @@ impl Subject<'_> {
         let mut lines = Vec::new();
         for (found, names, references) in &sides {
             if self.reference.has(references[0]) {
-                lines.push(self.compare_tensor(names[0], references[0], &found.sequence)?);
+                let sequence = found.rows.spread(found.sequence.clone());
+                lines.push(self.compare_tensor(names[0], references[0], &sequence)?);
             }
             if let (Some(pooled), true) = (&found.pooled, self.reference.has(references[1])) {
-                lines.push(self.compare_tensor(names[1], references[1], pooled)?);
+                let pooled = found.rows.spread(pooled.clone());
+                lines.push(self.compare_tensor(names[1], references[1], &pooled)?);
             }
         }
         Ok(lines)

@@ -62,6 +62,9 @@ pub struct Unfinished {
     /// The updates that are done, as metrics.jsonl will have them.
     #[serde(rename = "lines", with = "lines")]
     pub updates: Vec<UpdateRecord>,
+    /// Rows that the network computed in the rollout, where it is said.
+    #[serde(default)]
+    pub rollout_calls: Option<usize>,
     /// Where the epoch's time went, in checkpoints from before metrics.jsonl said it.
     #[serde(default, skip_serializing)]
     pub seconds: Option<Seconds>,
@@ -332,8 +335,13 @@ mod tests {
             parts: vec![&values, &values],
         });
         let tracker = Tracker::default();
-        let (scores, updates) = (BTreeMap::new(), vec![]);
-        let unfinished = Unfinished { rewards: vec![], scores, updates, seconds: None };
+        let unfinished = Unfinished {
+            rewards: vec![],
+            scores: BTreeMap::new(),
+            rollout_calls: None,
+            updates: vec![],
+            seconds: None,
+        };
         let state = RunState { unfinished: Some(unfinished), ..RunState::new("x".into(), tracker) };
         let adapter = Adapter { rank: 1, alpha: 1.0, layers: vec![] };
         let optimizer = AdamWState::default();

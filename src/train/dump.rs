@@ -11,6 +11,7 @@ use crate::choice::name;
 use crate::device::tensor::read;
 use crate::io::tensors::{HostTensor, write_tensors};
 use crate::lora::formats::{self, Format};
+use crate::model::Conditioning;
 use crate::ops::philox_noise::philox_noise;
 use crate::ops::policy_objective::Surrogate;
 use crate::sampling::generate::prompt_pair;
@@ -109,10 +110,12 @@ fn embeddings(u: &Update) -> Result<Vec<HostTensor>> {
     let mut tensors = Vec::new();
     for (prefix, conditional) in [("", true), ("negative_", false)] {
         let parts = || prompts.iter().map(|p| if conditional { &p.cond } else { &p.uncond });
-        let sequence: Tensor<3> = Tensor::cat(parts().map(|p| p.sequence.clone()).collect(), 0);
+        let each = |p: &Conditioning| p.rows.spread(p.sequence.clone());
+        let sequence: Tensor<3> = Tensor::cat(parts().map(each).collect(), 0);
         let name = format!("{prefix}prompt_embeds");
         tensors.push(HostTensor::new(name, sequence.dims(), read(&sequence)?));
-        let pooled: Option<Vec<Tensor<2>>> = parts().map(|p| p.pooled.clone()).collect();
+        let each = |p: &Conditioning| Some(p.rows.spread(p.pooled.clone()?));
+        let pooled: Option<Vec<Tensor<2>>> = parts().map(each).collect();
         if let Some(pooled) = pooled {
             let pooled = Tensor::cat(pooled, 0);
             let name = format!("{prefix}pooled_prompt_embeds");

@@ -128,6 +128,8 @@ pub(crate) struct EpochState {
     /// What each reward gave.
     pub scores: BTreeMap<String, ScoreRecord>,
     pub advantages: Vec<f32>,
+    /// Rows that the network computed in the rollout; guidance's are not counted twice.
+    pub rollout_calls: usize,
     /// The updates that are done.
     pub updates: Vec<UpdateRecord>,
     pub seconds: Seconds,
@@ -172,8 +174,8 @@ impl EpochState {
 
     /// What the epoch leaves in metrics.jsonl once its updates are done; of a skipped update no
     /// statistics count.
-    pub fn record(&self, s: &Settings, epoch: usize, skipped_updates: usize) -> EpochRecord {
-        let Self { rewards, scores, updates, seconds, peaks, plan, .. } = self;
+    pub fn record(&self, epoch: usize, skipped_updates: usize) -> EpochRecord {
+        let Self { rewards, scores, updates, seconds, peaks, rollout_calls, .. } = self;
         let over_updates = |f: fn(&UpdateRecord) -> f64| {
             let taken: Vec<f64> = updates.iter().filter(|u| !u.skipped).map(f).collect();
             taken.iter().sum::<f64>() / taken.len().max(1) as f64
@@ -199,8 +201,8 @@ impl EpochState {
             decode_peak_mib: mib(peaks.decode),
             update_peak_mib: mib(peaks.update),
             skipped_updates,
-            rollout_calls: plan.images.len() * plan.steps.len(),
-            update_calls: updates.len() * s.images_per_update() * plan.trained.len(),
+            rollout_calls: *rollout_calls,
+            update_calls: updates.iter().map(|u| u.calls).sum(),
             warnings: Vec::new(),
         }
     }
@@ -216,7 +218,7 @@ impl EpochState {
         unfinished: Unfinished,
         seconds: Seconds,
     ) -> Result<Self> {
-        let Unfinished { rewards, scores, updates, .. } = unfinished;
+        let Unfinished { rewards, scores, updates, rollout_calls, .. } = unfinished;
         let images = plan.images.len();
         ensure!(
             rewards.len() == images,
@@ -247,6 +249,8 @@ impl EpochState {
             advantages: file.rows("advantages", 0..images, &[])?,
             rewards,
             scores,
+            // Where it was not said, each row was computed.
+            rollout_calls: rollout_calls.unwrap_or(images * plan.steps.len()),
             updates,
             seconds,
             peaks: PeakMemory::default(),

@@ -84,7 +84,7 @@ mod tests {
     fn records_read_back_to_the_bit_and_nan_is_null() {
         let stats = StepStats { log_rho_mean: 0.1, loss: f32::NAN, ..Default::default() };
         let step = crate::schedule::Ddim::stable_diffusion().steps(7, 1.0).unwrap()[2];
-        let update = UpdateRecord::new(1, 2, &[step], &[stats], f64::INFINITY);
+        let update = UpdateRecord::new(1, 2, &[step], &[stats], f64::INFINITY, 0);
         assert!(update.skipped);
         let text = serde_json::to_string(&Record::Update(update.clone())).unwrap();
         assert!(text.contains("\"kind\":\"update\"") && text.contains("\"loss\":null"), "{text}");

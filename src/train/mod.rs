@@ -83,7 +83,7 @@ const MAX_SKIPPED: usize = 3;
 /// something to continue from.
 pub fn train(mut job: Job, observer: &dyn Observer) -> Result<Summary> {
     let reward = job.reward.take();
-    let Prepared { mut run, transitions } = prepare(&job, reward, observer)?;
+    let Prepared { mut run, transitions } = prepare(&mut job, reward, observer)?;
     let result = device::guard(|| {
         // Also of a resumed run, which may have been given more epochs.
         let settings = toml::to_string(run.settings).context("settings")?;
@@ -149,6 +149,14 @@ fn epoch(run: &mut Run, restored: Option<EpochState>) -> Result<()> {
     }
 }
 
+/// A batch of a rollout.
+struct Sampled {
+    batch: TrajectoryBatch,
+    /// Where its images end.
+    latents: Vec<f32>,
+    calls: usize,
+}
+
 /// Samples, decodes and scores an epoch's images.
 fn rollout(run: &mut Run) -> Result<EpochState> {
     let start = Instant::now();
@@ -185,10 +193,15 @@ fn rollout(run: &mut Run) -> Result<EpochState> {
             images: drawn.images,
             transitions: drawn.transitions,
         };
-        Ok((batch, read(&drawn.latents)?))
+        Ok(Sampled { batch, latents: read(&drawn.latents)?, calls: drawn.calls })
     });
     run.observer.on(Event::PhaseEnds);
-    let (batches, latents): (Vec<TrajectoryBatch>, Vec<Vec<f32>>) = sampled?.into_iter().unzip();
+    let (mut batches, mut latents, mut calls) = (Vec::new(), Vec::new(), 0);
+    for sampled in sampled? {
+        batches.push(sampled.batch);
+        latents.push(sampled.latents);
+        calls += sampled.calls;
+    }
     let (sampled, sampling_peak) = (start.elapsed().as_secs_f64(), peak());
 
     // ------------------------------------------------------------------------------ DECODE, REWARD
@@ -216,8 +229,18 @@ fn rollout(run: &mut Run) -> Result<EpochState> {
         update: 0.0,
     };
     let peaks = PeakMemory { rollout: sampling_peak, decode: decoding_peak, update: None };
-    let (updates, restored) = (Vec::new(), false);
-    Ok(EpochState { batches, plan, rewards, scores, advantages, updates, seconds, peaks, restored })
+    Ok(EpochState {
+        batches,
+        plan,
+        rewards,
+        scores,
+        advantages,
+        rollout_calls: calls,
+        updates: Vec::new(),
+        seconds,
+        peaks,
+        restored: false,
+    })
 }
 
 /// The updates of an epoch that are not done yet. A signal is heard between two of them.
@@ -287,7 +310,8 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
         run.observer.on(Event::Dumped { update: number, file: &request.file });
     }
     let grad_norm = clip_norm(&mut sum.gradients, s.max_grad_norm);
-    let record = UpdateRecord::new(run.state.epoch + 1, number, trained, &table, grad_norm);
+    let epoch = run.state.epoch + 1;
+    let record = UpdateRecord::new(epoch, number, trained, &table, grad_norm, sum.calls);
     run.state.updates = number;
     if record.skipped {
         run.state.skipped += 1;
@@ -328,7 +352,7 @@ fn gradient(
         let options = GradientOptions {
             surrogate,
             advantage: &state.advantages[batch.images.clone()],
-            rows_at_once: s.activation_checkpointing.then_some(run.rows_at_once),
+            rows_at_once: run.rows_at_once,
         };
         let tick = || run.observer.on(Event::PhaseAdvances);
         batch_gradient(&policy, &run.adapter, batch, &state.plan.trained, &options, &tick)
@@ -344,7 +368,7 @@ fn gradient(
 fn record(run: &mut Run, done: &EpochState) -> Result<()> {
     let s = run.settings;
     let state = RunState { epoch: run.state.epoch + 1, unfinished: None, ..run.state.clone() };
-    let mut record = done.record(s, state.epoch, state.skipped);
+    let mut record = done.record(state.epoch, state.skipped);
     // Before anything is changed: a reward program that dies here must not cost the epoch.
     let shown = if state.epoch == s.epochs || state.epoch.is_multiple_of(s.eval_every) {
         Some(evaluate(run, Extent::Full)?)

@@ -46,7 +46,7 @@ pub(crate) struct Prepared<'a> {
 /// # Errors
 /// Names the flag, file or field, before anything is written.
 pub(crate) fn prepare<'a>(
-    job: &'a Job,
+    job: &'a mut Job,
     reward: Option<Box<dyn Reward>>,
     observer: &'a dyn Observer,
 ) -> Result<Prepared<'a>> {
@@ -59,6 +59,9 @@ pub(crate) fn prepare<'a>(
     let found = shapes(s, adapter_file(job).as_deref())?;
     let target = Target::of(&compute).with_limit(s.memory);
     let estimated = estimate::check(&found, s, target)?;
+    // What is chosen by this device's memory is saved with the run, which goes on to the bit.
+    job.settings.activation_checkpointing = estimated.checkpointing.into();
+    let (job, s) = (&*job, &job.settings);
     let rewards = device::guard(|| Rewards::open(s, reward, &compute))?;
     let features = device::guard(|| features(s, &compute))?;
     let embeddings = device::guard(|| encode(s, &compute))?;
@@ -85,7 +88,7 @@ pub(crate) fn prepare<'a>(
         embeddings,
         steps,
         trainable,
-        rows_at_once: rows_at_once(&found.blocks),
+        rows_at_once: estimated.checkpointing.then(|| rows_at_once(&found.blocks)),
         state,
         adapter,
         optimizer,
@@ -248,10 +251,12 @@ fn summary(
             given.join(" + ")
         ),
         format!(
-            "memory: about {} at most, {} of it for weights; a rollout keeps {} for the update",
+            "memory: about {} at most, {} of it for weights; a rollout keeps {} for the update; \
+             activation checkpointing {}",
             memory_text(estimated.peak() as u64),
             memory_text(estimated.weights as u64),
-            memory_text(estimated.kept as u64)
+            memory_text(estimated.kept as u64),
+            if estimated.checkpointing { "on" } else { "off" }
         ),
     ]
 }

@@ -18,7 +18,7 @@ use crate::lora::formats::{self, Format};
 use crate::ops::policy_objective::Surrogate;
 use crate::ops::{self, Coefficients, StepContext};
 use crate::sampling::generate::prompt_pair;
-use crate::sampling::policy::{GuidanceMode, Policy};
+use crate::sampling::policy::{Branch, GuidanceMode, Policy};
 use crate::sampling::trajectory::Transition;
 use crate::schedule::Step;
 
@@ -34,6 +34,7 @@ pub(super) fn suspend(run: &mut Run, state: &EpochState) -> Result<()> {
     let unfinished = Unfinished {
         rewards: state.rewards.clone(),
         scores: state.scores.clone(),
+        rollout_calls: Some(state.rollout_calls),
         updates: state.updates.clone(),
         seconds: None,
     };
@@ -103,7 +104,8 @@ pub(super) fn test_restored(
             coefficients: Coefficients::from(step),
             key: batch.noise.at(step),
         };
-        let next = ops::step(&context, &x, &policy.output(&x, step.t))?;
+        let pass = policy.pass(Branch::All, &policy.equal_rows(&before.x));
+        let next = ops::step(&context, &x, &pass.output(&x, step.t))?;
         anyhow::Ok(Transition { x: before.x.clone(), old_prediction: read(&next.prediction)? })
     };
     let trained = &state.plan.trained;
@@ -117,7 +119,7 @@ pub(super) fn test_restored(
     let options = GradientOptions {
         surrogate,
         advantage: &state.advantages[batch.images.clone()],
-        rows_at_once: s.activation_checkpointing.then_some(run.rows_at_once),
+        rows_at_once: run.rows_at_once,
     };
     let found = batch_gradient(&policy, &run.adapter, &own, trained, &options, &|| {})?;
     let passed = self_test(s, &found.stats, &found.gradients)?;

@@ -143,7 +143,7 @@ pub(crate) struct Run<'a> {
     /// Indices of the steps that may be trained.
     pub trainable: Vec<usize>,
     /// Rows that a block is differentiated for at a time, with activation checkpointing.
-    pub rows_at_once: usize,
+    pub rows_at_once: Option<usize>,
     pub state: RunState,
     pub adapter: Adapter,
     pub optimizer: AdamWState,

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use crate::config::Settings;
+use crate::config::{Checkpointing, Settings};
 use crate::ops::policy_objective::SampleStats;
 use crate::sampling::trajectory::NotFinite;
 
@@ -35,7 +35,7 @@ pub(crate) fn self_test(
 /// very passes that sampling ran; without, attention is computed another way where gradients are
 /// tracked. Weights of fewer bits are the same on both sides.
 fn bound(s: &Settings) -> f64 {
-    if s.activation_checkpointing { 1e-6 } else { 1e-5 }
+    if s.activation_checkpointing == Checkpointing::True { 1e-6 } else { 1e-5 }
 }
 
 fn largest_log_rho(stats: &[SampleStats], gradients: &[Vec<f32>], bound: f64) -> Result<f32> {

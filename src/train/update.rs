@@ -10,7 +10,6 @@ use super::backward::{Forward, GradientAccumulator, LoraPair};
 use crate::device::Compute;
 use crate::device::tensor::{read_all, upload};
 use crate::lora::Adapter;
-use crate::model::Inputs;
 use crate::ops::credit_reduce::{StepStats, credit_reduce};
 use crate::ops::log_ratio::Predictions;
 use crate::ops::policy_objective::{
@@ -39,6 +38,8 @@ pub struct BatchGradient {
     pub gradients: Vec<Vec<f32>>,
     /// Statistics `[S, B]`.
     pub stats: Vec<SampleStats>,
+    /// Rows that the policy's network has computed; guidance's are not counted twice.
+    pub calls: usize,
 }
 
 /// What the gradient of a batch is told besides.
@@ -71,15 +72,24 @@ pub fn batch_gradient(
     let tracked = &frozen.tracked();
     let lora = LoraPair { tracked, frozen };
     let mut sums = GradientAccumulator::new(adapter, tracked);
-    let mut stats = Vec::with_capacity(trained.len());
+    let (mut stats, mut calls) = (Vec::with_capacity(trained.len()), 0);
     for (step, transition) in trained.iter().zip(&batch.transitions) {
-        stats.push(step_gradient(policy, batch, step, transition, options, lora, &mut sums)?);
+        let done = step_gradient(policy, batch, step, transition, options, lora, &mut sums)?;
+        stats.push(done.stats);
+        calls += done.calls;
         tick();
     }
-    read_gradient(sums, adapter, Tensor::cat(stats, 0))
+    read_gradient(sums, adapter, Tensor::cat(stats, 0), calls)
 }
 
-/// One step's part: adds its gradient, and gives its statistics `[B, STATS]`.
+/// What a step leaves beside its gradient.
+struct StepGradient {
+    /// `[B, STATS]`
+    stats: Tensor<2>,
+    calls: usize,
+}
+
+/// One step's part, whose gradient is added to `sums`.
 fn step_gradient(
     policy: &Policy,
     batch: &TrajectoryBatch,
@@ -88,7 +98,7 @@ fn step_gradient(
     options: &GradientOptions,
     lora: LoraPair,
     sums: &mut GradientAccumulator,
-) -> Result<Tensor<2>> {
+) -> Result<StepGradient> {
     let (net, guidance, device) = (policy.net, policy.guidance.combine, &policy.compute.burn);
     let surrogate = options.surrogate;
     let conditional_only = match surrogate.guidance_gradient {
@@ -97,20 +107,21 @@ fn step_gradient(
     };
     let x = upload(&transition.x, batch.shape, device);
     let old = upload(&transition.old_prediction, batch.shape, device);
+    // What the sampler computed once is computed once here.
+    let equal = policy.equal_rows(&transition.x);
     let branch = if conditional_only { Branch::Conditional } else { Branch::All };
-    let forward = policy.pass(branch, &x, step.t, |x, inputs| {
-        Forward::run(net, x, inputs, lora, options.rows_at_once)
-    });
+    let pass = policy.pass(branch, &equal);
+    let forward =
+        pass.run(&x, step.t, |x, inputs| Forward::run(net, x, inputs, lora, options.rows_at_once));
     // The whole output, which the objective reads.
     let output = if conditional_only {
-        let run = |x, inputs: Inputs| net.forward(x, inputs, policy.lora);
-        let unconditional = policy.pass(Branch::Unconditional, &x, step.t, run);
-        Tensor::cat(vec![unconditional, forward.output()], 0)
+        let unconditional = policy.pass(Branch::Unconditional, &equal).output(&x, step.t);
+        Tensor::cat(vec![unconditional, pass.spread(forward.output())], 0)
     } else {
-        forward.output()
+        pass.spread(forward.output())
     };
     let base = Policy { lora: None, ..*policy };
-    let base = (surrogate.beta > 0.0).then(|| base.output(&x, step.t));
+    let base = (surrogate.beta > 0.0).then(|| base.pass(Branch::All, &equal).output(&x, step.t));
     let context = StepContext {
         compute: policy.compute,
         guidance,
@@ -125,8 +136,8 @@ fn step_gradient(
     } else {
         done.gradient
     };
-    forward.backward(gradient, sums);
-    Ok(done.stats)
+    forward.backward(pass.sum(gradient), sums);
+    Ok(StepGradient { stats: done.stats, calls: pass.calls() })
 }
 
 /// Everything on the host, by one visit to the device.
@@ -134,6 +145,7 @@ fn read_gradient(
     sums: GradientAccumulator,
     adapter: &Adapter,
     stats: Tensor<2>,
+    calls: usize,
 ) -> Result<BatchGradient> {
     let sums = sums.finish();
     let arrived: Vec<bool> = sums.iter().map(Option::is_some).collect();
@@ -149,6 +161,7 @@ fn read_gradient(
     Ok(BatchGradient {
         gradients: gradients.collect(),
         stats: bytemuck::cast_slice(&stats).to_vec(),
+        calls,
     })
 }
 
@@ -158,6 +171,8 @@ pub struct UpdateGradient {
     pub gradients: Vec<Vec<f32>>,
     /// Of each batch, `[S, B]`.
     pub stats: Vec<Vec<SampleStats>>,
+    /// Rows that the policy's network has computed.
+    pub calls: usize,
 }
 
 impl UpdateGradient {
@@ -171,6 +186,7 @@ impl UpdateGradient {
             }
         }
         self.stats.push(batch.stats);
+        self.calls += batch.calls;
     }
 
     /// The statistics of all images of one step, `[S, N]`.
@@ -206,12 +222,76 @@ mod tests {
     use super::*;
     use crate::device::Compute;
     use crate::device::tensor::VISITS;
+    use crate::model::row_map::RowMap;
     use crate::model::unet::UNet;
     use crate::model::{Conditioning, Denoiser, Storage};
     use crate::ops::policy_objective::Objective;
     use crate::philox::{Stream, noise};
     use crate::sampling::policy::{GuidanceMode, PromptPair};
     use crate::schedule::Ddim;
+
+    /// Rows that are equal in latent and prompt are computed once, and each has its own noise,
+    /// advantage and clipping: METHOD2 1c.
+    #[test]
+    fn equal_rows_computed_once_have_the_gradient_of_separate_ones() {
+        let (compute, device) = (Compute::cpu(), Device::flex());
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji/unet");
+        let net = UNet::load(&dir, &device, Storage::F32).unwrap();
+        let draw = |i: u32, n: usize| noise(1, Stream::Evaluation, i, 0, n);
+        let text = |i: u32| upload(&draw(i, 16 * 128), [1, 16, 128], &device);
+        let trained = Ddim::stable_diffusion().steps(8, 1.0).unwrap()[2..3].to_vec();
+        let targets: Vec<String> = ["to_q", "to_k", "to_v"].map(String::from).into();
+        let adapter = Adapter::new(&net.linears(), &targets, 2, 2.0, 1).unwrap();
+        let lora = adapter.to_device(&device);
+        // Three rows of one latent and prompt, one of another latent, one of another prompt.
+        let (latents, prompt) = ([0, 0, 1, 0, 0], [0, 0, 0, 0, 1]);
+        let n = latents.len();
+        let size = 4 * 16 * 16;
+        let advantage = [1.0, -1.0, 0.5, 2.0, -0.5];
+        let surrogate = Surrogate {
+            objective: Objective::LogHinge,
+            clip_range: 2e-3,
+            beta: 0.0,
+            guidance_gradient: GuidanceGradient::Both,
+            scale: 1.0 / n as f32,
+        };
+        let gradient = |rows: std::ops::Range<usize>| {
+            let map = RowMap::of_equal(&prompt[rows.clone()]);
+            let of = |row: usize| text(prompt[row] as u32);
+            let few = map.firsts().into_iter().map(|first| of(rows.start + first));
+            let cond = Conditioning::new(Tensor::cat(few.collect(), 0), None, map);
+            let uncond = Conditioning::new(text(2), None, RowMap::all_one(rows.len()));
+            let prompts = PromptPair { cond, uncond };
+            let (compute, guidance) = (&compute, GuidanceMode::new(&net, 3.0));
+            let policy =
+                Policy { compute, net: &net, lora: Some(&lora), guidance, prompts: &prompts };
+            let all = |first: u32| {
+                rows.clone().flat_map(|row| draw(first + latents[row], size)).collect::<Vec<f32>>()
+            };
+            let batch = TrajectoryBatch {
+                images: rows.clone(),
+                noise: Noise { seed: 1, first_image: rows.start as u32 },
+                shape: [rows.len(), 4, 16, 16],
+                transitions: vec![Transition { x: all(3), old_prediction: all(5) }],
+            };
+            let advantage = &advantage[rows.clone()];
+            let options = GradientOptions { surrogate: &surrogate, advantage, rows_at_once: None };
+            batch_gradient(&policy, &adapter, &batch, &trained, &options, &|| {}).unwrap()
+        };
+        let shared = gradient(0..n);
+        assert_eq!(shared.calls, 3);
+        let mut separate = UpdateGradient::default();
+        (0..n).for_each(|row| separate.add(gradient(row..row + 1)));
+        assert_eq!(separate.calls, n);
+        let clipped = shared.stats.iter().filter(|s| s.clipped > 0.0).count();
+        assert!((1..n).contains(&clipped), "{clipped} of {n} rows are clipped");
+        let pairs = || shared.gradients.iter().flatten().zip(separate.gradients.iter().flatten());
+        let norm = |values: &mut dyn Iterator<Item = f32>| {
+            values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+        };
+        let off = norm(&mut pairs().map(|(a, b)| a - b)) / norm(&mut pairs().map(|(_, b)| *b));
+        assert!(off <= 1e-6, "the gradient is off by {off:e} of its norm");
+    }
 
     /// However many layers an adapter has, a batch's gradient is one visit to the device.
     #[test]
@@ -220,10 +300,8 @@ mod tests {
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji/unet");
         let net = UNet::load(&dir, &device, Storage::F32).unwrap();
         let draw = |i: u32, n: usize| noise(1, Stream::Evaluation, i, 0, n);
-        let text = |i: u32| Conditioning {
-            sequence: upload(&draw(i, 16 * 128), [1, 16, 128], &device),
-            pooled: None,
-        };
+        let text =
+            |i: u32| Conditioning::of_each(upload(&draw(i, 16 * 128), [1, 16, 128], &device), None);
         let prompts = PromptPair { cond: text(0), uncond: text(1) };
         let trained = Ddim::stable_diffusion().steps(8, 1.0).unwrap()[2..4].to_vec();
         let transition = |i: u32| Transition {

@@ -33,6 +33,9 @@ pub struct UpdateRecord {
     /// Norm of the gradient before it is cut.
     #[serde(deserialize_with = "or_nan")]
     pub grad_norm: f64,
+    /// Rows that the policy's network has computed; guidance's are not counted twice.
+    #[serde(default)]
+    pub calls: usize,
     /// Whether loss or gradient was not finite.
     pub skipped: bool,
     /// One for each trained step, in sampling order.
@@ -83,6 +86,7 @@ impl UpdateRecord {
         trained: &[Step],
         table: &[StepStats],
         grad_norm: f64,
+        calls: usize,
     ) -> Self {
         let loss = mean(table, |t| t.loss);
         Self {
@@ -95,6 +99,7 @@ impl UpdateRecord {
             log_rho_mean: mean(table, |t| t.log_rho_mean),
             log_rho_std: pooled_std(table),
             grad_norm,
+            calls,
             skipped: !(loss.is_finite() && grad_norm.is_finite()),
             steps: trained.iter().zip(table).map(|(s, t)| StepRecord::new(s, t)).collect(),
         }

@@ -146,7 +146,7 @@ impl Dump {
             let (values, shape) = rows(&name);
             upload(&values, [n, shape[0]], &compute.burn)
         });
-        Conditioning { sequence, pooled }
+        Conditioning::of_each(sequence, pooled)
     }
 
     /// The dump holds its adapter under `lora.`: rewritten as a file of its own, with its alpha.

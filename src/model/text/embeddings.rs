@@ -11,6 +11,7 @@ use crate::device::tensor::upload;
 use crate::io::tensors::{HostTensor, write_tensors};
 use crate::io::weights::Weights;
 use crate::model::conditioning::Conditioning;
+use crate::model::row_map::RowMap;
 
 /// Embeddings of prompts, by their row.
 pub struct PromptEmbeddings {
@@ -104,14 +105,15 @@ impl PromptEmbeddings {
         })
     }
 
-    /// Rows, in the order that they are named, on a device.
+    /// The conditions of images whose rows are named, each row once, on a device.
     ///
     /// # Errors
     /// When a row of a file is damaged.
     pub fn conditioning(&self, rows: &[usize], device: &Device) -> Result<Conditioning> {
         let [tokens, width] = self.sequence;
         let (mut sequences, mut pooleds) = (Vec::new(), Vec::new());
-        for &row in rows {
+        let map = RowMap::of_equal(rows);
+        for row in map.firsts().into_iter().map(|image| rows[image]) {
             match &self.source {
                 Source::Host { sequence, pooled } => {
                     let (n, p) = (tokens * width, self.pooled);
@@ -126,11 +128,10 @@ impl PromptEmbeddings {
                 }
             }
         }
-        let b = rows.len();
-        Ok(Conditioning {
-            sequence: upload(&sequences, [b, tokens, width], device),
-            pooled: (self.pooled > 0).then(|| upload(&pooleds, [b, self.pooled], device)),
-        })
+        let few = map.few();
+        let sequence = upload(&sequences, [few, tokens, width], device);
+        let pooled = (self.pooled > 0).then(|| upload(&pooleds, [few, self.pooled], device));
+        Ok(Conditioning::new(sequence, pooled, map))
     }
 
     /// Writes embeddings that were just made as [`Self::open`] reads them: `sequence` `[N, T, D]`

@@ -142,7 +142,7 @@ impl Double {
         fixed: &Fixed,
         lora: Option<&Lora>,
     ) -> (Tensor<3>, Tensor<3>) {
-        let [image, context] = [0, 1].map(|i| self.norm1[i].gated(&fixed.time, lora));
+        let [image, context] = [0, 1].map(|i| self.norm1[i].gated(fixed, lora));
         let image_in = image[0].shift.norm(x.clone());
         let text_in = context[0].shift.norm(text.clone());
         let rotary = fixed.rotary.as_ref();
@@ -185,7 +185,7 @@ impl Single {
     }
 
     fn forward(&self, x: Tensor<3>, fixed: &Fixed, lora: Option<&Lora>) -> Tensor<3> {
-        let m = &self.norm.gated(&fixed.time, lora)[0];
+        let m = &self.norm.gated(fixed, lora)[0];
         let h = m.shift.norm(x.clone());
         let mlp = Activation::GeluTanh.forward(self.proj_mlp.forward(h.clone(), lora));
         let (attended, _) = self.attn.forward(h, None, fixed.rotary.as_ref(), lora);
@@ -270,8 +270,10 @@ impl Flux {
     ) -> Hidden {
         let image = self.x_embedder.forward(packed, None);
         let text = self.context_embedder.forward(inputs.cond.sequence.clone(), None);
+        let text = inputs.cond.rows.spread(text);
         let rotary = Some(self.rotary(&[text_ids, image_ids].concat()));
-        let fixed = Fixed { time: self.time_text.forward(&inputs), context: None, rotary, size };
+        let (time, cond) = (self.time_text.forward(&inputs), inputs.cond.clone());
+        let fixed = Fixed { time, cond, rotary, size };
         Hidden { flow: vec![hold(image), hold(text)], fixed: Arc::new(fixed) }
     }
 
@@ -280,7 +282,7 @@ impl Flux {
         let first = tokens(hidden.flow.swap_remove(0));
         let total = first.dims()[1];
         let image = first.narrow(1, total - n, n);
-        let shift = self.norm_out.continuous(&hidden.fixed.time, None);
+        let shift = self.norm_out.continuous(&hidden.fixed, None);
         self.proj_out.forward(shift.norm(image), None)
     }
 }

@@ -9,7 +9,7 @@ use crate::kernels::layer_norm::layer_norm;
 use crate::lora::Lora;
 use crate::model::blocks::TimeEmbedding;
 use crate::model::config::BlockShape;
-use crate::model::denoiser::Inputs;
+use crate::model::denoiser::{Fixed, Inputs};
 use crate::model::loader::Loader;
 use crate::model::nn::{Activation, Linear, RmsNorm};
 
@@ -49,7 +49,7 @@ impl TimeTextEmbedding {
         })
     }
 
-    /// `[B, width]`, activated: every modulation activates it first, so it is done once here.
+    /// `[P, width]`, one a condition, activated: every modulation activates it first, so it is done once here.
     pub fn forward(&self, inputs: &Inputs) -> Tensor<2> {
         let pooled =
             inputs.cond.pooled.clone().expect("a transformer's conditioning has a pooled part");
@@ -116,8 +116,9 @@ impl Modulation {
         })
     }
 
-    fn parts(&self, time: &Tensor<2>, lora: Option<&Lora>) -> impl Iterator<Item = Tensor<2>> {
-        self.linear.forward(time.clone(), lora).chunk(self.parts, 1).into_iter()
+    fn parts(&self, fixed: &Fixed, lora: Option<&Lora>) -> impl Iterator<Item = Tensor<2>> {
+        let few = self.linear.forward(fixed.time.clone(), lora);
+        fixed.cond.rows.spread(few).chunk(self.parts, 1).into_iter()
     }
 
     fn shift(&self, shift: Tensor<2>, scale: Tensor<2>, lora: Option<&Lora>) -> Shift {
@@ -126,8 +127,8 @@ impl Modulation {
     }
 
     /// The parts of `AdaLayerNormZero` and its relatives: (shift, scale, gate) over and over.
-    pub fn gated(&self, time: &Tensor<2>, lora: Option<&Lora>) -> Vec<Gated> {
-        let mut parts = self.parts(time, lora);
+    pub fn gated(&self, fixed: &Fixed, lora: Option<&Lora>) -> Vec<Gated> {
+        let mut parts = self.parts(fixed, lora);
         let mut gated = Vec::new();
         while let (Some(shift), Some(scale), Some(gate)) =
             (parts.next(), parts.next(), parts.next())
@@ -139,8 +140,8 @@ impl Modulation {
     }
 
     /// The two parts of `AdaLayerNormContinuous`, which has the scale first.
-    pub fn continuous(&self, time: &Tensor<2>, lora: Option<&Lora>) -> Shift {
-        let mut parts = self.parts(time, lora);
+    pub fn continuous(&self, fixed: &Fixed, lora: Option<&Lora>) -> Shift {
+        let mut parts = self.parts(fixed, lora);
         let (scale, shift) = parts.next().zip(parts.next()).expect("a scale and a shift");
         self.shift(shift, scale, lora)
     }

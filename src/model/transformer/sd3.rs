@@ -154,18 +154,18 @@ impl JointBlock {
         &self,
         x: Tensor<3>,
         text: Tensor<3>,
-        time: &Tensor<2>,
+        fixed: &Fixed,
         lora: Option<&Lora>,
     ) -> (Tensor<3>, Tensor<3>) {
         // Of attention, feed-forward, and the second attention where there is one.
-        let image = self.norm1.gated(time, lora);
+        let image = self.norm1.gated(fixed, lora);
         let image_in = image[0].shift.norm(x.clone());
         let Some(ff_context) = &self.ff_context else {
-            let text_in = self.norm1_context.continuous(time, lora).norm(text.clone());
+            let text_in = self.norm1_context.continuous(fixed, lora).norm(text.clone());
             let (out, _) = self.attn.forward(image_in, Some(text_in), None, lora);
             return (self.rest(x, out, &image, lora), text);
         };
-        let context = self.norm1_context.gated(time, lora);
+        let context = self.norm1_context.gated(fixed, lora);
         let text_in = context[0].shift.norm(text.clone());
         let (image_out, text_out) = self.attn.forward(image_in, Some(text_in), None, lora);
         let x = self.rest(x, image_out, &image, lora);
@@ -293,8 +293,9 @@ impl Denoiser for Sd3 {
         let image = self.patches.forward(channels_last(x)).reshape([b, rows * columns, width])
             + centre.reshape([1, rows * columns, width]);
         let text = self.context_embedder.forward(inputs.cond.sequence.clone(), None);
+        let text = inputs.cond.rows.spread(text);
         let time = self.time_text.forward(&inputs);
-        let fixed = Fixed { time, context: None, rotary: None, size: [h, w] };
+        let fixed = Fixed { time, cond: inputs.cond.clone(), rotary: None, size: [h, w] };
         Hidden { flow: vec![hold(image), hold(text)], fixed: Arc::new(fixed) }
     }
 
@@ -305,13 +306,13 @@ impl Denoiser for Sd3 {
     fn block(&self, i: usize, hidden: Hidden, lora: Option<&Lora>) -> Hidden {
         let [image, text]: [Tensor<4>; 2] = hidden.flow.try_into().expect("image and text");
         let (image, text) =
-            self.blocks[i].forward(tokens(image), tokens(text), &hidden.fixed.time, lora);
+            self.blocks[i].forward(tokens(image), tokens(text), &hidden.fixed, lora);
         Hidden { flow: vec![hold(image), hold(text)], fixed: hidden.fixed }
     }
 
     fn finish(&self, mut hidden: Hidden) -> Tensor<4> {
         let image = tokens(hidden.flow.swap_remove(0));
-        let shift = self.norm_out.continuous(&hidden.fixed.time, None);
+        let shift = self.norm_out.continuous(&hidden.fixed, None);
         let y = self.proj_out.forward(shift.norm(image), None);
         let ([h, w], p, b) = (hidden.fixed.size, self.config.patch, y.dims()[0]);
         let c = self.config.channels;

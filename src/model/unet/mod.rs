@@ -10,7 +10,7 @@ use burn::tensor::{Device, Tensor};
 
 use self::config::MidKind;
 pub use self::config::UNetConfig;
-use super::blocks::{Downsample, Resnet, ResnetSpec, TimeEmbedding, Transformer2d, Upsample};
+use super::blocks::{Downsample, Resnet, ResnetSpec, Time, TimeEmbedding, Transformer2d, Upsample};
 use super::config::NetworkConfig;
 use super::denoiser::{Denoiser, Fixed, Hidden, Inputs, forward_of_latents};
 use super::loader::{Loader, Storage};
@@ -196,9 +196,8 @@ impl Denoiser for UNet {
         let time = Activation::Silu.forward(self.time.forward(inputs.timesteps, &self.device));
         let x = if self.config.center_input { x * 2.0 - 1.0 } else { x };
         let x = self.conv_in.forward(channels_last(x));
-        let context = Some(inputs.cond.sequence.clone());
         // The image last; below it the skip connections that wait for their up block.
-        let fixed = Fixed { time, context, rotary: None, size: [h, w] };
+        let fixed = Fixed { time, cond: inputs.cond.clone(), rotary: None, size: [h, w] };
         Hidden { flow: vec![x.clone(), x], fixed: Arc::new(fixed) }
     }
 
@@ -208,8 +207,8 @@ impl Denoiser for UNet {
 
     fn block(&self, i: usize, hidden: Hidden, lora: Option<&Lora>) -> Hidden {
         let Hidden { mut flow, fixed } = hidden;
-        let (time, context) =
-            (Some(&fixed.time), fixed.context.as_ref().expect("a UNet attends to its text"));
+        let context = &fixed.cond;
+        let time = Some(Time { embedding: &fixed.time, rows: &context.rows });
         let mut h = flow.pop().expect("the image");
         let attend = |h: Tensor<4>, attention: Option<&Transformer2d>| match attention {
             Some(attention) => attention.forward(h, context, lora),
