@@ -1,10 +1,15 @@
 //! `cargo bench`: every operation of the hot path as shader, CPU reference and Burn tensor
-//! operations on one device, over sizes and batches, values checked before anything is timed; then
-//! one epoch of the blue job by phase.
+//! operations on one device, over sizes and batches, and the kernels of networks at the sizes of
+//! Stable Diffusion 1.5, values checked before anything is timed; then one epoch of the blue job by
+//! phase.
 //!
 //! The shaders by name: ddim_step and flow_step with step_log_prob, log_ratio with
 //! log_ratio_finish, policy_objective, credit_reduce, philox_noise, with the preludes common,
-//! philox, sampler_step, partials_sum, lanes1 and lanes4.
+//! philox, sampler_step, partials_sum, lanes1 and lanes4; frozen_conv with frozen_conv_gradient,
+//! frozen_linear with frozen_linear_gradient, group_norm_silu with group_norm_silu_gradient,
+//! layer_norm with layer_norm_gradient, geglu with geglu_gradient, activation with
+//! activation_gradient, attention with attention_delta, attention_gradient_q and
+//! attention_gradient_kv.
 //!
 //! divan times each path by itself; the table after it has the ratios, whose paths are measured in
 //! turn at one size.
@@ -20,6 +25,7 @@ use divan::Bencher;
 use pcpo_wgpu::device::adapters::{adapters, auto};
 use pcpo_wgpu::device::{Compute, open};
 use pcpo_wgpu::tools::bench::{Case, Operation, reduction_row};
+use pcpo_wgpu::tools::bench_kernels::{SMALL, STABLE_DIFFUSION, kernel_lines};
 use pcpo_wgpu::tools::timing::{header, row};
 
 /// The device, opened once: Burn keeps one runtime a device.
@@ -122,6 +128,9 @@ fn main() -> anyhow::Result<()> {
     for (steps, samples) in [(20, 32), (50, 256)] {
         println!("{}", reduction_row(compute, steps, samples)?);
     }
+    let small = std::env::var_os("PCPO_BENCH_QUICK").is_some();
+    let sizes = if small { SMALL } else { STABLE_DIFFUSION };
+    kernel_lines(compute, sizes, |line| println!("{line}"))?;
     if std::env::var_os("PCPO_BENCH_EPOCH").is_none_or(|v| v != "0") {
         epoch()?;
     }

@@ -21,4 +21,5 @@ pub mod layer_norm;
 mod node;
 mod product;
 pub mod registry;
+pub mod tensor_ops;
 mod vector;

@@ -1,6 +1,7 @@
 //! What is done with models and devices besides training.
 
 pub mod bench;
+pub mod bench_kernels;
 pub mod check;
 pub mod credit_table;
 pub mod draw;

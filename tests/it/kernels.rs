@@ -5,9 +5,6 @@
 //! frozen_conv_gradient, frozen_linear with frozen_linear_gradient, attention with attention_delta,
 //! attention_gradient_q and attention_gradient_kv.
 
-use burn::tensor::activation::{sigmoid, softmax};
-use burn::tensor::module::conv2d;
-use burn::tensor::ops::ConvOptions;
 use burn::tensor::{Device, Tensor};
 use pcpo_wgpu::device::tensor::{read, upload};
 use pcpo_wgpu::kernels::activation::{Activation, activation};
@@ -18,6 +15,8 @@ use pcpo_wgpu::kernels::frozen_weight::{FrozenWeight, Storage};
 use pcpo_wgpu::kernels::geglu::geglu;
 use pcpo_wgpu::kernels::group_norm_silu::group_norm_silu;
 use pcpo_wgpu::kernels::layer_norm::layer_norm;
+use pcpo_wgpu::kernels::tensor_ops;
+use pcpo_wgpu::model::nn::{channels_first, channels_last};
 use pcpo_wgpu::philox::{Stream, noise};
 use pcpo_wgpu::tools::errors::relative_error;
 
@@ -104,17 +103,7 @@ fn activation_is_its_formula() {
     use Activation::*;
     for shape in [[3, 7], [64, 130], [1, 3]] {
         for kind in [Silu, Gelu, GeluTanh, QuickGelu, Relu] {
-            let plain = move |[x]: [Tensor<2>; 1]| match kind {
-                Silu => x.clone() * sigmoid(x),
-                Gelu => x.clone() * ((x * std::f64::consts::FRAC_1_SQRT_2).erf() + 1.0) * 0.5,
-                GeluTanh => {
-                    let root = (2.0 / std::f64::consts::PI).sqrt();
-                    let inner = x.clone() * (x.clone().square() * (0.044715 * root) + root);
-                    x * (inner.tanh() + 1.0) * 0.5
-                }
-                QuickGelu => x.clone() * sigmoid(x * 1.702),
-                Relu => burn::tensor::activation::relu(x),
-            };
+            let plain = move |[x]: [Tensor<2>; 1]| tensor_ops::activation(kind, x);
             agree(&format!("{kind:?}"), [shape], 5e-6, |[x]| activation(kind, x), plain);
         }
     }
@@ -144,11 +133,7 @@ fn cpu_is(device: &Device) -> bool {
 #[test]
 fn geglu_is_its_formula() {
     for [b, t, inner] in [[2, 3, 5], [3, 16, 64], [1, 1, 6]] {
-        let plain = |[h]: [Tensor<3>; 1]| {
-            let [value, gate]: [Tensor<3>; 2] = h.chunk(2, 2).try_into().unwrap();
-            let erf = (gate.clone() * std::f64::consts::FRAC_1_SQRT_2).erf();
-            value * gate * (erf + 1.0) * 0.5
-        };
+        let plain = |[h]: [Tensor<3>; 1]| tensor_ops::geglu(h);
         agree("geglu", [[b, t, 2 * inner]], 2e-6, |[h]| geglu(h), plain);
         rows_do_not_matter("geglu", [[b, t, 2 * inner]], |[h]| geglu(h));
     }
@@ -165,10 +150,8 @@ fn layer_norm_is_that_of_burn_and_modulates() {
                 layer_norm(x, gamma, beta, 1e-5)
             };
             let plain = |[x]: [Tensor<3>; 1]| {
-                let [gamma, beta] = affine(&cpu().burn).map(|v| v.autodiff().unsqueeze_dim::<3>(1));
-                let x = x.clone() - x.mean_dim(2);
-                let rstd = (x.clone().square().mean_dim(2) + 1e-5).sqrt().recip();
-                x * rstd * gamma + beta
+                let [gamma, beta] = affine(&cpu().burn).map(Tensor::autodiff);
+                tensor_ops::layer_norm(x, gamma, beta, 1e-5)
             };
             agree(&format!("{b}x{t}x{w}, {rows}"), [[b, t, w]], 5e-6, kernel, plain);
             if rows == 1 {
@@ -189,14 +172,9 @@ fn group_norm_silu_is_its_formula() {
                 group_norm_silu(x + 5.0, groups, &gamma, &beta, 1e-5, silu)
             };
             let plain = |[x]: [Tensor<4>; 1]| {
-                let affine = |i| tensor::<1>(i, [c], &cpu().burn).autodiff().reshape([1, 1, 1, c]);
-                let x = (x + 5.0).reshape([b, h * w, groups, c / groups]).swap_dims(1, 2);
-                let x = x.reshape([b, groups, h * w * c / groups]);
-                let x = x.clone() - x.mean_dim(2);
-                let rstd = (x.clone().square().mean_dim(2) + 1e-5).sqrt().recip();
-                let x = (x * rstd).reshape([b, groups, h * w, c / groups]).swap_dims(1, 2);
-                let y = x.reshape([b, h, w, c]) * affine(7) + affine(8);
-                if silu { y.clone() * sigmoid(y) } else { y }
+                let affine = |i| tensor(i, [c], &cpu().burn).autodiff();
+                let x = channels_first(x + 5.0);
+                channels_last(tensor_ops::group_norm_silu(x, groups, affine(7), affine(8), 1e-5, silu))
             };
             // Adding 5 rounds the values themselves.
             agree(&format!("{c} channels, silu {silu}"), [[b, h, w, c]], 2e-5, kernel, plain);
@@ -236,9 +214,7 @@ fn frozen_conv_is_that_of_burn() {
             let shape = [s.cout, s.cin, s.kernel, s.kernel];
             let weight = upload(&values, shape, &own).autodiff();
             let bias = tensor(4, [s.cout], &own).autodiff();
-            let options = ConvOptions::new([s.stride; 2], [s.padding; 2], [1, 1], 1);
-            let y = conv2d(x.permute([0, 3, 1, 2]), weight, Some(bias), options);
-            y.permute([0, 2, 3, 1])
+            channels_last(tensor_ops::conv(channels_first(x), weight, bias, s))
         };
         let what = format!("{s:?} in {storage:?}");
         agree(&what, [[b, h, w, s.cin]], 1e-5, kernel, plain);
@@ -261,8 +237,8 @@ fn frozen_linear_takes_weights_as_they_are_stored() {
             };
             let plain = |[x]: [Tensor<3>; 1]| {
                 let own = cpu().burn;
-                let matrix = upload(&matrix, [1, k, n], &own).autodiff().expand([2, k, n]);
-                x.matmul(matrix) + tensor::<1>(4, [n], &own).autodiff().reshape([1, 1, n])
+                let matrix = upload(&matrix, [k, n], &own).autodiff();
+                tensor_ops::linear(x, matrix, tensor(4, [n], &own).autodiff())
             };
             let what = format!("{m}x{k}x{n} in {storage:?}");
             agree(&what, [[2, m, k]], 1e-5, kernel, plain);
@@ -341,14 +317,8 @@ fn attention_is_softmax_of_scores_times_values() {
             attention(q, k, v, bias, Heads { heads, scale })
         };
         let plain = |[q, k, v]: [Tensor<3>; 3]| {
-            let split = |x: Tensor<3>, t| x.reshape([b, t, heads, d]).swap_dims(1, 2);
-            let (q, k, v) = (split(q, tq), split(k, tk), split(v, tk));
-            let scores = q.matmul(k.swap_dims(2, 3)) * scale;
-            let scores = match bias {
-                Some(shape) => scores + tensor::<4>(9, shape, &cpu().burn).autodiff(),
-                None => scores,
-            };
-            softmax(scores, 3).matmul(v).swap_dims(1, 2).reshape([b, tq, heads * d])
+            let bias = bias.map(|shape| tensor(9, shape, &cpu().burn).autodiff());
+            tensor_ops::attention(q, k, v, bias, Heads { heads, scale })
         };
         let shapes = [[b, tq, heads * d], [b, tk, heads * d], [b, tk, heads * d]];
         let what = format!("{b}x{heads}x{tq}x{tk}x{d}, bias {bias:?}");

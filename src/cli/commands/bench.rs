@@ -5,6 +5,7 @@ use clap::Args;
 
 use crate::cli::args::DeviceArg;
 use crate::tools::bench::short_table;
+use crate::tools::bench_kernels::{SMALL, kernel_lines};
 
 #[derive(Args)]
 pub struct BenchArgs {
@@ -13,6 +14,8 @@ pub struct BenchArgs {
 }
 
 pub fn run(args: &BenchArgs) -> Result<i32> {
-    short_table(&args.device.open()?, |line| println!("{line}"))?;
+    let compute = args.device.open()?;
+    short_table(&compute, |line| println!("{line}"))?;
+    kernel_lines(&compute, SMALL, |line| println!("{line}"))?;
     Ok(0)
 }
