@@ -14,6 +14,7 @@ use crate::lora::formats;
 use crate::model::pipeline::{TextFrom, embed};
 use crate::model::{Family, Pipeline};
 use crate::sampling::Replica;
+use crate::sampling::policy::Weighted;
 use crate::schedule::{Sampler, Sampling, Step};
 use crate::tools::draw::{Canvas, given_latents};
 
@@ -21,9 +22,19 @@ use crate::tools::draw::{Canvas, given_latents};
 pub struct DrawArgs {
     #[command(flatten)]
     pub model: ModelArg,
-    /// Adapter to use
+    /// Adapter to use; can be repeated, with --reward-guidance
     #[arg(long, value_name = "FILE")]
-    pub lora: Option<PathBuf>,
+    pub lora: Vec<PathBuf>,
+    /// Strength of the adapters' difference to the model: 1 is the adapter, 0 the model; one number
+    /// for all, or one each, separated by commas [default: 1]
+    #[arg(
+        long,
+        value_name = "STRENGTH",
+        value_delimiter = ',',
+        allow_negative_numbers = true,
+        requires = "lora"
+    )]
+    pub reward_guidance: Vec<f64>,
     #[command(flatten)]
     pub steps: StepArgs,
     /// Guidance; without a distilled network 1 or less is none [default: 5, for Stable Diffusion 3
@@ -62,7 +73,25 @@ impl DrawArgs {
         numbers::number("--eta", self.eta, Range::NotNegative)?;
         numbers::optional("--guidance", self.guidance, Range::NotNegative)?;
         numbers::resolution(self.resolution)?;
+        let (strengths, adapters) = (&self.reward_guidance, self.lora.len());
+        for strength in strengths {
+            ensure!(strength.is_finite(), "--reward-guidance {strength}: must be a finite number");
+        }
+        ensure!(
+            strengths.len() <= 1 || strengths.len() == adapters,
+            "--reward-guidance: {} numbers for {adapters} of --lora; give one for all, or one each",
+            strengths.len()
+        );
         self.steps.check()
+    }
+
+    /// The strength of an adapter.
+    fn strength(&self, i: usize) -> f64 {
+        match self.reward_guidance[..] {
+            [] => 1.0,
+            [one] => one,
+            _ => self.reward_guidance[i],
+        }
     }
 
     /// Opens the model that draws `per_prompt` pictures of each prompt.
@@ -84,7 +113,11 @@ impl DrawArgs {
         let embeddings = embed(&model, &all, from, &compute.burn, storage)?;
         let pipeline = Pipeline::load(&model, &compute.burn, storage, self.resolution)?;
         let linears = pipeline.net.linears();
-        let adapter = self.lora.as_ref().map(|f| formats::load(f, &linears));
+        let adapter = |(i, file): (usize, &PathBuf)| {
+            let value = formats::load(file, &linears).context("--lora")?;
+            anyhow::Ok(Weighted { weight: self.strength(i), value })
+        };
+        let adapters = self.lora.iter().enumerate().map(adapter).collect::<Result<_>>()?;
         let own = pipeline.latent_shape();
         let latents = match &self.latents {
             Some(file) => Some(given_latents(file, prompts.len() * per_prompt, own[0])?),
@@ -99,7 +132,7 @@ impl DrawArgs {
             embeddings,
             prompts,
             per_prompt,
-            adapter: adapter.transpose().context("--lora")?,
+            adapters,
             guidance_scale: self.guidance.unwrap_or(family.default_guidance()),
             steps: self.deterministic_steps(&pipeline, shape)?,
             replicas: [Replica { compute, pipeline }],

@@ -1,6 +1,7 @@
 //! What a run is told: flags over a TOML file over a preset's values over defaults.
 
-pub mod checkpointing;
+mod check;
+pub mod choices;
 #[doc(hidden)]
 pub mod numbers;
 pub mod options;
@@ -9,6 +10,6 @@ pub mod prompts;
 mod resolve;
 pub mod settings;
 
-pub use checkpointing::Checkpointing;
-pub use options::{InitialNoise, Options, Preset};
+pub use choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
+pub use options::Options;
 pub use settings::Settings;

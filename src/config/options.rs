@@ -4,38 +4,16 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::checkpointing::Checkpointing;
+use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
 use crate::reward::{self, JudgeAnswer};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler};
-
-/// A published method; every part of it can be overridden.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Preset {
-    /// Black et al. 2023.
-    Ddpo,
-    /// DanceGRPO's and Flow-GRPO's objective (Xue et al. 2025, Liu et al. 2025).
-    Grpo,
-    /// Lee & Ye 2026.
-    Pcpo,
-}
-
-/// Whether the images of a group start from one latent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum InitialNoise {
-    /// One latent for all images of a group.
-    Shared,
-    /// One for each image.
-    Own,
-}
 
 /// Flags of `train`, and the keys of its TOML file (without the dashes in front).
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
@@ -239,6 +217,19 @@ pub struct Options {
     /// AdamW's learning rate [default: 3e-4]
     #[arg(long, help_heading = "Adapter and optimizer")]
     pub learning_rate: Option<f64>,
+    /// How the learning rate goes on [default: constant]
+    #[arg(long, value_enum, help_heading = "Adapter and optimizer")]
+    pub lr_scheduler: Option<LrScheduler>,
+    /// Updates over which the learning rate rises to its value [default: 0]
+    #[arg(long, value_name = "UPDATES", help_heading = "Adapter and optimizer")]
+    pub lr_warmup_steps: Option<usize>,
+    /// Decay of a running mean of the adapter, which is evaluated and saved beside it [default:
+    /// none]
+    #[arg(long, value_name = "DECAY", help_heading = "Adapter and optimizer")]
+    pub ema: Option<f64>,
+    /// Optimizer steps from one update of the running mean to the next [default: 8]
+    #[arg(long, value_name = "STEPS", help_heading = "Adapter and optimizer")]
+    pub ema_every: Option<usize>,
     /// AdamW's weight decay [default: 1e-4]
     #[arg(long, help_heading = "Adapter and optimizer")]
     pub weight_decay: Option<f64>,
@@ -295,7 +286,10 @@ pub struct Options {
         help_heading = "Pictures and checkpoints",
     )]
     pub tensorboard: Option<bool>,
-    /// Epochs from one kept checkpoint to the next; the newest two are always kept [default: 10]
+    /// Newest checkpoints that are kept, at least 2 [default: 2]
+    #[arg(long, value_name = "N", help_heading = "Pictures and checkpoints")]
+    pub keep_last: Option<usize>,
+    /// Epochs from one kept checkpoint to the next, beside the newest [default: 10]
     #[arg(long, value_name = "EPOCHS", help_heading = "Pictures and checkpoints")]
     pub keep_every: Option<usize>,
 }
@@ -343,6 +337,7 @@ impl Options {
             device: self.device.clone(),
             memory: self.memory,
             keep_every: self.keep_every,
+            keep_last: self.keep_last,
             sample_every: self.sample_every,
             reward_device: self.reward_device.clone(),
             reward_timeout: self.reward_timeout,
@@ -356,8 +351,8 @@ impl Options {
     }
 
     /// What may change when a run goes on, in words.
-    pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --sample-every, \
-                                      --eval-every, --kl-budget, --collapse-bound, \
+    pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --keep-last, \
+                                      --sample-every, --eval-every, --kl-budget, --collapse-bound, \
                                       --stop-on-collapse, --tensorboard, --reward-device, \
                                       --reward-timeout and --model (the same model elsewhere)";
 

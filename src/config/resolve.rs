@@ -5,8 +5,8 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use super::checkpointing::Checkpointing;
-use super::options::{InitialNoise, Options, Preset};
+use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
+use super::options::Options;
 use super::prompts::{embedded, held_out, prompts};
 use super::settings::Settings;
 use crate::lora::formats;
@@ -139,6 +139,10 @@ impl Options {
             tracker_size: o.tracker_size.unwrap_or(32),
             tracker_min_count: o.tracker_min_count.unwrap_or(16),
             learning_rate: o.learning_rate.unwrap_or(3e-4),
+            lr_scheduler: o.lr_scheduler.unwrap_or(LrScheduler::Constant),
+            lr_warmup_steps: o.lr_warmup_steps.unwrap_or(0),
+            ema: o.ema,
+            ema_every: o.ema_every.unwrap_or(8),
             weight_decay: o.weight_decay.unwrap_or(1e-4),
             max_grad_norm: o.max_grad_norm.unwrap_or(1.0),
             rank,
@@ -151,6 +155,7 @@ impl Options {
             lora: o.lora.clone(),
             seed: o.seed.unwrap_or(0),
             keep_every: o.keep_every.unwrap_or(10),
+            keep_last: o.keep_last.unwrap_or(2),
             sample_every: o.sample_every.unwrap_or(1),
             eval_every: o.eval_every.or(o.sample_every).unwrap_or(1),
             eval_prompt: held_out(o)?,
@@ -178,6 +183,13 @@ impl Options {
         );
         let saved = Self::from_file(&path)?;
         let resumed = self.over(&saved)?.resolve()?;
+        ensure!(
+            resumed.lr_scheduler == LrScheduler::Constant || Some(resumed.epochs) == saved.epochs,
+            "--epochs {}: the cosine of the learning rate ends with the {} epochs that the run \
+             was begun with; leave --epochs out, or start a new run",
+            resumed.epochs,
+            saved.epochs.unwrap_or_default()
+        );
         let free = self.free_on_resume().over(&saved)?.resolve()?;
         ensure!(
             toml::to_string(&free)? == toml::to_string(&resumed)?,

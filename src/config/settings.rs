@@ -1,22 +1,18 @@
 //! What a run is told, resolved once and checked: [`Settings`], which is printed, and saved with
 //! the run as a file that `--config` reads.
 
-use std::collections::BTreeSet;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde::{Serialize, Serializer};
 
-use super::checkpointing::Checkpointing;
-use super::numbers::{self, MOST, MOST_RANK, Range};
-use super::options::{InitialNoise, Preset};
+use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
 use crate::measure::collapse::Bounds;
-use crate::measure::features::clip_path;
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
-use crate::reward::{self, JudgeAnswer, Prompt, RemoteOptions, RewardSpec};
+use crate::reward::{JudgeAnswer, Prompt, RemoteOptions, RewardSpec};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler, Sampling};
 
@@ -85,6 +81,11 @@ pub struct Settings {
     pub tracker_size: usize,
     pub tracker_min_count: usize,
     pub learning_rate: f64,
+    pub lr_scheduler: LrScheduler,
+    pub lr_warmup_steps: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ema: Option<f64>,
+    pub ema_every: usize,
     pub weight_decay: f64,
     pub max_grad_norm: f64,
     pub rank: usize,
@@ -96,6 +97,7 @@ pub struct Settings {
     pub lora: Option<PathBuf>,
     pub seed: u64,
     pub keep_every: usize,
+    pub keep_last: usize,
     pub sample_every: usize,
     pub eval_every: usize,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -190,162 +192,24 @@ impl Settings {
         self.images_per_epoch / self.updates_per_epoch
     }
 
-    /// Whether a run can be made of them.
-    ///
-    /// # Errors
-    /// Names the flag, its value and what is allowed.
-    pub fn check(&self) -> Result<()> {
-        self.check_numbers()?;
-        self.check_images()?;
-        self.check_rewards()?;
-        self.check_evaluation()?;
-        self.check_method()
+    /// Updates of the whole run.
+    pub fn updates(&self) -> usize {
+        self.epochs.saturating_mul(self.updates_per_epoch).saturating_mul(self.inner_epochs)
     }
 
-    fn check_numbers(&self) -> Result<()> {
-        for (flag, value) in [
-            ("--epochs", self.epochs),
-            ("--images-per-epoch", self.images_per_epoch),
-            ("--group-size", self.group_size),
-            ("--updates-per-epoch", self.updates_per_epoch),
-            ("--inner-epochs", self.inner_epochs),
-            ("--batch", self.batch),
-            ("--steps", self.steps),
-            ("--train-steps", self.train_steps.unwrap_or(1)),
-            ("--keep-every", self.keep_every),
-            ("--sample-every", self.sample_every),
-            ("--eval-every", self.eval_every),
-            ("--eval-images", self.eval_images),
-            ("--tracker-size", self.tracker_size),
-            ("--tracker-min-count", self.tracker_min_count),
-        ] {
-            numbers::count(flag, value, MOST)?;
+    /// The learning rate of an update, counted from 0 over the run.
+    pub fn learning_rate_at(&self, update: usize) -> f64 {
+        let warmup = self.lr_warmup_steps;
+        if update < warmup {
+            return self.learning_rate * (update + 1) as f64 / warmup as f64;
         }
-        numbers::count("--rank", self.rank, MOST_RANK)?;
-        numbers::resolution(self.resolution)?;
-        numbers::sequence_length(self.max_sequence_length)?;
-        for (flag, value, range) in [
-            ("--clip-range", self.clip_range, Range::Below(1.0)),
-            ("--advantage-clamp", self.advantage_clamp, Range::Positive),
-            ("--learning-rate", self.learning_rate, Range::Positive),
-            ("--max-grad-norm", self.max_grad_norm, Range::Positive),
-            ("--alpha", self.alpha, Range::Positive),
-            ("--kl-beta", self.kl_beta, Range::NotNegative),
-            ("--weight-decay", self.weight_decay, Range::NotNegative),
-            ("--guidance-scale", self.guidance_scale, Range::NotNegative),
-            ("--eta", self.eta, Range::NotNegative),
-            ("--reward-timeout", self.reward_timeout, Range::Below(1e6)),
-        ] {
-            numbers::number(flag, value, range)?;
+        match self.lr_scheduler {
+            LrScheduler::Constant => self.learning_rate,
+            LrScheduler::Cosine => {
+                let done = (update - warmup) as f64 / (self.updates() - warmup).max(1) as f64;
+                self.learning_rate * 0.5 * (1.0 + (std::f64::consts::PI * done.min(1.0)).cos())
+            }
         }
-        for (flag, value) in [
-            ("--memory", self.memory),
-            ("--zeta", self.zeta),
-            ("--shift", self.shift),
-            ("--kl-budget", self.kl_budget),
-        ] {
-            numbers::optional(flag, value, Range::Positive)?;
-        }
-        Ok(())
-    }
-
-    /// How images, groups, prompts and updates fit together.
-    fn check_images(&self) -> Result<()> {
-        let (images, group) = (self.images_per_epoch, self.group_size);
-        let updates = self.updates_per_epoch;
-        ensure!(
-            images.is_multiple_of(group),
-            "--images-per-epoch {images}: must be a multiple of --group-size {group}"
-        );
-        ensure!(
-            images.is_multiple_of(updates),
-            "--images-per-epoch {images}: must be a multiple of --updates-per-epoch {updates}"
-        );
-        ensure!(
-            self.groups() <= self.prompt.len(),
-            "--images-per-epoch {images}: makes {} prompts an epoch, only {} are given; lower it \
-             or raise --group-size",
-            self.groups(),
-            self.prompt.len()
-        );
-        // Images are numbered over the whole run, and the last numbers are the grids'.
-        ensure!(
-            (self.epochs as u64) * (images as u64) < u64::from(u32::MAX) - MOST as u64,
-            "--epochs {}: makes more images than noise is numbered for; lower it or \
-             --images-per-epoch",
-            self.epochs
-        );
-        Ok(())
-    }
-
-    fn check_rewards(&self) -> Result<()> {
-        ensure!(!self.reward.is_empty(), "--reward: names no reward; give at least one");
-        let mut seen = BTreeSet::new();
-        for spec in self.rewards() {
-            ensure!(
-                seen.insert(&spec.reward),
-                "{} {}: stands there twice; give it once",
-                spec.flag,
-                spec.shown
-            );
-        }
-        if let Some(watched) = self.watch.iter().find(|spec| spec.weight != 1.0) {
-            anyhow::bail!("--watch {}: is not trained on; leave the weight out", watched.shown);
-        }
-        let rewards: Vec<RewardSpec> = self.rewards().cloned().collect();
-        let (question, answer) = (self.judge_question.is_some(), self.judge_answer.is_some());
-        reward::check_judge(&rewards, question, answer)
-    }
-
-    fn check_evaluation(&self) -> Result<()> {
-        numbers::count("--eval-images times the prompts", self.evaluated(), MOST)?;
-        self.collapse_bounds()?;
-        self.features.iter().try_for_each(|given| clip_path(given).map(drop))
-    }
-
-    /// What a method's parts ask of each other.
-    fn check_method(&self) -> Result<()> {
-        ensure!(
-            self.advantage != Advantage::PerPrompt || self.tracker_min_count <= self.tracker_size,
-            "--tracker-min-count {}: more than the tracker keeps (--tracker-size {})",
-            self.tracker_min_count,
-            self.tracker_size
-        );
-        ensure!(
-            self.advantage != Advantage::Group || self.group_size > 1,
-            "--group-size 1: group advantages need at least 2 images a prompt; use --advantage \
-             global"
-        );
-        ensure!(
-            self.lora.is_some() || !self.target_modules.is_empty(),
-            "--target-modules: names no layer; leave it out for all attention projections"
-        );
-        ensure!(
-            !self.train_window || self.train_steps.is_some(),
-            "--train-window true: a window of how many steps? give --train-steps K"
-        );
-        ensure!(
-            self.credit_total == Total::All || self.credit == Credit::Proportionate,
-            "--credit-total trained: is for --credit proportionate; leave it out"
-        );
-        if let Some(zeta) = self.zeta {
-            ensure!(
-                self.credit_total == Total::All,
-                "--zeta {zeta}: fixes the total credit, and --credit-total trained computes it; \
-                 leave one of them out"
-            );
-        }
-        ensure!(
-            self.sampler != Sampler::Ode,
-            "--sampler ode: a step without noise cannot be trained; use flow-grpo, dance or cps, \
-             with --train-steps K --noise-only-trained where only K steps shall have noise"
-        );
-        ensure!(
-            self.eta > 0.0,
-            "--eta {}: a step without noise cannot be trained; use 1, or more than 0",
-            self.eta
-        );
-        Ok(())
     }
 
     /// The derived numbers, for the run's first lines; `batch` is how many images the network takes

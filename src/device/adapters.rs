@@ -165,7 +165,10 @@ fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
         .setup(setup)
         .init()
         .map_err(|e| anyhow!("--device: {} cannot be used by Burn: {e}", chosen.label()))?;
-    let gpu = Gpu::new(&burn, device, queue);
+    let eights = !chosen.is_hardware()
+        && device.features().contains(wgpu::Features::SUBGROUP)
+        && (chosen.info.subgroup_min_size, chosen.info.subgroup_max_size) == (8, 8);
+    let gpu = Gpu::new(&burn, device, queue, eights);
     let software =
         if chosen.is_hardware() { "" } else { " [software: for tests of the GPU path, slow]" };
     Ok(Compute {

@@ -66,6 +66,9 @@ pub(crate) use kernel;
 pub struct Gpu {
     pub device: wgpu::Device,
     queue: wgpu::Queue,
+    /// Whether subgroups are eight wide, on a software device: there a read at one address for a
+    /// whole subgroup is one read, and any other is eight.
+    pub eights: bool,
     pipelines: Arc<Mutex<HashMap<(&'static str, u32), wgpu::ComputePipeline>>>,
 }
 
@@ -116,8 +119,8 @@ static OPENED: RwLock<Vec<(Device, Gpu)>> = RwLock::new(Vec::new());
 
 impl Gpu {
     /// Burn's wgpu device and queue for our pipelines, found again by [`Self::of`].
-    pub fn new(burn: &Device, device: wgpu::Device, queue: wgpu::Queue) -> Self {
-        let own = Self { device, queue, pipelines: Arc::default() };
+    pub fn new(burn: &Device, device: wgpu::Device, queue: wgpu::Queue, eights: bool) -> Self {
+        let own = Self { device, queue, eights, pipelines: Arc::default() };
         let mut opened = OPENED.write().unwrap_or_else(PoisonError::into_inner);
         opened.push((burn.clone(), own.clone()));
         own

@@ -197,7 +197,10 @@ fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: b
         // host, and of those that wait their turn the host's.
         adapter: 4.0
             * parameters
-            * (8.0 + 2.0 * updating + if updating > 1.0 { updating } else { 0.0 }),
+            * (8.0
+                + if s.ema.is_some() { 2.0 } else { 0.0 }
+                + 2.0 * updating
+                + if updating > 1.0 { updating } else { 0.0 }),
         kept: transitions * s.images_per_epoch as f64 + 4.0 * text.embedding * prompts,
         // The host keeps all transitions; it is the device's own memory unless the device is a
         // card.

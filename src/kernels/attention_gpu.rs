@@ -8,6 +8,36 @@ use super::gpu::{grid, launch};
 use super::node::{node, output};
 use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, lanes, output as empty};
 
+/// Added to a variant's number where subgroups are eight wide.
+pub(super) const EIGHTS: u32 = 1 << 16;
+
+/// Units of eight columns that a result holds in registers where subgroups are eight wide.
+const MOST_UNITS: usize = 20;
+
+/// Declares a kernel with its variant for subgroups that are eight wide, whose number is the width
+/// of a head and [`EIGHTS`].
+macro_rules! kernel_of_both {
+    ($name:literal $(, $shared:literal)*) => {
+        Kernel {
+            name: $name,
+            source: |variant| {
+                if variant < EIGHTS {
+                    const OWN: Kernel = kernel!(begins beginning, $name $(, $shared)*);
+                    return (OWN.source)(variant);
+                }
+                let head = variant - EIGHTS;
+                let sizes = format!("const HEAD: u32 = {head}u;\nconst MOST: u32 = {MOST_UNITS}u;");
+                let rest = concat!(
+                    include_str!("../../shaders/shared/eights.wgsl"),
+                    include_str!("../../shaders/shared/attention_eights.wgsl"),
+                    include_str!(concat!("../../shaders/eights/", $name, ".wgsl"))
+                );
+                [&sizes, rest].join("\n")
+            },
+        }
+    };
+}
+
 /// The source's beginning for heads of a width.
 fn beginning(head: u32) -> String {
     let width = gpu::width(head as usize);
@@ -20,14 +50,16 @@ fn beginning(head: u32) -> String {
 }
 
 pub(super) const FORWARD: Kernel =
-    kernel!(begins beginning, "attention", "attention_tile", "attention_queries");
+    kernel_of_both!("attention", "attention_tile", "attention_queries");
 pub(super) const DELTA: Kernel = kernel!("attention_delta");
-pub(super) const GRADIENT_Q: Kernel = kernel!(
-    begins beginning, "attention_gradient_q", "attention_tile", "attention_queries",
+pub(super) const GRADIENT_Q: Kernel = kernel_of_both!(
+    "attention_gradient_q",
+    "attention_tile",
+    "attention_queries",
     "attention_given"
 );
 pub(super) const GRADIENT_KV: Kernel =
-    kernel!(begins beginning, "attention_gradient_kv", "attention_tile", "attention_given");
+    kernel_of_both!("attention_gradient_kv", "attention_tile", "attention_given");
 
 /// Sizes of one call.
 #[derive(Clone, Copy)]
@@ -85,15 +117,21 @@ pub fn on_gpu(
         batch: b as u32,
         pad: [0; 3],
     };
-    let blocks =
-        move |rows: usize, most: usize| grid(rows.div_ceil(TILE) * b * heads * slices(head, most));
+    let (eights, units) = (gpu.eights, head.div_ceil(8));
+    let variant = head as u32 + if eights { EIGHTS } else { 0 };
+    let blocks = move |rows: usize, most: usize| {
+        let blocks = rows.div_ceil(TILE) * b * heads;
+        // A subgroup a block, eight a workgroup.
+        let eight = || (blocks * units.div_ceil(MOST_UNITS)).div_ceil(8);
+        grid(if eights { eight() } else { blocks * slices(head, most) })
+    };
     let (y, lse) = (empty([b, tq, width], &device), empty([b, heads, tq], &device));
     {
         let [qb, kb, vb] = [buffer(&q), buffer(&k), buffer(&v)];
         let own = bias.as_ref().map(buffer);
         let bias = own.as_ref().unwrap_or(&qb);
         let bindings = &[&qb, &kb, &vb, bias, &buffer(&y), &buffer(&lse)];
-        launch(&gpu, FORWARD, head as u32, &sizes, bindings, blocks(tq, 4));
+        launch(&gpu, FORWARD, variant, &sizes, bindings, blocks(tq, 4));
     }
     let out = y.clone();
     node(parents, y, move |g: Tensor<3>, _| {
@@ -108,9 +146,9 @@ pub fn on_gpu(
         let bias = own.as_ref().unwrap_or(&qb);
         let [gq, gk, gv] = [tq, tk, tk].map(|t| empty([b, t, width], &device));
         let bindings = &[&qb, &kb, &vb, bias, &g, &lse, &delta, &buffer(&gq)];
-        launch(&gpu, GRADIENT_Q, head as u32, &sizes, bindings, blocks(tq, 4));
+        launch(&gpu, GRADIENT_Q, variant, &sizes, bindings, blocks(tq, 4));
         let bindings = &[&qb, &kb, &vb, bias, &g, &lse, &delta, &buffer(&gk), &buffer(&gv)];
-        launch(&gpu, GRADIENT_KV, head as u32, &sizes, bindings, blocks(tk, 2));
+        launch(&gpu, GRADIENT_KV, variant, &sizes, bindings, blocks(tk, 2));
         [output(gq), output(gk), output(gv)]
     })
 }

@@ -30,9 +30,12 @@ pub struct Sizes {
 
 /// Rows and columns that a workgroup makes.
 const TILE: [usize; 2] = [64, 64];
+/// The same where subgroups are eight wide.
+const EIGHTS: [usize; 2] = [256, 32];
 
-/// The number of a variant: how weights are stored, and whether channels come in fours.
-fn variant(stored: &Stored, sizes: &Sizes) -> u32 {
+/// The number of a variant: how weights are stored, whether channels come in fours, and whether
+/// subgroups are eight wide.
+fn variant(stored: &Stored, sizes: &Sizes, eights: bool) -> u32 {
     let format = match stored {
         Stored::F32(_) => 0,
         Stored::F16(_) => 1,
@@ -40,7 +43,7 @@ fn variant(stored: &Stored, sizes: &Sizes) -> u32 {
         Stored::Quantised(_) => 3,
     };
     let fours = sizes.inner.is_multiple_of(4) && sizes.columns.is_multiple_of(4);
-    2 * format + u32::from(fours)
+    8 * u32::from(eights) + 2 * format + u32::from(fours)
 }
 
 /// What comes first in the source of a variant.
@@ -55,9 +58,19 @@ pub fn beginning(variant: u32) -> String {
         include_str!("../../shaders/shared/channels1.wgsl"),
         include_str!("../../shaders/shared/channels4.wgsl"),
     ];
-    // Tiles of 64 rows: half as many reads for each product as tiles of 32.
-    let tall = "const TALL: bool = true;";
-    [tall, channels[(variant % 2) as usize], weights[(variant / 2) as usize]].join("\n")
+    let tiles = [
+        include_str!("../../shaders/shared/product_tile.wgsl"),
+        concat!(
+            include_str!("../../shaders/shared/eights.wgsl"),
+            include_str!("../../shaders/shared/product_eights.wgsl")
+        ),
+    ];
+    let [tiles, weights, channels] = [
+        tiles[(variant / 8) as usize],
+        weights[(variant / 2 % 4) as usize],
+        channels[(variant % 2) as usize],
+    ];
+    [channels, weights, tiles].join("\n")
 }
 
 /// A product on a GPU.
@@ -77,8 +90,9 @@ impl Product<'_> {
         let own = self.bias.map(buffer);
         let bias: &Buffer = own.as_ref().unwrap_or(&source);
         let [rows, columns] = [sizes.rows, sizes.columns].map(|n| n as usize);
-        let tiles = grid(rows.div_ceil(TILE[0]) * columns.div_ceil(TILE[1]));
-        let variant = variant(&self.weight.stored, &sizes);
+        let tile = if self.gpu.eights { EIGHTS } else { TILE };
+        let tiles = grid(rows.div_ceil(tile[0]) * columns.div_ceil(tile[1]));
+        let variant = variant(&self.weight.stored, &sizes, self.gpu.eights);
         let run =
             |bindings: &[&Buffer]| launch(self.gpu, self.kernel, variant, &sizes, bindings, tiles);
         match &self.weight.stored {

@@ -27,6 +27,9 @@ pub fn kernels() -> Vec<(Kernel, &'static [u32])> {
     ];
     let all = lanes.map(|k| (k, &[1, 4][..])).into_iter();
     let all = all.chain(groups.map(|k| (k, &[1, 2, 4][..])));
-    let all = all.chain(heads.map(|k| (k, &[5, 40, 64, 512][..])));
-    all.chain(products.map(|k| (k, &[0, 1, 2, 3, 4, 5, 6, 7][..]))).collect()
+    const E: u32 = attention_gpu::EIGHTS;
+    let widths = &[5, 40, 64, 512, E + 5, E + 40, E + 64, E + 512];
+    let all = all.chain(heads.map(|k| (k, &widths[..])));
+    all.chain(products.map(|k| (k, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15][..])))
+        .collect()
 }

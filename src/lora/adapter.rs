@@ -151,6 +151,15 @@ impl Adapter {
         self.layers.iter_mut().flat_map(|l| [&mut l.a, &mut l.b])
     }
 
+    /// Moves to another adapter of the same layers, of which `1 - decay` is taken.
+    pub fn approach(&mut self, other: &Self, decay: f64) {
+        for (own, new) in self.parameters_mut().zip(other.parameters()) {
+            for (own, new) in own.iter_mut().zip(new) {
+                *own = (decay * f64::from(*own) + (1.0 - decay) * f64::from(*new)) as f32;
+            }
+        }
+    }
+
     /// Whether all values are finite.
     pub fn is_finite(&self) -> bool {
         self.parameters().flatten().all(|v| v.is_finite())

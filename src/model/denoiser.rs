@@ -20,8 +20,8 @@ pub struct Inputs<'a> {
     /// One a condition, 0..1000.
     pub timesteps: &'a [f32],
     pub cond: &'a Conditioning,
-    /// The guidance scale, one a condition, that a distilled network (FLUX.1-dev) takes as an input;
-    /// others ignore it.
+    /// The guidance scale, one a condition, that a distilled network (FLUX.1-dev) takes as an
+    /// input; others ignore it.
     pub guidance: &'a [f32],
 }
 

@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 
 use super::Replica;
 use super::parallel::map_batches;
-use super::policy::{GuidanceMode, Policy, PromptPair};
+use super::policy::{GuidanceMode, Policy, PromptPair, Weighted};
 use super::trajectory::{Noise, Trajectory, Transition, sample};
 use crate::device::tensor::upload;
 use crate::lora::{Adapter, Lora};
@@ -42,7 +42,8 @@ pub struct Request<'a> {
     pub embeddings: &'a PromptEmbeddings,
     /// The embeddings' row of the empty prompt.
     pub uncond: usize,
-    pub adapter: Option<&'a Adapter>,
+    /// Whose outputs are added up, the model's own without an adapter.
+    pub policies: &'a [Weighted<Option<&'a Adapter>>],
     pub guidance_scale: f64,
     pub steps: &'a [Step],
     /// Indices of the steps whose transitions are kept.
@@ -76,7 +77,8 @@ pub fn generate<R: Send>(
     tick: &(dyn Fn() -> Result<()> + Sync),
     finish: impl Fn(&Replica, Generated) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
-    let loras = upload_adapter(replicas, request.adapter);
+    let loras: Vec<Vec<Lora>> =
+        request.policies.iter().map(|p| upload_adapter(replicas, p.value)).collect();
     map_batches(replicas, request.batches, |replica, images| {
         let prompts = prompt_pair(
             replica,
@@ -84,22 +86,27 @@ pub fn generate<R: Send>(
             request.uncond,
             &request.images[images.clone()],
         )?;
-        let policy = Policy {
-            compute: &replica.compute,
-            net: &*replica.pipeline.net,
-            lora: lora_of(&loras, replicas, replica),
-            guidance: GuidanceMode::new(&*replica.pipeline.net, request.guidance_scale),
-            prompts: &prompts,
-        };
+        let guidance = GuidanceMode::new(&*replica.pipeline.net, request.guidance_scale);
+        let mut policies = Vec::new();
+        for (given, loras) in request.policies.iter().zip(&loras) {
+            let value = Policy {
+                compute: &replica.compute,
+                net: &*replica.pipeline.net,
+                lora: lora_of(loras, replicas, replica),
+                guidance,
+                prompts: &prompts,
+            };
+            policies.push(Weighted { weight: given.weight, value });
+        }
         let first_image = request.noise.first_image + images.start as u32;
         let noise = Noise { first_image, ..request.noise };
         let latents = initial_latents(request, &request.images[images.clone()]);
-        let equal = policy.equal_rows(&latents);
+        let equal = policies[0].value.equal_rows(&latents);
         let [c, h, w] = request.latent;
         let latents = upload(&latents, [images.len(), c, h, w], &replica.compute.burn);
         let (steps, keep) = (request.steps, request.keep);
         let Trajectory { latents, transitions, calls } =
-            sample(&policy, latents, &equal, steps, keep, noise, &|| tick())?;
+            sample(&policies, latents, &equal, steps, keep, noise, &|| tick())?;
         finish(replica, Generated { images: images.clone(), latents, transitions, calls })
     })
 }

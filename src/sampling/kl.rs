@@ -14,7 +14,7 @@ use crate::schedule::Step;
 /// The KL of each image's trajectory to the model without adapter, summed over the steps with
 /// noise: `K = sum_i 1/2 mean_D[(b_i / sigma_i)^2 (p - p_base)^2]`, where p is the prediction after
 /// guidance. Times D, the values of a latent, it is in nats. A step without noise has no density
-/// and is not counted; without an adapter K is 0 and nothing is drawn.
+/// and is not counted; without any adapter K is 0 and nothing is drawn.
 ///
 /// # Errors
 /// As [`generate`].
@@ -23,7 +23,7 @@ pub fn trajectory_kl(
     request: &Request,
     tick: &(dyn Fn() -> Result<()> + Sync),
 ) -> Result<Vec<f64>> {
-    if request.adapter.is_none() {
+    if request.policies.iter().all(|p| p.value.is_none()) {
         return Ok(vec![0.0; request.images.len()]);
     }
     let noisy: Vec<&Step> = request.steps.iter().filter(|step| step.sigma > 0.0).collect();

@@ -15,6 +15,20 @@ pub struct PromptPair {
     pub uncond: Conditioning,
 }
 
+/// Something with its share of a sum.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Weighted<T> {
+    pub weight: f64,
+    pub value: T,
+}
+
+impl<T> Weighted<T> {
+    /// All of it.
+    pub fn whole(value: T) -> Self {
+        Self { weight: 1.0, value }
+    }
+}
+
 /// The policy for one batch.
 #[derive(Clone, Copy)]
 pub struct Policy<'a> {

@@ -4,7 +4,7 @@ use anyhow::{Result, ensure};
 use burn::tensor::Tensor;
 use image::RgbImage;
 
-use super::policy::{Branch, Policy};
+use super::policy::{Branch, Pass, Policy, Weighted};
 use crate::device::tensor::{read, read_all};
 use crate::model::row_map::RowMap;
 use crate::model::vae::Vae;
@@ -52,15 +52,18 @@ impl std::fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
-/// Samples a batch from initial latents, some of whose rows may be `equal` in value and prompt: they
+/// Samples a batch by the sum of several policies' outputs from initial latents, some of whose rows may be `equal` in value and prompt: they
 /// are computed once until noise makes them different. Image i of it draws the noise of number
 /// `first_image + i`. Keeps the transitions of the steps whose index is in `keep`; `tick` is called
 /// after each step.
 ///
 /// # Errors
 /// When the device fails, or `tick` asks to stop.
+///
+/// # Panics
+/// Without a policy.
 pub fn sample(
-    policy: &Policy,
+    policies: &[Weighted<Policy>],
     latents: Tensor<4>,
     equal: &RowMap,
     steps: &[Step],
@@ -69,11 +72,17 @@ pub fn sample(
     tick: &dyn Fn() -> Result<()>,
 ) -> Result<Trajectory> {
     let mut x = latents;
-    let mut pass = policy.pass(Branch::All, equal).keeping();
+    let policy = policies[0].value;
+    let mut now = passes(policies, equal);
     let (mut kept, mut calls) = (Vec::with_capacity(2 * keep.len()), 0);
     for step in steps {
-        let out = pass.output(&x, step.t);
-        calls += pass.calls();
+        let parts = now.iter().map(|pass| {
+            calls += pass.value.calls();
+            let out = pass.value.output(&x, step.t);
+            // By 1 not even the sign of a zero changes.
+            if pass.weight == 1.0 { out } else { out * pass.weight }
+        });
+        let out = parts.reduce(|sum, part| sum + part).expect("at least one policy");
         let context = StepContext {
             compute: policy.compute,
             guidance: policy.guidance.combine,
@@ -85,8 +94,8 @@ pub fn sample(
             kept.extend([x, next.prediction]);
         }
         x = next.x_prev;
-        if step.sigma > 0.0 && pass.calls() < x.dims()[0] {
-            pass = policy.pass(Branch::All, &RowMap::identity(x.dims()[0])).keeping();
+        if step.sigma > 0.0 && now[0].value.calls() < x.dims()[0] {
+            now = passes(policies, &RowMap::identity(x.dims()[0]));
         }
         tick()?;
     }
@@ -97,6 +106,14 @@ pub fn sample(
         Transition { x, old_prediction }
     };
     Ok(Trajectory { latents: x, transitions: keep.iter().map(transition).collect(), calls })
+}
+
+fn passes<'a>(policies: &[Weighted<Policy<'a>>], equal: &RowMap) -> Vec<Weighted<Pass<'a>>> {
+    let pass = |p: &Weighted<Policy<'a>>| {
+        let value = p.value.pass(Branch::All, equal).keeping();
+        Weighted { weight: p.weight, value }
+    };
+    policies.iter().map(pass).collect()
 }
 
 /// Which noise a batch draws.

@@ -26,6 +26,16 @@ pub enum Credit {
     /// TempFlow-GRPO's noise weighting (He et al. 2025, arXiv 2508.04324): native weights, each
     /// step's loss in proportion to its noise.
     Noise,
+    /// The same with Reward Score Matching's constant (arXiv 2604.17415): the loss times 2.25
+    /// sigma.
+    Tempflow,
+    /// Its form for the log-hinge: log rho times 2.25 sigma, which is what the clip range bounds.
+    TempflowRatio,
+    /// Reward Score Matching's: log rho times sigma^2, so that one clip range bounds one
+    /// displacement at every step, and the loss over sigma^2. The credit is the native one.
+    Fairclip,
+    /// The same with the loss over sigma dt: equal credit for equal time.
+    Fairclip2,
 }
 
 /// Over which steps the total credit of `proportionate` is kept.
@@ -41,6 +51,9 @@ pub enum Total {
 /// The published w* of the released sampler, and the number by which its objective divides it.
 const RELEASED_W: f64 = 4.5;
 const RELEASED_DIVISOR: f64 = 8.705_750_761_81;
+
+/// Reward Score Matching's constant for TempFlow-GRPO's weighting.
+const TEMPFLOW: f64 = 2.25;
 
 /// Steps that have a density, trained or not.
 fn dense(steps: &[Step]) -> impl Iterator<Item = &Step> {
@@ -123,8 +136,24 @@ pub fn apply(
                 .iter_mut()
                 .for_each(|s| s.loss_weight = if s.sigma > 0.0 { s.sigma / mean } else { 0.0 });
         }
+        Credit::Tempflow => {
+            steps.iter_mut().for_each(|s| s.loss_weight = TEMPFLOW * s.sigma);
+        }
+        Credit::TempflowRatio => noisy(&mut steps).for_each(|s| s.scale_ratio(TEMPFLOW * s.sigma)),
+        Credit::Fairclip => noisy(&mut steps).for_each(|s| {
+            s.scale_ratio(s.sigma * s.sigma);
+            s.loss_weight = 1.0 / (s.sigma * s.sigma);
+        }),
+        Credit::Fairclip2 => noisy(&mut steps).for_each(|s| {
+            s.scale_ratio(s.sigma * s.sigma);
+            s.loss_weight = 1.0 / (s.sigma * s.share);
+        }),
     }
     Ok(steps)
+}
+
+fn noisy(steps: &mut [Step]) -> impl Iterator<Item = &mut Step> {
+    steps.iter_mut().filter(|s| s.sigma > 0.0)
 }
 
 /// sigma~ of the released sampler: the larger root of (c1 + c2) / sigma = w*, although its paper

@@ -24,7 +24,8 @@ pub struct Step {
     pub w_total: f64,
     /// The credit weight that takes the place of `w_native` in the objective, in the same units.
     pub weight: f64,
-    /// Factor of the quadratic term of log rho: 1, and 0 for GRPO-Guard's normalised ratio.
+    /// Factor of the quadratic term of log rho: 1, 0 for GRPO-Guard's normalised ratio, and 1 / f
+    /// where log rho is multiplied by f.
     pub quadratic: f64,
     /// Factor of the step's loss.
     pub loss_weight: f64,
@@ -69,6 +70,12 @@ impl Step {
     /// Whether the scheduler clips x0, which makes the mean non-linear.
     pub fn clips(&self) -> bool {
         matches!(self.kind, StepKind::Diffusion { clip, .. } if clip.is_finite())
+    }
+
+    /// Puts `factor` log rho, of the native weight, in the place of log rho: the quadratic term
+    /// grows with the weight's square, and is held back.
+    pub(super) fn scale_ratio(&mut self, factor: f64) {
+        (self.weight, self.quadratic) = (factor * self.w_native, 1.0 / factor);
     }
 
     /// The step as the deterministic sampler takes it.

@@ -190,9 +190,7 @@ fn image_kernels(
         },
         burn: &|device| {
             let (w, b) = (upload(&plain, [c, c, 3, 3], device), draw(8, [c], device));
-            Box::new(move |[x]| {
-                tensor_ops::conv(x.clone(), constant(&w, &x), constant(&b, &x), s)
-            })
+            Box::new(move |[x]| tensor_ops::conv(x.clone(), constant(&w, &x), constant(&b, &x), s))
         },
         to_burn: channels_first,
         from_burn: channels_last,

@@ -20,7 +20,7 @@ use crate::model::text::clip::ClipText;
 use crate::model::text::embeddings::fits;
 use crate::model::vae::Vae;
 use crate::model::{Conditioning, Denoiser, Family, Storage};
-use crate::sampling::policy::{GuidanceMode, Policy, PromptPair};
+use crate::sampling::policy::{GuidanceMode, Policy, PromptPair, Weighted};
 use crate::sampling::trajectory::{Noise, sample};
 use crate::schedule::{Grid, Sampler, Sampling};
 
@@ -245,7 +245,9 @@ impl Subject<'_> {
         let latents = upload(&read(&latents)?, latents.dims(), device);
         let noise = Noise { seed: 0, first_image: 0 };
         let each = RowMap::identity(rows);
-        let found = sample(&policy, latents, &each, &steps, &[], noise, &|| Ok(()))?.latents;
+        let found =
+            sample(&[Weighted::whole(policy)], latents, &each, &steps, &[], noise, &|| Ok(()))?
+                .latents;
         lines.push(self.compare_tensor("latents", "out.latents", &found)?);
         Ok(lines)
     }

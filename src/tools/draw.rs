@@ -13,6 +13,7 @@ use crate::philox::Stream;
 use crate::sampling::Replica;
 use crate::sampling::generate::{Generated, ImageRequest, InitialLatent, Request, generate};
 use crate::sampling::parallel::batches;
+use crate::sampling::policy::Weighted;
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
 
@@ -24,7 +25,8 @@ pub struct Canvas {
     pub prompts: Vec<String>,
     /// Pictures of each prompt.
     pub per_prompt: usize,
-    pub adapter: Option<Adapter>,
+    /// Each with its strength, see [`Self::policies`].
+    pub adapters: Vec<Weighted<Adapter>>,
     pub guidance_scale: f64,
     pub steps: Vec<Step>,
     /// Of the latents and of the steps' noise.
@@ -38,7 +40,8 @@ pub struct Canvas {
 /// Which pictures are drawn, and by what.
 #[derive(Clone, Copy)]
 pub struct Drawing<'a> {
-    pub adapter: Option<&'a Adapter>,
+    /// See [`Request`].
+    pub policies: &'a [Weighted<Option<&'a Adapter>>],
     pub steps: &'a [Step],
     /// The number of the first picture, which its noise depends on. Given latents are those of the
     /// pictures from 0.
@@ -48,6 +51,21 @@ pub struct Drawing<'a> {
 }
 
 impl Canvas {
+    /// What is drawn by, as a sum of networks: implicit reward guidance, base + sum of strength_k
+    /// (adapter_k - base), without those that have no part in it. With one adapter of strength 1
+    /// it is the adapter, with strength 0 the base. From p ~ base exp(reward / beta) it follows
+    /// that a strength divides beta, and that a sum of adapters is for the sum of their rewards;
+    /// docs/METHOD.md, section 10.
+    pub fn policies(&self) -> Vec<Weighted<Option<&Adapter>>> {
+        let given = self.adapters.iter().filter(|a| a.weight != 0.0);
+        let own = given.map(|a| Weighted { weight: a.weight, value: Some(&a.value) });
+        let own: Vec<Weighted<Option<&Adapter>>> = own.collect();
+        let rest = 1.0 - own.iter().map(|a| a.weight).sum::<f64>();
+        // What rounding leaves of strengths that add up to 1 is not worth a network's call.
+        let base = (rest.abs() > 1e-12).then_some(Weighted { weight: rest, value: None });
+        base.into_iter().chain(own).collect()
+    }
+
     /// Number of pictures.
     pub fn total(&self) -> usize {
         self.prompts.len() * self.per_prompt
@@ -91,7 +109,7 @@ impl Canvas {
             batches: &self.batches(drawing),
             embeddings: &self.embeddings,
             uncond: self.embeddings.row_of("")?,
-            adapter: drawing.adapter,
+            policies: drawing.policies,
             guidance_scale: self.guidance_scale,
             steps: drawing.steps,
             keep: &[],

@@ -178,8 +178,8 @@ pub fn kl(
     at_once: usize,
     tick: &(dyn Fn() -> Result<()> + Sync),
 ) -> Result<f64> {
-    let adapter = canvas.adapter.as_ref();
-    let drawing = Drawing { adapter, steps, first: 0, at_once };
+    let policies = canvas.policies();
+    let drawing = Drawing { policies: &policies, steps, first: 0, at_once };
     let each = canvas.request(&drawing, |r| trajectory_kl(&canvas.replicas, r, tick))?;
     Ok(each.iter().sum::<f64>() / each.len() as f64)
 }

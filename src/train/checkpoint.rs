@@ -25,6 +25,8 @@ const EPOCH: &str = "epoch-";
 /// The checkpoint of an epoch that was stopped between two of its updates, with their number behind
 /// it; more than one only where a run was killed while it saved.
 const UNFINISHED: &str = "unfinished-";
+/// The running mean of the adapter.
+const EMA: &str = "ema.safetensors";
 /// The tensors of an epoch that was stopped.
 const TRANSITIONS: &str = "visits.safetensors";
 
@@ -94,6 +96,8 @@ pub struct Snapshot {
     pub state: RunState,
     pub adapter: Adapter,
     pub optimizer: AdamWState,
+    /// The running mean of the adapter, where there is one.
+    pub ema: Option<Adapter>,
 }
 
 /// A checkpoint that was read.
@@ -109,8 +113,19 @@ pub struct Parts<'a> {
     pub state: &'a RunState,
     pub adapter: &'a Adapter,
     pub optimizer: &'a AdamWState,
+    /// The running mean of the adapter, where there is one.
+    pub ema: Option<&'a Adapter>,
     /// The network's place in its pipeline, which adapters' keys begin with.
     pub network: &'a str,
+}
+
+/// Which checkpoints stay.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// How many of the newest, at least 2.
+    pub last: usize,
+    /// Epochs from one that stays for good to the next.
+    pub every: usize,
 }
 
 fn folder(run: &Path, epoch: usize) -> PathBuf {
@@ -150,15 +165,17 @@ pub fn exists(run: &Path, epoch: usize) -> bool {
 }
 
 /// Writes the checkpoint of a state whole or not at all, then drops what an epoch that is complete
-/// by now had left, and older epochs whose number is not a multiple of `keep`. The epoch before the
-/// newest stays: whether the newest policy can be used shows when an epoch is drawn with it.
+/// by now had left, and those epochs before the newest `keep.last` whose number is not a multiple of
+/// `keep.every`. The epoch before the newest stays: whether the newest policy can be used shows when
+/// an epoch is drawn with it.
 /// `transitions` are the tensors of an epoch that was stopped.
 ///
 /// # Errors
 /// Names the file that cannot be written.
-pub fn save(run: &Path, parts: &Parts, transitions: Vec<TensorParts>, keep: usize) -> Result<()> {
+pub fn save(run: &Path, parts: &Parts, transitions: Vec<TensorParts>, keep: Keep) -> Result<()> {
     let target = write(run, parts, transitions)?;
-    let outdated = |e: usize| e + 1 < parts.state.epoch && (e == 0 || !e.is_multiple_of(keep));
+    let outdated =
+        |e: usize| e + keep.last <= parts.state.epoch && (e == 0 || !e.is_multiple_of(keep.every));
     let epochs = numbered(run, EPOCH).into_iter().filter(|(epoch, _)| outdated(*epoch));
     let unfinished = numbered(run, UNFINISHED).into_iter().filter(|(_, old)| *old != target);
     for (_, old) in unfinished.chain(epochs) {
@@ -203,6 +220,9 @@ pub fn write(run: &Path, parts: &Parts, transitions: Vec<TensorParts>) -> Result
         .with_context(|| format!("{}: cannot be written", parent.display()))?;
     let file = |name: &str| temporary.path().join(name);
     formats::save(parts.adapter, &file("adapter.safetensors"), Format::Diffusers, parts.network)?;
+    if let Some(ema) = parts.ema {
+        formats::save(ema, &file(EMA), Format::Diffusers, parts.network)?;
+    }
     let tensors: Vec<HostTensor> = [("m", &parts.optimizer.m), ("v", &parts.optimizer.v)]
         .into_iter()
         .flat_map(|(name, values)| values.iter().enumerate().map(move |(i, v)| moment(name, i, v)))
@@ -315,7 +335,9 @@ fn read(
         Some(_) => Some(Weights::open_file(&dir.join(TRANSITIONS))?),
         None => None,
     };
-    Ok(Loaded { snapshot: Snapshot { state, adapter, optimizer }, transitions })
+    let path = dir.join(EMA);
+    let ema = path.exists().then(|| formats::load(&path, linears)).transpose()?;
+    Ok(Loaded { snapshot: Snapshot { state, adapter, optimizer, ema }, transitions })
 }
 
 #[cfg(test)]
@@ -346,7 +368,8 @@ mod tests {
         let adapter = Adapter { rank: 1, alpha: 1.0, layers: vec![] };
         let optimizer = AdamWState::default();
         let (adapter, optimizer) = (&adapter, &optimizer);
-        let parts = Parts { state: &state, adapter, optimizer, network: "unet" };
+        let ema = None;
+        let parts = Parts { state: &state, adapter, optimizer, ema, network: "unet" };
         reset_peak();
         let before = peak().unwrap();
         let target = write(dir.path(), &parts, transitions.collect()).unwrap();

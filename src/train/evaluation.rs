@@ -35,6 +35,7 @@ pub(crate) struct EvaluationPlan {
     /// Without noise for a flow, as its users will draw it.
     pub steps: Vec<Step>,
     pub noise: Noise,
+    pub extent: Extent,
 }
 
 /// Prompts that a run's grids show.
@@ -73,6 +74,7 @@ impl EvaluationPlan {
             batches: batches(&replica.compute, total, columns.min(s.batch)),
             steps: steps.iter().map(step).collect(),
             noise: Noise { seed: s.seed, first_image },
+            extent,
         })
     }
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 pub use super::epoch_record::{EpochRecord, PeakMemory, ScoreRecord, Seconds};
 pub use super::evaluation_record::{EvaluationRecord, Measures};
-pub use super::update_record::{StepRecord, UpdateRecord};
+pub use super::update_record::{StepRecord, Took, UpdateRecord};
 
 /// What a run was computed by, in the file `about.json` of its folder.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -84,7 +84,8 @@ mod tests {
     fn records_read_back_to_the_bit_and_nan_is_null() {
         let stats = StepStats { log_rho_mean: 0.1, loss: f32::NAN, ..Default::default() };
         let step = crate::schedule::Ddim::stable_diffusion().steps(7, 1.0).unwrap()[2];
-        let update = UpdateRecord::new(1, 2, &[step], &[stats], f64::INFINITY, 0);
+        let took = Took { learning_rate: 1e-3, grad_norm: f64::INFINITY, calls: 0 };
+        let update = UpdateRecord::new(1, 2, &[step], &[stats], took);
         assert!(update.skipped);
         let text = serde_json::to_string(&Record::Update(update.clone())).unwrap();
         assert!(text.contains("\"kind\":\"update\"") && text.contains("\"loss\":null"), "{text}");

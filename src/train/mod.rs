@@ -20,6 +20,7 @@ mod epoch;
 mod epoch_record;
 mod evaluation;
 mod evaluation_record;
+mod gradient;
 mod measures;
 pub mod metrics;
 pub mod observer;
@@ -47,8 +48,9 @@ use self::adamw::{AdamWConfig, clip_norm};
 use self::checkpoint::RunState;
 use self::epoch::EpochState;
 use self::evaluation::{Extent, before_after};
+use self::gradient::gradient;
 use self::measures::evaluate;
-use self::metrics::{About, PeakMemory, Record, Seconds, UpdateRecord};
+use self::metrics::{About, PeakMemory, Record, Seconds, Took, UpdateRecord};
 pub use self::observer::{Event, Observer, Silent};
 use self::prepare::{Prepared, prepare};
 use self::recovery::{diverged, keep_beginning, restore, suspend, test_restored};
@@ -56,20 +58,15 @@ use self::rewards::flat;
 use self::run::Run;
 pub use self::run::{DumpRequest, Job, Summary};
 use self::run_folder::{ABOUT, SETTINGS, open_grid};
-use self::update::{
-    GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient, credit_table,
-};
+use self::update::{TrajectoryBatch, credit_table};
 use self::watch::best_epoch;
 use crate::device;
 use crate::device::system::{peak, reset_peak};
 use crate::device::tensor::{read, upload};
 use crate::ops::policy_objective::Surrogate;
-use crate::sampling::Replica;
-use crate::sampling::generate::{
-    Generated, Request, generate, lora_of, prompt_pair, upload_adapter,
-};
-use crate::sampling::parallel::{fold_batches, map_batches};
-use crate::sampling::policy::{GuidanceMode, Policy};
+use crate::sampling::generate::{Generated, Request, generate};
+use crate::sampling::parallel::map_batches;
+use crate::sampling::policy::Weighted;
 use crate::sampling::trajectory::{Noise, NotFinite, decode};
 
 /// Updates in a row that may be skipped for values that are not finite.
@@ -171,7 +168,7 @@ fn rollout(run: &mut Run) -> Result<EpochState> {
         batches: &plan.batches,
         embeddings: &run.embeddings,
         uncond: run.embeddings.row_of("")?,
-        adapter: Some(&run.adapter),
+        policies: &[Weighted::whole(Some(&run.adapter))],
         guidance_scale: s.guidance_scale,
         steps: &plan.steps,
         keep: &keep,
@@ -311,7 +308,8 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
     }
     let grad_norm = clip_norm(&mut sum.gradients, s.max_grad_norm);
     let epoch = run.state.epoch + 1;
-    let record = UpdateRecord::new(epoch, number, trained, &table, grad_norm, sum.calls);
+    let took = Took { learning_rate: s.learning_rate_at(number - 1), grad_norm, calls: sum.calls };
+    let record = UpdateRecord::new(epoch, number, trained, &table, took);
     run.state.updates = number;
     if record.skipped {
         run.state.skipped += 1;
@@ -321,47 +319,11 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
         ));
     } else {
         run.skipped_in_a_row = 0;
-        let config = AdamWConfig::new(s.learning_rate, s.weight_decay);
+        let config = AdamWConfig::new(record.learning_rate, s.weight_decay);
         run.optimizer.update(&config, run.adapter.parameters_mut(), &sum.gradients);
+        run.average();
     }
     Ok(record)
-}
-
-/// The gradient of an update, batch by batch.
-fn gradient(
-    run: &Run,
-    state: &EpochState,
-    batches: &[&TrajectoryBatch],
-    surrogate: &Surrogate,
-) -> Result<UpdateGradient> {
-    let s = run.settings;
-    let loras = upload_adapter(&run.replicas, Some(&run.adapter));
-    let uncond = run.embeddings.row_of("")?;
-    let mut sum = UpdateGradient::default();
-    let work = |replica: &Replica, batch: &&TrajectoryBatch| {
-        let net = &*replica.pipeline.net;
-        let images = &state.plan.images[batch.images.clone()];
-        let prompts = prompt_pair(replica, &run.embeddings, uncond, images)?;
-        let policy = Policy {
-            compute: &replica.compute,
-            net,
-            lora: lora_of(&loras, &run.replicas, replica),
-            guidance: GuidanceMode::new(net, s.guidance_scale),
-            prompts: &prompts,
-        };
-        let options = GradientOptions {
-            surrogate,
-            advantage: &state.advantages[batch.images.clone()],
-            rows_at_once: run.rows_at_once,
-        };
-        let tick = || run.observer.on(Event::PhaseAdvances);
-        batch_gradient(&policy, &run.adapter, batch, &state.plan.trained, &options, &tick)
-    };
-    fold_batches(&run.replicas, batches, work, |batch| {
-        sum.add(batch);
-        Ok(())
-    })?;
-    Ok(sum)
 }
 
 /// METRICS, CHECKPOINT
@@ -375,10 +337,12 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
     } else if state.epoch.is_multiple_of(s.sample_every) {
         Some(evaluate(run, Extent::Row)?)
     } else {
-        // No grid is due: one picture shows whether the policy may be saved.
-        run.draw(&run.plan_evaluation(Extent::Probe)?)?;
         None
     };
+    if shown.is_none() || run.ema.is_some() {
+        // No grid of the policy itself is due: one picture shows whether it may be saved.
+        run.draw(&run.plan_evaluation(Extent::Probe)?)?;
+    }
     keep_beginning(run)?;
     done.updates.iter().for_each(|update| run.folder.record(Record::Update(update.clone())));
     // The watch compares the rollouts' rewards, this one's among them.

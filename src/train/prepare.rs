@@ -74,7 +74,7 @@ pub(crate) fn prepare<'a>(
         true => resume(job, &model, &linears, observer)?,
         false => begin(s, model, &linears)?,
     };
-    let Loaded { snapshot: Snapshot { state, adapter, optimizer }, transitions } = loaded;
+    let Loaded { snapshot: Snapshot { state, adapter, optimizer, ema }, transitions } = loaded;
     check_dump(job, &state)?;
     let counts = StepCounts { all: steps.len(), trainable: trainable.len() };
     let lines = summary(s, &compute, &adapter, &estimated, counts);
@@ -92,6 +92,7 @@ pub(crate) fn prepare<'a>(
         state,
         adapter,
         optimizer,
+        ema,
         folder,
         dump: job.dump.clone(),
         skipped_in_a_row: 0,
@@ -179,7 +180,8 @@ fn begin(s: &Settings, model: String, linears: &[LinearShape]) -> Result<Loaded>
     let optimizer = AdamWState::new(adapter.parameters().map(Vec::len));
     let (size, min_count) = (s.tracker_size, s.tracker_min_count);
     let tracker = Tracker { size, min_count, ..Default::default() };
-    let snapshot = Snapshot { state: RunState::new(model, tracker), adapter, optimizer };
+    let ema = s.ema.map(|_| adapter.clone());
+    let snapshot = Snapshot { state: RunState::new(model, tracker), adapter, optimizer, ema };
     Ok(Loaded { snapshot, transitions: None })
 }
 

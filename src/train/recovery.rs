@@ -8,7 +8,7 @@ use super::epoch::EpochState;
 use super::evaluation::Extent;
 use super::metrics::{Record, SuspendedRecord};
 use super::observer::Event;
-use super::run::{BEST, Run};
+use super::run::{BEST, EMA, Run};
 use super::self_test::self_test;
 use super::update::{GradientOptions, TrajectoryBatch, batch_gradient};
 use super::watch::best_epoch;
@@ -57,8 +57,8 @@ pub(super) fn keep_beginning(run: &mut Run) -> Result<()> {
 
 fn parts<'a>(run: &Run, snapshot: &'a Snapshot) -> Parts<'a> {
     let network = run.first().pipeline.family.network();
-    let Snapshot { state, adapter, optimizer } = snapshot;
-    Parts { state, adapter, optimizer, network }
+    let Snapshot { state, adapter, optimizer, ema } = snapshot;
+    Parts { state, adapter, optimizer, ema: ema.as_ref(), network }
 }
 
 /// Restores the epoch that the run was stopped in, where it was.
@@ -203,12 +203,16 @@ fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
     run.folder.flush(|dir| {
         let file = dir.join("adapter.safetensors");
         formats::save(&good.adapter, &file, Format::Diffusers, network)?;
+        if let Some(ema) = &good.ema {
+            formats::save(ema, &dir.join(EMA), Format::Diffusers, network)?;
+        }
         if best_is_gone {
-            formats::save(&good.adapter, &dir.join(BEST), Format::Diffusers, network)?;
+            let shown = good.ema.as_ref().unwrap_or(&good.adapter);
+            formats::save(shown, &dir.join(BEST), Format::Diffusers, network)?;
         }
         checkpoint::rewind(dir, &parts)
     })?;
-    let Snapshot { state, adapter, optimizer } = good;
-    (run.state, run.adapter, run.optimizer) = (state, adapter, optimizer);
+    let Snapshot { state, adapter, optimizer, ema } = good;
+    (run.state, run.adapter, run.optimizer, run.ema) = (state, adapter, optimizer, ema);
     Ok(())
 }

@@ -9,7 +9,7 @@ use image::RgbImage;
 
 use super::adamw::AdamWState;
 use super::base_features::save_base;
-use super::checkpoint::{self, RunState, Snapshot};
+use super::checkpoint::{self, Keep, RunState, Snapshot};
 use super::epoch::EpochPlan;
 use super::evaluation::{EvaluationPlan, Extent};
 use super::metrics::{EvaluationRecord, Measures, Record};
@@ -29,6 +29,7 @@ use crate::reward::{Prompt, Reward, RewardSpec};
 use crate::sampling::Replica;
 use crate::sampling::generate::{Request, generate};
 use crate::sampling::kl::trajectory_kl;
+use crate::sampling::policy::Weighted;
 use crate::sampling::trajectory::decode;
 use crate::schedule::Step;
 
@@ -147,6 +148,8 @@ pub(crate) struct Run<'a> {
     pub state: RunState,
     pub adapter: Adapter,
     pub optimizer: AdamWState,
+    /// The running mean of the adapter, where the run has one.
+    pub ema: Option<Adapter>,
     pub folder: RunFolder,
     pub dump: Option<DumpRequest>,
     pub skipped_in_a_row: usize,
@@ -196,9 +199,27 @@ impl Run<'_> {
         EvaluationPlan::new(self.settings, self.first(), steps, embeddings, extent)
     }
 
-    /// The pictures of an evaluation, by the adapter as it is.
+    /// The adapter that is evaluated and given away: the running mean, where the run has one.
+    pub fn shown(&self) -> &Adapter {
+        self.ema.as_ref().unwrap_or(&self.adapter)
+    }
+
+    /// Takes the adapter's newest values into its running mean, after an optimizer step.
+    pub fn average(&mut self) {
+        let Some((ema, decay)) = self.ema.as_mut().zip(self.settings.ema) else { return };
+        if self.optimizer.step.is_multiple_of(self.settings.ema_every as u64) {
+            ema.approach(&self.adapter, ema_decay(decay, self.optimizer.step));
+        }
+    }
+
+    /// The pictures of an evaluation.
     pub fn draw(&self, plan: &EvaluationPlan) -> Result<Vec<RgbImage>> {
-        let request = self.request(plan)?;
+        let policies = [Weighted::whole(Some(match plan.extent {
+            // Whether the policy itself is still finite.
+            Extent::Probe => &self.adapter,
+            Extent::Full | Extent::Row => self.shown(),
+        }))];
+        let request = self.request(plan, &policies)?;
         let pictures =
             generate(&self.replicas, &request, &|| self.hear_stop(), |replica, drawn| {
                 decode(&replica.pipeline.vae, &drawn.latents)
@@ -209,18 +230,23 @@ impl Run<'_> {
     /// The KL of an evaluation's trajectories to the model without its adapter, by the noise of the
     /// training.
     pub fn kl(&self, plan: &EvaluationPlan) -> Result<f64> {
-        let request = Request { steps: &self.steps, ..self.request(plan)? };
+        let policies = [Weighted::whole(Some(self.shown()))];
+        let request = Request { steps: &self.steps, ..self.request(plan, &policies)? };
         let each = trajectory_kl(&self.replicas, &request, &|| self.hear_stop())?;
         Ok(each.iter().sum::<f64>() / each.len() as f64)
     }
 
-    fn request<'a>(&'a self, plan: &'a EvaluationPlan) -> Result<Request<'a>> {
+    fn request<'a>(
+        &'a self,
+        plan: &'a EvaluationPlan,
+        policies: &'a [Weighted<Option<&'a Adapter>>],
+    ) -> Result<Request<'a>> {
         Ok(Request {
             images: &plan.images,
             batches: &plan.batches,
             embeddings: &self.embeddings,
             uncond: self.embeddings.row_of("")?,
-            adapter: Some(&self.adapter),
+            policies,
             guidance_scale: self.settings.guidance_scale,
             steps: &plan.steps,
             keep: &[],
@@ -250,7 +276,7 @@ impl Run<'_> {
         news.iter().for_each(|text| self.warn(text));
         self.folder.record(Record::Evaluation(record));
         if best_epoch(self.settings, self.folder.records()) == Some(epoch) {
-            self.best = Some(self.adapter.clone());
+            self.best = Some(self.shown().clone());
         }
         Ok(())
     }
@@ -267,6 +293,7 @@ impl Run<'_> {
             state: RunState { optimizer_step: self.optimizer.step, ..self.state.clone() },
             adapter: self.adapter.clone(),
             optimizer: self.optimizer.clone(),
+            ema: self.ema.clone(),
         }
     }
 
@@ -275,12 +302,16 @@ impl Run<'_> {
         let state = RunState { optimizer_step: self.optimizer.step, ..state };
         let network = self.replicas[0].pipeline.family.network();
         let (adapter, optimizer) = (&self.adapter, &self.optimizer);
-        let keep = self.settings.keep_every;
-        let parts = checkpoint::Parts { state: &state, adapter, optimizer, network };
+        let keep = Keep { last: self.settings.keep_last, every: self.settings.keep_every };
+        let ema = self.ema.as_ref();
+        let parts = checkpoint::Parts { state: &state, adapter, optimizer, ema, network };
         let (best, base_features) = (&self.best, &self.base_features);
         self.folder.flush(|dir| {
             let file = dir.join("adapter.safetensors");
             formats::save(adapter, &file, Format::Diffusers, network)?;
+            if let Some(ema) = ema {
+                formats::save(ema, &dir.join(EMA), Format::Diffusers, network)?;
+            }
             if let Some(best) = best {
                 formats::save(best, &dir.join(BEST), Format::Diffusers, network)?;
             }
@@ -317,5 +348,13 @@ impl Run<'_> {
     }
 }
 
+/// The decay of a running mean at an optimizer step, counted from 1: it grows to `most`, so that
+/// the fresh adapter is soon forgotten.
+fn ema_decay(most: f64, step: u64) -> f64 {
+    (step as f64 / (step + 9) as f64).min(most)
+}
+
+/// The file of the adapter's running mean in a run's folder.
+pub(super) const EMA: &str = "adapter-ema.safetensors";
 /// The file of the best adapter in a run's folder.
 pub const BEST: &str = "adapter-best.safetensors";

@@ -33,6 +33,9 @@ pub struct UpdateRecord {
     /// Norm of the gradient before it is cut.
     #[serde(deserialize_with = "or_nan")]
     pub grad_norm: f64,
+    /// AdamW's.
+    #[serde(default)]
+    pub learning_rate: f64,
     /// Rows that the policy's network has computed; guidance's are not counted twice.
     #[serde(default)]
     pub calls: usize,
@@ -77,6 +80,17 @@ pub struct StepRecord {
     pub contribution: f64,
 }
 
+/// What an update was done with and cost, beside its steps' statistics.
+#[derive(Clone, Copy, Debug)]
+pub struct Took {
+    /// AdamW's.
+    pub learning_rate: f64,
+    /// Norm of the gradient before it is cut.
+    pub grad_norm: f64,
+    /// Rows that the policy's network has computed.
+    pub calls: usize,
+}
+
 impl UpdateRecord {
     /// Of the update's trained steps with their statistics. A norm that is not finite marks a
     /// skipped update.
@@ -85,8 +99,7 @@ impl UpdateRecord {
         update: usize,
         trained: &[Step],
         table: &[StepStats],
-        grad_norm: f64,
-        calls: usize,
+        Took { learning_rate, grad_norm, calls }: Took,
     ) -> Self {
         let loss = mean(table, |t| t.loss);
         Self {
@@ -99,6 +112,7 @@ impl UpdateRecord {
             log_rho_mean: mean(table, |t| t.log_rho_mean),
             log_rho_std: pooled_std(table),
             grad_norm,
+            learning_rate,
             calls,
             skipped: !(loss.is_finite() && grad_norm.is_finite()),
             steps: trained.iter().zip(table).map(|(s, t)| StepRecord::new(s, t)).collect(),

@@ -288,3 +288,63 @@ fn a_sampler_of_the_other_family_is_refused() {
         ddim.steps(&sampling(Sampler::Dance)).unwrap_err().to_string().contains("--sampler dance")
     );
 }
+
+/// The reweighting matrix of Reward Score Matching on Flow-GRPO's own grid: the spread of each
+/// rule's first-order credit over the trained steps, and where entries clip in terms of log rho.
+#[test]
+fn reward_score_matching_s_rules_have_their_credit_and_clip_where_they_should() {
+    let schedule = Schedule::Flow(Flow::shifted(3.0));
+    let (sampler, shift) = (Sampler::FlowGrpo, None);
+    let sampling = Sampling { sampler, steps: 10, eta: 0.7, grid: Grid::Shifted, shift, tokens: 0 };
+    let native = schedule.steps(&sampling).unwrap();
+    let sigma = [
+        0.7, 0.73837139, 0.53168817, 0.44145936, 0.3877382, 0.35, 0.31950483, 0.29047375,
+        0.25617377,
+    ];
+    for (i, (step, sigma)) in native.iter().zip(sigma).enumerate() {
+        assert!((step.sigma - sigma).abs() < 1e-8, "step {i}: sigma {}", step.sigma);
+        let kappa = step.w_native * step.sigma / step.share;
+        let expected = if i == 0 { 1.0 } else { 1.245 };
+        assert!((kappa - expected).abs() < 1e-9, "step {i}: kappa / dt is {kappa}");
+    }
+    // Credit is the loss's factor times the weight in log rho.
+    for (rule, spread, first, last) in [
+        (Credit::Native, 17.0099, 1e-4, 1e-4),
+        (Credit::Proportionate, 5.0, 3.311e-5, 1.1262e-4),
+        (Credit::Tempflow, 6.225, 1e-4, 1e-4),
+        (Credit::TempflowRatio, 6.225, f64::NAN, f64::NAN),
+        (Credit::Guard, 1.245, 1.4286e-4, 3.9036e-4),
+        (Credit::Fairclip, 17.0099, 2.0408e-4, 1.5238e-3),
+        (Credit::Fairclip2, 1.245, 2.0408e-4, 1.5238e-3),
+    ] {
+        let steps = apply(rule, &schedule, native.clone(), None).unwrap();
+        let credit: Vec<f64> = steps[..9].iter().map(|s| s.loss_weight * s.weight).collect();
+        let largest = credit.iter().copied().fold(0.0, f64::max);
+        let smallest = credit.iter().copied().fold(f64::INFINITY, f64::min);
+        let found = largest / smallest;
+        assert!((found / spread - 1.0).abs() < 1e-4, "{rule:?}: a spread of {found}");
+        // u = weight / native log rho to first order: u is xi where log rho is xi native / weight.
+        for (step, expected) in [(&steps[0], first), (&steps[8], last)] {
+            let at = 1e-4 * step.w_native / step.weight;
+            let near = expected.is_nan() || (at / expected - 1.0).abs() < 2e-4;
+            assert!(near, "{rule:?} at {}: clips at {at:e}", step.t);
+        }
+        // The quadratic term is that of the native ratio, times what log rho is multiplied by.
+        if matches!(rule, Credit::Fairclip | Credit::Fairclip2 | Credit::TempflowRatio) {
+            for (step, own) in steps[..9].iter().zip(&native) {
+                let factor = step.weight / own.w_native;
+                let quadratic = step.quadratic * step.weight * step.weight;
+                let expected = factor * own.w_native * own.w_native;
+                assert!((quadratic / expected - 1.0).abs() < 1e-12, "{rule:?} at {}", step.t);
+            }
+        }
+        assert!(steps[9].weight.is_finite() && steps[9].loss_weight.is_finite());
+    }
+    let tempflow = apply(Credit::Tempflow, &schedule, native.clone(), None).unwrap();
+    let mean = tempflow[..9].iter().map(|s| s.loss_weight).sum::<f64>() / 9.0;
+    assert!((mean - 1.00385).abs() < 1e-5, "the mean of 2.25 sigma is {mean}");
+    for step in &tempflow[1..9] {
+        let credit = step.loss_weight * step.weight / step.share;
+        assert!((credit - 2.80125).abs() < 1e-9, "{credit}");
+    }
+}

@@ -174,7 +174,14 @@ fn group_norm_silu_is_its_formula() {
             let plain = |[x]: [Tensor<4>; 1]| {
                 let affine = |i| tensor(i, [c], &cpu().burn).autodiff();
                 let x = channels_first(x + 5.0);
-                channels_last(tensor_ops::group_norm_silu(x, groups, affine(7), affine(8), 1e-5, silu))
+                channels_last(tensor_ops::group_norm_silu(
+                    x,
+                    groups,
+                    affine(7),
+                    affine(8),
+                    1e-5,
+                    silu,
+                ))
             };
             // Adding 5 rounds the values themselves.
             agree(&format!("{c} channels, silu {silu}"), [[b, h, w, c]], 2e-5, kernel, plain);

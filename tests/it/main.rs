@@ -16,6 +16,7 @@ mod page;
 mod picture;
 mod remote_server;
 mod reward;
+mod reward_guidance;
 mod reward_judge;
 mod reward_models;
 mod reward_remote;

@@ -19,15 +19,15 @@ fn every_shader_translates_for_msl_hlsl_and_spirv() {
         let source = (kernel.source)(width);
         let module = naga::front::wgsl::parse_str(&source)
             .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
-        // Only weights are ever in f16.
-        let of_weights = kernel.name.starts_with("frozen_");
-        let more = Capabilities::SHADER_FLOAT16_IN_FLOAT32;
-        let info = Validator::new(
-            ValidationFlags::all(),
-            if of_weights { more } else { Capabilities::empty() },
-        )
-        .validate(&module)
-        .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
+        // Only weights are ever in f16, and only where subgroups are eight wide are they spoken of.
+        let mut more = Capabilities::empty();
+        more.set(Capabilities::SHADER_FLOAT16_IN_FLOAT32, kernel.name.starts_with("frozen_"));
+        more.set(Capabilities::SUBGROUP, source.contains("subgroup"));
+        let info = Validator::new(ValidationFlags::all(), more)
+            .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
+            .subgroup_operations(naga::valid::SubgroupOperationSet::all())
+            .validate(&module)
+            .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
         // The least version that wgpu takes.
         let options = msl::Options {
             fake_missing_bindings: true,
@@ -63,7 +63,7 @@ fn every_file_in_shaders_is_used() {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
     let sources: Vec<String> = kernels().iter().map(|(k, variant)| (k.source)(*variant)).collect();
     let mut files = 0;
-    for folder in ["", "shared", "objectives", "weights"].map(|folder| dir.join(folder)) {
+    for folder in ["", "shared", "objectives", "weights", "eights"].map(|folder| dir.join(folder)) {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {

@@ -16,6 +16,7 @@ use crate::io;
 use crate::measure::features::{FeatureModel, clip_path};
 use crate::model::picture::open_rgb;
 use crate::reward::{self, Prompt, RemoteOptions, RewardContext, RewardSpec};
+use crate::sampling::policy::Weighted;
 use crate::tools::draw::{Canvas, Drawing};
 use crate::tools::eval::{
     Drawn, Evaluation, PictureSet, Reference, folder_features, kl, picture_files, pictures,
@@ -27,9 +28,10 @@ use crate::train::{Observer, Silent};
 const AT_ONCE: usize = 8;
 
 /// What says how pictures are drawn, and means nothing where they exist.
-const DRAWN: [&str; 15] = [
+const DRAWN: [&str; 16] = [
     "model",
     "lora",
+    "reward_guidance",
     "sampler",
     "steps",
     "grid",
@@ -166,8 +168,9 @@ fn of_model(args: &EvalArgs, measuring: Measuring) -> Result<Evaluation> {
     let compute = open(args)?;
     let texts = prompts.iter().map(|p| p.text.clone()).collect();
     let canvas = args.draw.open(compute.clone(), texts, args.images)?;
+    let policies = canvas.policies();
     let drawing = Drawing {
-        adapter: canvas.adapter.as_ref(),
+        policies: &policies,
         steps: &canvas.steps,
         first: 0,
         at_once: args.images.min(AT_ONCE),
@@ -215,10 +218,12 @@ fn reference(
     if let Some(dir) = &args.reference {
         return folder(model, dir, set).map(Some);
     }
-    let base = Drawing { adapter: None, ..*drawing };
-    let same = match drawing.adapter {
-        Some(_) => model.of(&draw(args, canvas, &base, "base")?.images)?,
-        None => model.of(&set.images)?,
+    let policies = [Weighted::whole(None)];
+    let base = Drawing { policies: &policies, ..*drawing };
+    let same = if drawing.policies == policies {
+        model.of(&set.images)?
+    } else {
+        model.of(&draw(args, canvas, &base, "base")?.images)?
     };
     let other = Drawing { first: canvas.total(), ..base };
     let whole = model.of(&draw(args, canvas, &other, "base")?.images)?;

@@ -36,8 +36,8 @@ pub fn run(args: &SampleArgs) -> Result<i32> {
     let compute = args.draw.device.open()?;
     let canvas = args.draw.open(compute, args.prompt.clone(), args.batch)?;
     io::probe(&picture_path(&args.out, 0))?;
-    let (adapter, steps) = (canvas.adapter.as_ref(), &canvas.steps[..]);
-    let drawing = Drawing { adapter, steps, first: 0, at_once: args.batch };
+    let (policies, steps) = (&canvas.policies(), &canvas.steps[..]);
+    let drawing = Drawing { policies, steps, first: 0, at_once: args.batch };
     let latents = in_phase(&Console::new(), "sample", canvas.units(&drawing), |tick| {
         canvas.draw(&drawing, tick, |replica, drawn| {
             let pictures = decode(&replica.pipeline.vae, &drawn.latents)?;

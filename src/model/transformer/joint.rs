@@ -49,7 +49,8 @@ impl TimeTextEmbedding {
         })
     }
 
-    /// `[P, width]`, one a condition, activated: every modulation activates it first, so it is done once here.
+    /// `[P, width]`, one a condition, activated: every modulation activates it first, so it is done
+    /// once here.
     pub fn forward(&self, inputs: &Inputs) -> Tensor<2> {
         let pooled =
             inputs.cond.pooled.clone().expect("a transformer's conditioning has a pooled part");

@@ -9,6 +9,7 @@ mod memory;
 mod method;
 mod resume;
 mod reward;
+mod schedule;
 mod stop;
 
 use std::path::Path;

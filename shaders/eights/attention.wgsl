@@ -1,0 +1,83 @@
+// attention.wgsl where subgroups are eight wide: follows attention_eights.wgsl.
+
+// Bindings 0 to 4 are in shared/attention_eights.wgsl.
+@group(0) @binding(5) var<storage, read_write> out: array<f32>;   // [batch, queries, heads, HEAD]
+@group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(subgroup_id) subgroup: u32, @builtin(subgroup_invocation_id) x: u32,
+) {
+    let queries = sizes.queries;
+    let keys = sizes.keys;
+    let own = block_of((group.y * groups.x + group.x) * 8u + subgroup, queries);
+    if own.image >= sizes.batch { return; } // the whole subgroup
+    let stride = sizes.heads * HEAD;
+    let row = own.start + 4u * x;
+    let outer = vec4<u32>(
+        row_at(own.image, own.head, queries, row), row_at(own.image, own.head, queries, row + 1u),
+        row_at(own.image, own.head, queries, row + 2u),
+        row_at(own.image, own.head, queries, row + 3u),
+    );
+    let bias_at = own.image * sizes.bias_batch + own.head * sizes.bias_head;
+
+    var sums = Columns();
+    var top = vec4<f32>(LOWEST);
+    var total = vec4<f32>();
+    for (var first = 0u; first < keys; first += TILE) {
+        let inner = vec4<u32>(
+            row_at(own.image, own.head, keys, first + x),
+            row_at(own.image, own.head, keys, first + x + 8u),
+            row_at(own.image, own.head, keys, first + x + 16u),
+            row_at(own.image, own.head, keys, first + x + 24u),
+        );
+        var s = Scores();
+        for (var d = 0u; d < HEAD; d += 1u) {
+            let right = vec4<f32>(q[outer.x + d], q[outer.y + d], q[outer.z + d], q[outer.w + d]);
+            score(&s, 0u, k[inner.x + d], right); score(&s, 8u, k[inner.y + d], right);
+            score(&s, 16u, k[inner.z + d], right); score(&s, 24u, k[inner.w + d], right);
+        }
+
+        // In powers of two from here on, which is what devices compute.
+        var own_top = top;
+        for (var i = 0u; i < TILE; i += 1u) {
+            s[i] *= sizes.scale * LOG2E;
+            if sizes.has_bias == 1u && first + i < keys {
+                for (var r = 0u; r < 4u; r += 1u) {
+                    let at = bias_at + min(row + r, queries - 1u) * keys + first + i;
+                    s[i][r] += bias[at] * LOG2E;
+                }
+            }
+            if first + i >= keys { s[i] = vec4<f32>(LOWEST); }
+            own_top = max(own_top, s[i]);
+        }
+        let keep = exp2(top - own_top);
+        top = own_top;
+        total *= keep;
+        for (var i = 0u; i < 8u * OUT_UNITS; i += 1u) { sums[i] *= keep; }
+        let held = min(TILE, keys - first);
+        for (var i = 0u; i < held; i += 1u) {
+            s[i] = exp2(s[i] - top);
+            total += s[i];
+        }
+        let at = row_at(own.image, own.head, keys, first);
+        for (var u = 0u; u < OUT_UNITS; u += 1u) {
+            let column = at + column_of(own.unit + u, x);
+            var share = Sums();
+            for (var i = 0u; i < held; i += 1u) { add(&share, v[column + i * stride], s[i]); }
+            collect(&sums, u, share);
+        }
+    }
+
+    for (var r = 0u; r < 4u && row + r < queries; r += 1u) {
+        let at = row_at(own.image, own.head, queries, row + r);
+        for (var i = 0u; i < 8u * OUT_UNITS && 8u * own.unit + i < HEAD; i += 1u) {
+            out[at + 8u * own.unit + i] = sums[i][r] / total[r];
+        }
+        if own.unit == 0u {
+            let statistics = (own.image * sizes.heads + own.head) * queries;
+            lse[statistics + row + r] = (top[r] + log2(total[r])) / LOG2E;
+        }
+    }
+}

@@ -1,0 +1,84 @@
+// attention_gradient_kv.wgsl where subgroups are eight wide: follows attention_eights.wgsl. Here keys
+// are outside and queries inside; queries are never split.
+
+// Bindings 0 to 4 are in shared/attention_eights.wgsl.
+@group(0) @binding(5) var<storage, read_write> g: array<f32>;     // [batch, queries, heads, HEAD]
+@group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
+@group(0) @binding(7) var<storage, read_write> delta: array<f32>; // [batch, heads, queries]
+@group(0) @binding(8) var<storage, read_write> gk: array<f32>;    // [batch, keys, heads, HEAD]
+@group(0) @binding(9) var<storage, read_write> gv: array<f32>;    // [batch, keys, heads, HEAD]
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(subgroup_id) subgroup: u32, @builtin(subgroup_invocation_id) x: u32,
+) {
+    let queries = sizes.queries;
+    let keys = sizes.keys;
+    let own = block_of((group.y * groups.x + group.x) * 8u + subgroup, keys);
+    if own.image >= sizes.batch { return; } // the whole subgroup
+    let stride = sizes.heads * HEAD;
+    let row = own.start + 4u * x;
+    let outer = vec4<u32>(
+        row_at(own.image, own.head, keys, row), row_at(own.image, own.head, keys, row + 1u),
+        row_at(own.image, own.head, keys, row + 2u), row_at(own.image, own.head, keys, row + 3u),
+    );
+    let bias_at = own.image * sizes.bias_batch + own.head * sizes.bias_head;
+    let statistics = (own.image * sizes.heads + own.head) * queries;
+
+    var key_sums = Columns();
+    var value_sums = Columns();
+    for (var first = 0u; first < queries; first += TILE) {
+        let inner = vec4<u32>(
+            row_at(own.image, own.head, queries, first + x),
+            row_at(own.image, own.head, queries, first + x + 8u),
+            row_at(own.image, own.head, queries, first + x + 16u),
+            row_at(own.image, own.head, queries, first + x + 24u),
+        );
+        var s = Scores();
+        var dp = Scores();
+        for (var d = 0u; d < HEAD; d += 1u) {
+            let right = vec4<f32>(k[outer.x + d], k[outer.y + d], k[outer.z + d], k[outer.w + d]);
+            score(&s, 0u, q[inner.x + d], right); score(&s, 8u, q[inner.y + d], right);
+            score(&s, 16u, q[inner.z + d], right); score(&s, 24u, q[inner.w + d], right);
+        }
+        for (var d = 0u; d < HEAD; d += 1u) {
+            let right = vec4<f32>(v[outer.x + d], v[outer.y + d], v[outer.z + d], v[outer.w + d]);
+            score(&dp, 0u, g[inner.x + d], right); score(&dp, 8u, g[inner.y + d], right);
+            score(&dp, 16u, g[inner.z + d], right); score(&dp, 24u, g[inner.w + d], right);
+        }
+        let held = min(TILE, queries - first);
+        for (var i = 0u; i < held; i += 1u) {
+            let query = first + i;
+            var scaled = s[i] * sizes.scale;
+            if sizes.has_bias == 1u {
+                for (var r = 0u; r < 4u; r += 1u) {
+                    scaled[r] += bias[bias_at + query * keys + min(row + r, keys - 1u)];
+                }
+            }
+            // A large lse has lost its last digits; p is never above 1.
+            let p = exp2(min((scaled - lse[statistics + query]) * LOG2E, vec4<f32>()));
+            s[i] = p;
+            dp[i] = p * (dp[i] - delta[statistics + query]);
+        }
+        let at = row_at(own.image, own.head, queries, first);
+        for (var u = 0u; u < OUT_UNITS; u += 1u) {
+            let column = at + column_of(own.unit + u, x);
+            var of_values = Sums();
+            var of_keys = Sums();
+            for (var i = 0u; i < held; i += 1u) {
+                add(&of_values, g[column + i * stride], s[i]);
+                add(&of_keys, q[column + i * stride], dp[i]);
+            }
+            collect(&value_sums, u, of_values);
+            collect(&key_sums, u, of_keys);
+        }
+    }
+    for (var r = 0u; r < 4u && row + r < keys; r += 1u) {
+        let at = row_at(own.image, own.head, keys, row + r);
+        for (var i = 0u; i < 8u * OUT_UNITS && 8u * own.unit + i < HEAD; i += 1u) {
+            gk[at + 8u * own.unit + i] = key_sums[i][r] * sizes.scale;
+            gv[at + 8u * own.unit + i] = value_sums[i][r];
+        }
+    }
+}
