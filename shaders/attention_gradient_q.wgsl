@@ -8,7 +8,7 @@ const OUT_CHUNKS: u32 = min(CHUNKS, 4u);
 
 fn load_gradients(rows: Rows, first: u32, chunk: u32, thread: u32) {
     for (var i = thread; i < TILE * CHUNK; i += THREADS) {
-        outer_tile[place(i)] = gradient_unit(rows, first, chunk, i);
+        outer_tile[place(i)] = hold(gradient_unit(rows, first, chunk, i));
     }
 }
 

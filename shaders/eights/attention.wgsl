@@ -4,6 +4,16 @@
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;   // [batch, queries, heads, HEAD]
 @group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
 
+fn four_q(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(q[at.x + d], q[at.y + d], q[at.z + d], q[at.w + d]);
+    return hold4(row);
+}
+
+fn four_k(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]);
+    return hold4(row);
+}
+
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -11,7 +21,7 @@ fn main(
 ) {
     let queries = sizes.queries;
     let keys = sizes.keys;
-    let own = block_of((group.y * groups.x + group.x) * 8u + subgroup, queries);
+    let own = block_of((sizes.first + group.y * groups.x + group.x) * 8u + subgroup, queries);
     if own.image >= sizes.batch { return; } // the whole subgroup
     let stride = sizes.heads * HEAD;
     let row = own.start + 4u * x;
@@ -34,9 +44,8 @@ fn main(
         );
         var s = Scores();
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = vec4<f32>(q[outer.x + d], q[outer.y + d], q[outer.z + d], q[outer.w + d]);
-            score(&s, 0u, k[inner.x + d], right); score(&s, 8u, k[inner.y + d], right);
-            score(&s, 16u, k[inner.z + d], right); score(&s, 24u, k[inner.w + d], right);
+            let right = four_q(outer, d);
+            scores(&s, four_k(inner, d), right);
         }
 
         // In powers of two from here on, which is what devices compute.
@@ -65,7 +74,9 @@ fn main(
         for (var u = 0u; u < OUT_UNITS; u += 1u) {
             let column = at + column_of(own.unit + u, x);
             var share = Sums();
-            for (var i = 0u; i < held; i += 1u) { add(&share, v[column + i * stride], s[i]); }
+            for (var i = 0u; i < held; i += 1u) {
+                add(&share, hold1(v[column + i * stride]), s[i]);
+            }
             collect(&sums, u, share);
         }
     }

@@ -1,5 +1,5 @@
-// attention_gradient_kv.wgsl where subgroups are eight wide: follows attention_eights.wgsl. Here keys
-// are outside and queries inside; queries are never split.
+// attention_gradient_kv.wgsl where subgroups are eight wide: follows attention_eights.wgsl. Here
+// keys are outside and queries inside; queries are never split.
 
 // Bindings 0 to 4 are in shared/attention_eights.wgsl.
 @group(0) @binding(5) var<storage, read_write> g: array<f32>;     // [batch, queries, heads, HEAD]
@@ -8,6 +8,26 @@
 @group(0) @binding(8) var<storage, read_write> gk: array<f32>;    // [batch, keys, heads, HEAD]
 @group(0) @binding(9) var<storage, read_write> gv: array<f32>;    // [batch, keys, heads, HEAD]
 
+fn four_k(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]);
+    return hold4(row);
+}
+
+fn four_v(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(v[at.x + d], v[at.y + d], v[at.z + d], v[at.w + d]);
+    return hold4(row);
+}
+
+fn four_g(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(g[at.x + d], g[at.y + d], g[at.z + d], g[at.w + d]);
+    return hold4(row);
+}
+
+fn four_q(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(q[at.x + d], q[at.y + d], q[at.z + d], q[at.w + d]);
+    return hold4(row);
+}
+
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -15,7 +35,7 @@ fn main(
 ) {
     let queries = sizes.queries;
     let keys = sizes.keys;
-    let own = block_of((group.y * groups.x + group.x) * 8u + subgroup, keys);
+    let own = block_of((sizes.first + group.y * groups.x + group.x) * 8u + subgroup, keys);
     if own.image >= sizes.batch { return; } // the whole subgroup
     let stride = sizes.heads * HEAD;
     let row = own.start + 4u * x;
@@ -38,14 +58,12 @@ fn main(
         var s = Scores();
         var dp = Scores();
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = vec4<f32>(k[outer.x + d], k[outer.y + d], k[outer.z + d], k[outer.w + d]);
-            score(&s, 0u, q[inner.x + d], right); score(&s, 8u, q[inner.y + d], right);
-            score(&s, 16u, q[inner.z + d], right); score(&s, 24u, q[inner.w + d], right);
+            let right = four_k(outer, d);
+            scores(&s, four_q(inner, d), right);
         }
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = vec4<f32>(v[outer.x + d], v[outer.y + d], v[outer.z + d], v[outer.w + d]);
-            score(&dp, 0u, g[inner.x + d], right); score(&dp, 8u, g[inner.y + d], right);
-            score(&dp, 16u, g[inner.z + d], right); score(&dp, 24u, g[inner.w + d], right);
+            let right = four_v(outer, d);
+            scores(&dp, four_g(inner, d), right);
         }
         let held = min(TILE, queries - first);
         for (var i = 0u; i < held; i += 1u) {
@@ -67,8 +85,8 @@ fn main(
             var of_values = Sums();
             var of_keys = Sums();
             for (var i = 0u; i < held; i += 1u) {
-                add(&of_values, g[column + i * stride], s[i]);
-                add(&of_keys, q[column + i * stride], dp[i]);
+                add(&of_values, hold1(g[column + i * stride]), s[i]);
+                add(&of_keys, hold1(q[column + i * stride]), dp[i]);
             }
             collect(&value_sums, u, of_values);
             collect(&key_sums, u, of_keys);

@@ -6,6 +6,26 @@
 @group(0) @binding(7) var<storage, read_write> delta: array<f32>; // [batch, heads, queries]
 @group(0) @binding(8) var<storage, read_write> gq: array<f32>;    // [batch, queries, heads, HEAD]
 
+fn four_g(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(g[at.x + d], g[at.y + d], g[at.z + d], g[at.w + d]);
+    return hold4(row);
+}
+
+fn four_q(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(q[at.x + d], q[at.y + d], q[at.z + d], q[at.w + d]);
+    return hold4(row);
+}
+
+fn four_k(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]);
+    return hold4(row);
+}
+
+fn four_v(at: vec4<u32>, d: u32) -> vec4<f32> {
+    let row = vec4<f32>(v[at.x + d], v[at.y + d], v[at.z + d], v[at.w + d]);
+    return hold4(row);
+}
+
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -13,7 +33,7 @@ fn main(
 ) {
     let queries = sizes.queries;
     let keys = sizes.keys;
-    let own = block_of((group.y * groups.x + group.x) * 8u + subgroup, queries);
+    let own = block_of((sizes.first + group.y * groups.x + group.x) * 8u + subgroup, queries);
     if own.image >= sizes.batch { return; } // the whole subgroup
     let stride = sizes.heads * HEAD;
     let row = own.start + 4u * x;
@@ -42,14 +62,12 @@ fn main(
         var s = Scores();
         var dp = Scores();
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = vec4<f32>(q[outer.x + d], q[outer.y + d], q[outer.z + d], q[outer.w + d]);
-            score(&s, 0u, k[inner.x + d], right); score(&s, 8u, k[inner.y + d], right);
-            score(&s, 16u, k[inner.z + d], right); score(&s, 24u, k[inner.w + d], right);
+            let right = four_q(outer, d);
+            scores(&s, four_k(inner, d), right);
         }
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = vec4<f32>(g[outer.x + d], g[outer.y + d], g[outer.z + d], g[outer.w + d]);
-            score(&dp, 0u, v[inner.x + d], right); score(&dp, 8u, v[inner.y + d], right);
-            score(&dp, 16u, v[inner.z + d], right); score(&dp, 24u, v[inner.w + d], right);
+            let right = four_g(outer, d);
+            scores(&dp, four_v(inner, d), right);
         }
         let held = min(TILE, keys - first);
         for (var i = 0u; i < held; i += 1u) {
@@ -67,7 +85,9 @@ fn main(
         for (var u = 0u; u < OUT_UNITS; u += 1u) {
             let column = at + column_of(own.unit + u, x);
             var share = Sums();
-            for (var i = 0u; i < held; i += 1u) { add(&share, k[column + i * stride], s[i]); }
+            for (var i = 0u; i < held; i += 1u) {
+                add(&share, hold1(k[column + i * stride]), s[i]);
+            }
             collect(&sums, u, share);
         }
     }

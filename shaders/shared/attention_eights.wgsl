@@ -10,7 +10,9 @@ struct Sizes {
     queries: u32, keys: u32, heads: u32, has_bias: u32,
     // Strides of bias over images and heads in numbers; 0 where one serves all.
     bias_batch: u32, bias_head: u32, scale: f32, splits: u32,
-    batch: u32, pad0: u32, pad1: u32, pad2: u32,
+    batch: u32,
+    // Workgroups of the submissions before.
+    first: u32, pad0: u32, pad1: u32,
 }
 
 @group(0) @binding(0) var<uniform> sizes: Sizes;
@@ -47,6 +49,14 @@ fn score(sums: ptr<function, Scores>, at: u32, left: f32, right: vec4<f32>) {
     (*sums)[at + 5u] = fma(vec4<f32>(subgroupBroadcast(left, 5u)), right, (*sums)[at + 5u]);
     (*sums)[at + 6u] = fma(vec4<f32>(subgroupBroadcast(left, 6u)), right, (*sums)[at + 6u]);
     (*sums)[at + 7u] = fma(vec4<f32>(subgroupBroadcast(left, 7u)), right, (*sums)[at + 7u]);
+}
+
+// The same of all 32, of which a thread has read four.
+fn scores(sums: ptr<function, Scores>, left: vec4<f32>, right: vec4<f32>) {
+    score(sums, 0u, left.x, right);
+    score(sums, 8u, left.y, right);
+    score(sums, 16u, left.z, right);
+    score(sums, 24u, left.w, right);
 }
 
 // Where a row of a head begins in a tensor [batch, count, heads, HEAD].

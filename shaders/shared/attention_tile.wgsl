@@ -18,7 +18,9 @@ struct Sizes {
     queries: u32, keys: u32, heads: u32, has_bias: u32,
     // Strides of bias over images and heads in numbers; 0 where one serves all.
     bias_batch: u32, bias_head: u32, scale: f32, splits: u32,
-    batch: u32, pad0: u32, pad1: u32, pad2: u32,
+    batch: u32,
+    // Workgroups of the submissions before.
+    first: u32, pad0: u32, pad1: u32,
 }
 
 @group(0) @binding(0) var<uniform> sizes: Sizes;
@@ -40,8 +42,8 @@ const LOG2E: f32 = 1.4426950408889634;
 const LOWEST: f32 = -3.4e38;
 
 // Together 16 KiB with attention's own 1 KiB, the least that every device has.
-var<workgroup> outer_tile: array<Lanes, TILE * STRIDE>;
-var<workgroup> inner_tile: array<Lanes, TILE * STRIDE>;
+var<workgroup> outer_tile: array<Held, TILE * STRIDE>;
+var<workgroup> inner_tile: array<Held, TILE * STRIDE>;
 var<workgroup> weights: array<vec4<f32>, TILE * 8u>; // [inner row, y], see weight_index
 
 // Eight neighbours of a row of eight write different inner rows: turned, so that they hit
@@ -84,7 +86,7 @@ struct Block { image: u32, head: u32, start: u32, slice: u32, split: u32 }
 
 fn block_of(group: vec3<u32>, groups: vec3<u32>, outer_rows: u32) -> Block {
     let blocks = (outer_rows + TILE - 1u) / TILE;
-    let tile = group.y * groups.x + group.x;
+    let tile = sizes.first + group.y * groups.x + group.x;
     let split = tile / blocks;
     let slice = split / sizes.splits;
     let head = slice / SLICES;
@@ -98,12 +100,12 @@ fn block_of(group: vec3<u32>, groups: vec3<u32>, outer_rows: u32) -> Block {
 fn add_scores(x: u32, y: u32, scores: ptr<function, array<vec4<f32>, 4>>) {
     for (var u = 0u; u < CHUNK; u += 1u) {
         let at = y * 4u * STRIDE + u;
-        let a0 = outer_tile[at];
-        let a1 = outer_tile[at + STRIDE];
-        let a2 = outer_tile[at + 2u * STRIDE];
-        let a3 = outer_tile[at + 3u * STRIDE];
+        let a0 = Lanes(outer_tile[at]);
+        let a1 = Lanes(outer_tile[at + STRIDE]);
+        let a2 = Lanes(outer_tile[at + 2u * STRIDE]);
+        let a3 = Lanes(outer_tile[at + 3u * STRIDE]);
         for (var j = 0u; j < 4u; j += 1u) {
-            let b = inner_tile[(x + 8u * j) * STRIDE + u];
+            let b = Lanes(inner_tile[(x + 8u * j) * STRIDE + u]);
             let s = (*scores)[j];
             (*scores)[j] = vec4<f32>(
                 dot_add(a0, b, s.x), dot_add(a1, b, s.y), dot_add(a2, b, s.z), dot_add(a3, b, s.w),

@@ -16,7 +16,9 @@ struct Sizes {
     width: u32, kernel_h: u32, kernel_w: u32, stride: u32,
     // Images of the source and of the result.
     padding: u32, source_h: u32, source_w: u32, h: u32,
-    w: u32, pad0: u32, pad1: u32, pad2: u32,
+    w: u32,
+    // Workgroups of the submissions before.
+    first: u32, pad0: u32, pad1: u32,
 }
 
 @group(0) @binding(0) var<uniform> sizes: Sizes;

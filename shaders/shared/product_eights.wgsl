@@ -18,7 +18,7 @@ fn main(
     @builtin(subgroup_id) subgroup: u32, @builtin(subgroup_invocation_id) x: u32,
 ) {
     let tiles = (sizes.columns + COLUMNS - 1u) / COLUMNS;
-    let tile = group.y * groups.x + group.x;
+    let tile = sizes.first + group.y * groups.x + group.x;
     let first_row = tile / tiles * ROWS + 32u * subgroup;
     let column = tile % tiles * COLUMNS + 4u * x;
     if first_row >= sizes.rows { return; } // the whole subgroup
@@ -29,12 +29,13 @@ fn main(
         let r2 = source_row(row + 16u, place); let r3 = source_row(row + 24u, place);
         for (var c = 0u; c < sizes.inner; c += 4u) {
             let m = weights4x4(place, c, column);
-            let a = channels4(r0, c); let b = channels4(r1, c);
-            let d = channels4(r2, c); let e = channels4(r3, c);
-            add(&s0, a.x, m[0]); add(&s1, b.x, m[0]); add(&s2, d.x, m[0]); add(&s3, e.x, m[0]);
-            add(&s0, a.y, m[1]); add(&s1, b.y, m[1]); add(&s2, d.y, m[1]); add(&s3, e.y, m[1]);
-            add(&s0, a.z, m[2]); add(&s1, b.z, m[2]); add(&s2, d.z, m[2]); add(&s3, e.z, m[2]);
-            add(&s0, a.w, m[3]); add(&s1, b.w, m[3]); add(&s2, d.w, m[3]); add(&s3, e.w, m[3]);
+            let m0 = hold4(m[0]); let m1 = hold4(m[1]); let m2 = hold4(m[2]); let m3 = hold4(m[3]);
+            let a = hold4(channels4(r0, c)); let b = hold4(channels4(r1, c));
+            let d = hold4(channels4(r2, c)); let e = hold4(channels4(r3, c));
+            add(&s0, a.x, m0); add(&s1, b.x, m0); add(&s2, d.x, m0); add(&s3, e.x, m0);
+            add(&s0, a.y, m1); add(&s1, b.y, m1); add(&s2, d.y, m1); add(&s3, e.y, m1);
+            add(&s0, a.z, m2); add(&s1, b.z, m2); add(&s2, d.z, m2); add(&s3, e.z, m2);
+            add(&s0, a.w, m3); add(&s1, b.w, m3); add(&s2, d.w, m3); add(&s3, e.w, m3);
         }
     }
     write(first_row, column, s0); write(first_row + 8u, column, s1);

@@ -6,8 +6,8 @@ const ROWS: u32 = 64u;
 const COLUMNS: u32 = 64u;
 const DEPTH: u32 = 16u;
 
-var<workgroup> left: array<vec4<f32>, 256>;  // [DEPTH, quads of rows]
-var<workgroup> right: array<vec4<f32>, 256>; // [DEPTH, quads of columns]
+var<workgroup> left: array<Quad, 256>;  // [DEPTH, quads of rows]
+var<workgroup> right: array<Quad, 256>; // [DEPTH, quads of columns]
 
 // Where a quad of a slice lies. Turned by the depth: eight neighbouring threads that store four
 // depths of two quads hit different banks, and so do those that read one depth of eight quads.
@@ -20,7 +20,7 @@ fn main(
     @builtin(local_invocation_index) thread: u32,
 ) {
     let tiles = (sizes.columns + COLUMNS - 1u) / COLUMNS;
-    let tile = group.y * groups.x + group.x;
+    let tile = sizes.first + group.y * groups.x + group.x;
     let first_row = tile / tiles * ROWS;
     let first_column = tile % tiles * COLUMNS;
     if first_row >= sizes.rows { return; }
@@ -50,8 +50,8 @@ fn main(
             let matrix = weights4x4(place, first + own.x, first_column + 4u * own.y);
             workgroupBarrier();
             for (var i = 0u; i < 4u; i += 1u) {
-                left[at(depth + i, quad)] = fetched[i];
-                right[at(own.x + i, own.y)] = matrix[i];
+                left[at(depth + i, quad)] = hold4(fetched[i]);
+                right[at(own.x + i, own.y)] = hold4(matrix[i]);
             }
             workgroupBarrier();
             // Four depths share a turn: no address is made anew for each.
@@ -59,14 +59,14 @@ fn main(
                 let of_b = at(4u * four, x);
                 let of_a = at(4u * four, y);
                 for (var k = 0u; k < 64u; k += 16u) {
-                    let b = right[of_b + k];
-                    let c = right[of_b + k + 8u];
-                    let a = left[of_a + k];
+                    let b = vec4<f32>(right[of_b + k]);
+                    let c = vec4<f32>(right[of_b + k + 8u]);
+                    let a = vec4<f32>(left[of_a + k]);
                     s0 = fma(vec4<f32>(a.x), b, s0); t0 = fma(vec4<f32>(a.x), c, t0);
                     s1 = fma(vec4<f32>(a.y), b, s1); t1 = fma(vec4<f32>(a.y), c, t1);
                     s2 = fma(vec4<f32>(a.z), b, s2); t2 = fma(vec4<f32>(a.z), c, t2);
                     s3 = fma(vec4<f32>(a.w), b, s3); t3 = fma(vec4<f32>(a.w), c, t3);
-                    let d = left[of_a + k + 8u];
+                    let d = vec4<f32>(left[of_a + k + 8u]);
                     s4 = fma(vec4<f32>(d.x), b, s4); t4 = fma(vec4<f32>(d.x), c, t4);
                     s5 = fma(vec4<f32>(d.y), b, s5); t5 = fma(vec4<f32>(d.y), c, t5);
                     s6 = fma(vec4<f32>(d.z), b, s6); t6 = fma(vec4<f32>(d.z), c, t6);

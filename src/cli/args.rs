@@ -8,7 +8,8 @@ use clap::Args;
 
 use crate::config::numbers::{self, MOST, Range};
 use crate::config::prompts::model_folder;
-use crate::device::{self, Compute};
+use crate::device::adapters::Opening;
+use crate::device::{self, Compute, ComputeType};
 use crate::model::{Family, Storage};
 use crate::reward::{self, JudgeAnswer, RemoteOptions, RewardSpec};
 use crate::schedule::{Grid, Sampler};
@@ -34,12 +35,20 @@ pub struct DeviceArg {
     /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices`
     #[arg(long, default_value = "auto")]
     pub device: String,
+    /// What convolutions, linear layers and attention take, added up in f32; f16 on GPUs
+    #[arg(long, value_enum, default_value = "f32")]
+    pub compute: ComputeType,
 }
 
 impl DeviceArg {
+    /// Opens the device.
+    pub fn quietly(&self) -> Result<Compute> {
+        device::open_with(&self.device, Opening { compute: self.compute, by_tiles: false })
+    }
+
     /// Opens the device and prints the line that names it.
     pub fn open(&self) -> Result<Compute> {
-        let compute = device::open(&self.device)?;
+        let compute = self.quietly()?;
         println!("device: {}", compute.name);
         Ok(compute)
     }

@@ -8,6 +8,7 @@ use clap::Args;
 use serde::{Deserialize, Deserializer, Serialize};
 
 use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
+use crate::device::ComputeType;
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::{GuidanceGradient, Objective};
@@ -23,7 +24,7 @@ pub struct Options {
     /// [default: emoji]
     #[arg(long, value_name = "DIR", help_heading = "Model and device")]
     pub model: Option<PathBuf>,
-    /// Type that frozen weights are stored in; computation and LoRA are f32 [default: f32]
+    /// Type that frozen weights are stored in; the LoRA is f32 [default: f32]
     #[arg(long, value_enum, help_heading = "Model and device")]
     pub storage: Option<Storage>,
     /// Side of the images in pixels [default: the model's own]
@@ -38,6 +39,10 @@ pub struct Options {
     /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices` [default: auto]
     #[arg(long, help_heading = "Model and device")]
     pub device: Option<String>,
+    /// What convolutions, linear layers and attention take, added up in f32; f16 on GPUs [default:
+    /// f32]
+    #[arg(long, value_enum, help_heading = "Model and device")]
+    pub compute: Option<ComputeType>,
     /// Memory of the device in GiB, for the estimate before the run [default: what the device
     /// says]
     #[arg(long, value_name = "GIB", help_heading = "Model and device")]

@@ -95,6 +95,7 @@ impl Options {
         let settings = Settings {
             model,
             device: o.device.clone().unwrap_or_else(|| "auto".into()),
+            compute: o.compute.unwrap_or_default(),
             memory: o.memory,
             storage: o.storage.unwrap_or(Storage::F32),
             reward: trained,

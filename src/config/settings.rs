@@ -8,6 +8,8 @@ use anyhow::Result;
 use serde::{Serialize, Serializer};
 
 use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
+use crate::device::adapters::Opening;
+use crate::device::{self, Compute, ComputeType};
 use crate::measure::collapse::Bounds;
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
@@ -24,6 +26,7 @@ use crate::schedule::{Grid, Sampler, Sampling};
 pub struct Settings {
     pub model: PathBuf,
     pub device: String,
+    pub compute: ComputeType,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<f64>,
     pub storage: Storage,
@@ -145,6 +148,14 @@ impl Settings {
             judge_question: self.judge_question.clone(),
             judge_answer: self.judge_answer.unwrap_or_default(),
         }
+    }
+
+    /// Opens the device of the training.
+    ///
+    /// # Errors
+    /// As [`device::open`], and when it cannot compute in the type.
+    pub fn open_device(&self) -> Result<Compute> {
+        device::open_with(&self.device, Opening { compute: self.compute, by_tiles: false })
     }
 
     /// Prompts an epoch.

@@ -1,12 +1,12 @@
 //! Which adapter a run uses: listing, choosing, and opening it once for Burn and for our own
 //! shaders.
 
-use anyhow::{Result, anyhow, bail};
+use anyhow::{Result, anyhow, bail, ensure};
 use burn::tensor::Device;
 use burn::tensor::wgpu::WgpuSetup;
 
-use super::compute::Compute;
-use super::gpu::Gpu;
+use super::compute::{Compute, ComputeType};
+use super::gpu::{Gpu, Kernels};
 use super::system;
 
 /// One line of `pcpo-wgpu devices`.
@@ -96,6 +96,32 @@ pub fn auto(adapters: &[Adapter]) -> Option<usize> {
 /// # Errors
 /// When no adapter has that number or name, when several do, or when the driver refuses the device.
 pub fn open(wanted: &str) -> Result<Compute> {
+    open_with(wanted, Opening::default())
+}
+
+/// How a device is opened.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Opening {
+    pub compute: ComputeType,
+    /// Runs the kernels of hardware on software too, for tests.
+    pub by_tiles: bool,
+}
+
+/// [`open`] with kernels of one's choice.
+///
+/// # Errors
+/// As [`open`], and when the device cannot compute in that type.
+pub fn open_with(wanted: &str, how: Opening) -> Result<Compute> {
+    let compute = open_device(wanted, how)?;
+    ensure!(
+        how.compute == ComputeType::F32 || compute.gpu.is_some(),
+        "--compute f16: the CPU computes in f32; leave it out, or name a GPU of `pcpo-wgpu \
+         devices` with --device"
+    );
+    Ok(compute)
+}
+
+fn open_device(wanted: &str, how: Opening) -> Result<Compute> {
     let name = wanted.to_lowercase();
     if name == "cpu" {
         return Ok(Compute::cpu());
@@ -105,7 +131,7 @@ pub fn open(wanted: &str) -> Result<Compute> {
     let hint = "`pcpo-wgpu devices` lists what there is, `--device cpu` always works";
     if name == "auto" {
         return match auto(&adapters) {
-            Some(i) => request(instance, &adapters[i]),
+            Some(i) => request(instance, &adapters[i], how),
             None => {
                 let mut compute = Compute::cpu();
                 compute.name += ": no hardware GPU was found, so the CPU backend computes \
@@ -118,12 +144,12 @@ pub fn open(wanted: &str) -> Result<Compute> {
         let adapter = adapters.get(n).ok_or_else(|| {
             anyhow!("--device {n}: there are {} adapters, numbered from 0; {hint}", adapters.len())
         })?;
-        return request(instance, adapter);
+        return request(instance, adapter, how);
     }
     let found: Vec<&Adapter> = adapters.iter().filter(|a| a.matches(&name)).collect();
     match found[..] {
         [] => bail!("--device {wanted}: no adapter has that name; {hint}"),
-        [one] => request(instance, one),
+        [one] => request(instance, one, how),
         _ => {
             let names: Vec<String> = found.iter().map(|a| a.label()).collect();
             bail!(
@@ -135,7 +161,7 @@ pub fn open(wanted: &str) -> Result<Compute> {
     }
 }
 
-fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
+fn request(instance: wgpu::Instance, chosen: &Adapter, how: Opening) -> Result<Compute> {
     let adapter = chosen.adapter.clone();
     // Everything that the adapter has: Burn's kernels use f16, subgroups and large bindings where
     // they exist.
@@ -165,10 +191,17 @@ fn request(instance: wgpu::Instance, chosen: &Adapter) -> Result<Compute> {
         .setup(setup)
         .init()
         .map_err(|e| anyhow!("--device: {} cannot be used by Burn: {e}", chosen.label()))?;
-    let eights = !chosen.is_hardware()
+    let eights = !how.by_tiles
+        && !chosen.is_hardware()
         && device.features().contains(wgpu::Features::SUBGROUP)
         && (chosen.info.subgroup_min_size, chosen.info.subgroup_max_size) == (8, 8);
-    let gpu = Gpu::new(&burn, device, queue, eights);
+    let half = how.compute == ComputeType::F16;
+    ensure!(
+        !half || device.features().contains(wgpu::Features::SHADER_F16),
+        "--compute f16: {} has no f16 in its shaders; leave it out",
+        chosen.label()
+    );
+    let gpu = Gpu::new(&burn, device, queue, Kernels { eights, half });
     let software =
         if chosen.is_hardware() { "" } else { " [software: for tests of the GPU path, slow]" };
     Ok(Compute {

@@ -2,8 +2,20 @@
 
 use anyhow::{Result, anyhow};
 use burn::tensor::Device;
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 use super::{gpu, system};
+
+/// What convolutions, linear layers and attention take.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ComputeType {
+    #[default]
+    F32,
+    /// f16, added up in f32; everything else stays f32. On GPUs.
+    F16,
+}
 
 /// An opened device: Burn computes the networks on `burn`; the hot path's shaders run on `gpu`,
 /// which is the same wgpu device and queue, or on the CPU references where there is none.

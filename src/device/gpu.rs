@@ -61,6 +61,15 @@ macro_rules! kernel {
 }
 pub(crate) use kernel;
 
+/// Which variants of its kernels a device runs.
+#[derive(Clone, Copy, Debug)]
+pub struct Kernels {
+    /// Those for subgroups that are eight wide.
+    pub eights: bool,
+    /// Those whose products take f16.
+    pub half: bool,
+}
+
 /// Burn's wgpu device and queue with our compiled pipelines; clones share them.
 #[derive(Clone)]
 pub struct Gpu {
@@ -69,6 +78,8 @@ pub struct Gpu {
     /// Whether subgroups are eight wide, on a software device: there a read at one address for a
     /// whole subgroup is one read, and any other is eight.
     pub eights: bool,
+    /// Whether products and attention take f16.
+    pub half: bool,
     pipelines: Arc<Mutex<HashMap<(&'static str, u32), wgpu::ComputePipeline>>>,
 }
 
@@ -119,8 +130,13 @@ static OPENED: RwLock<Vec<(Device, Gpu)>> = RwLock::new(Vec::new());
 
 impl Gpu {
     /// Burn's wgpu device and queue for our pipelines, found again by [`Self::of`].
-    pub fn new(burn: &Device, device: wgpu::Device, queue: wgpu::Queue, eights: bool) -> Self {
-        let own = Self { device, queue, eights, pipelines: Arc::default() };
+    pub fn new(
+        burn: &Device,
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        Kernels { eights, half }: Kernels,
+    ) -> Self {
+        let own = Self { device, queue, eights, half, pipelines: Arc::default() };
         let mut opened = OPENED.write().unwrap_or_else(PoisonError::into_inner);
         opened.push((burn.clone(), own.clone()));
         own

@@ -9,6 +9,6 @@ pub mod in_order;
 pub mod system;
 pub mod tensor;
 
-pub use self::adapters::open;
-pub use self::compute::{Compute, rows_at_a_time};
+pub use self::adapters::{open, open_with};
+pub use self::compute::{Compute, ComputeType, rows_at_a_time};
 pub use self::guard::guard;

@@ -4,15 +4,17 @@ use burn::backend::DispatchTensor;
 use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
-use super::gpu::{grid, launch};
+use super::gpu::{computing, grid, launch, submissions};
 use super::node::{node, output};
-use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, lanes, output as empty};
+use crate::device::gpu::{self, Buffer, Gpu, Kernel, buffer, kernel, lanes, output as empty};
 
 /// Added to a variant's number where subgroups are eight wide.
 pub(super) const EIGHTS: u32 = 1 << 16;
+/// Added where products take f16.
+pub(super) const HALF: u32 = 1 << 17;
 
 /// Units of eight columns that a result holds in registers where subgroups are eight wide.
-const MOST_UNITS: usize = 20;
+const MOST_UNITS: usize = 8;
 
 /// Declares a kernel with its variant for subgroups that are eight wide, whose number is the width
 /// of a head and [`EIGHTS`].
@@ -21,32 +23,34 @@ macro_rules! kernel_of_both {
         Kernel {
             name: $name,
             source: |variant| {
-                if variant < EIGHTS {
+                if variant & EIGHTS == 0 {
                     const OWN: Kernel = kernel!(begins beginning, $name $(, $shared)*);
                     return (OWN.source)(variant);
                 }
-                let head = variant - EIGHTS;
+                let head = variant % EIGHTS;
                 let sizes = format!("const HEAD: u32 = {head}u;\nconst MOST: u32 = {MOST_UNITS}u;");
                 let rest = concat!(
                     include_str!("../../shaders/shared/eights.wgsl"),
                     include_str!("../../shaders/shared/attention_eights.wgsl"),
                     include_str!(concat!("../../shaders/eights/", $name, ".wgsl"))
                 );
-                [&sizes, rest].join("\n")
+                [computing(variant & HALF != 0, true), &sizes, rest].join("\n")
             },
         }
     };
 }
 
-/// The source's beginning for heads of a width.
-fn beginning(head: u32) -> String {
+/// The source's beginning for a variant by tiles.
+fn beginning(variant: u32) -> String {
+    let head = variant % EIGHTS;
     let width = gpu::width(head as usize);
     let inner = if width == 4 {
         include_str!("../../shaders/shared/attention4.wgsl")
     } else {
         include_str!("../../shaders/shared/attention1.wgsl")
     };
-    format!("const HEAD: u32 = {head}u;\n{}\n{inner}", lanes(width))
+    let computing = computing(variant & HALF != 0, false);
+    format!("{computing}\nconst HEAD: u32 = {head}u;\n{}\n{inner}", lanes(width))
 }
 
 pub(super) const FORWARD: Kernel =
@@ -83,7 +87,8 @@ struct Sizes {
     scale: f32,
     splits: u32,
     batch: u32,
-    pad: [u32; 3],
+    first: u32,
+    pad: [u32; 2],
 }
 
 /// Rows of a workgroup.
@@ -115,15 +120,24 @@ pub fn on_gpu(
         scale: call.scale,
         splits: 1,
         batch: b as u32,
-        pad: [0; 3],
+        first: 0,
+        pad: [0; 2],
     };
     let (eights, units) = (gpu.eights, head.div_ceil(8));
-    let variant = head as u32 + if eights { EIGHTS } else { 0 };
+    let variant = head as u32 + if eights { EIGHTS } else { 0 } + if gpu.half { HALF } else { 0 };
     let blocks = move |rows: usize, most: usize| {
         let blocks = rows.div_ceil(TILE) * b * heads;
         // A subgroup a block, eight a workgroup.
         let eight = || (blocks * units.div_ceil(MOST_UNITS)).div_ceil(8);
-        grid(if eights { eight() } else { blocks * slices(head, most) })
+        if eights { eight() } else { blocks * slices(head, most) }
+    };
+    // Two products for each pair of rows and column, twice as many backward.
+    let products = move |inner: usize| TILE * inner * head * if eights { 16 } else { 2 };
+    let run = move |gpu: &Gpu, kernel: Kernel, bindings: &[&Buffer], groups: usize, each: usize| {
+        for run in submissions(groups, each) {
+            let sizes = Sizes { first: run.start as u32, ..sizes };
+            launch(gpu, kernel, variant, &sizes, bindings, grid(run.len()));
+        }
     };
     let (y, lse) = (empty([b, tq, width], &device), empty([b, heads, tq], &device));
     {
@@ -131,7 +145,7 @@ pub fn on_gpu(
         let own = bias.as_ref().map(buffer);
         let bias = own.as_ref().unwrap_or(&qb);
         let bindings = &[&qb, &kb, &vb, bias, &buffer(&y), &buffer(&lse)];
-        launch(&gpu, FORWARD, variant, &sizes, bindings, blocks(tq, 4));
+        run(&gpu, FORWARD, bindings, blocks(tq, 4), products(tk));
     }
     let out = y.clone();
     node(parents, y, move |g: Tensor<3>, _| {
@@ -146,9 +160,9 @@ pub fn on_gpu(
         let bias = own.as_ref().unwrap_or(&qb);
         let [gq, gk, gv] = [tq, tk, tk].map(|t| empty([b, t, width], &device));
         let bindings = &[&qb, &kb, &vb, bias, &g, &lse, &delta, &buffer(&gq)];
-        launch(&gpu, GRADIENT_Q, variant, &sizes, bindings, blocks(tq, 4));
+        run(&gpu, GRADIENT_Q, bindings, blocks(tq, 4), 2 * products(tk));
         let bindings = &[&qb, &kb, &vb, bias, &g, &lse, &delta, &buffer(&gk), &buffer(&gv)];
-        launch(&gpu, GRADIENT_KV, variant, &sizes, bindings, blocks(tk, 2));
+        run(&gpu, GRADIENT_KV, bindings, blocks(tk, 2), 2 * products(tq));
         [output(gq), output(gk), output(gv)]
     })
 }

@@ -1,9 +1,21 @@
 //! What the kernels' GPU paths share: grids of any number of workgroups, and a launch whose failure
 //! is a panic as Burn's own operations have it ([`crate::device::guard`]).
 
+use std::ops::Range;
+
 use bytemuck::Pod;
 
 use crate::device::gpu::{Buffer, Gpu, Kernel, Launch};
+
+/// What the source of a kernel with products begins with: what they take in f32 or f16, held in a
+/// workgroup's memory or, where subgroups are eight wide, not at all.
+pub fn computing(half: bool, eights: bool) -> &'static str {
+    match (half, eights) {
+        (false, _) => include_str!("../../shaders/compute/f32.wgsl"),
+        (true, false) => include_str!("../../shaders/compute/f16.wgsl"),
+        (true, true) => include_str!("../../shaders/compute/rounded.wgsl"),
+    }
+}
 
 /// Workgroups along one side of a grid.
 const SIDE: usize = 65_535;
@@ -12,6 +24,17 @@ const SIDE: usize = 65_535;
 pub fn grid(groups: usize) -> [u32; 2] {
     let rows = groups.div_ceil(SIDE).max(1);
     [groups.div_ceil(rows) as u32, rows as u32]
+}
+
+/// Products that one submission makes at most. A watchdog takes a device away that works on one for
+/// two seconds (Windows): one that makes only 10^10 a second, a tenth of what slow integrated GPUs
+/// can do, is below that.
+const MOST_PRODUCTS: f64 = 1.5e10;
+
+/// Runs of workgroups that are submitted one by one: `groups` in all, each of so many products.
+pub fn submissions(groups: usize, products: usize) -> impl Iterator<Item = Range<usize>> {
+    let most = ((MOST_PRODUCTS / products.max(1) as f64) as usize).max(1);
+    (0..groups).step_by(most).map(move |first| first..groups.min(first + most))
 }
 
 /// Runs one kernel on buffers in the order of its bindings.
@@ -26,4 +49,27 @@ pub fn launch(
     let launch = Launch { kernel, bindings: bindings.to_vec(), grid };
     let done = gpu.run(bytemuck::bytes_of(uniforms), variant, &[launch]);
     done.unwrap_or_else(|e| panic!("{}: {e:#}", kernel.name));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_work_is_submitted_in_parts_that_are_all_of_it() {
+        for (groups, products, parts) in [
+            (1, 1, 1),
+            (1000, 1 << 20, 1),
+            (1, 1 << 40, 1),
+            (3, 1 << 40, 3),
+            (100_000, 1 << 22, 28),
+        ] {
+            let all: Vec<Range<usize>> = submissions(groups, products).collect();
+            assert_eq!(all.len(), parts, "{groups} of {products}");
+            assert_eq!((all[0].start, all[parts - 1].end), (0, groups));
+            assert!(all.windows(2).all(|pair| pair[0].end == pair[1].start));
+            let most = all.iter().map(|run| run.len() * products).max().unwrap();
+            assert!(parts == groups || most as f64 <= MOST_PRODUCTS);
+        }
+    }
 }

@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
 use super::frozen_weight::{FrozenWeight, Stored};
-use super::gpu::{grid, launch};
+use super::gpu::{computing, grid, launch, submissions};
 use crate::device::gpu::{Buffer, Gpu, Kernel, buffer};
 
 /// Kept in sync with `shaders/shared/product.wgsl`.
@@ -25,7 +25,8 @@ pub struct Sizes {
     pub source_w: u32,
     pub h: u32,
     pub w: u32,
-    pub pad: [u32; 3],
+    pub first: u32,
+    pub pad: [u32; 2],
 }
 
 /// Rows and columns that a workgroup makes.
@@ -33,9 +34,9 @@ const TILE: [usize; 2] = [64, 64];
 /// The same where subgroups are eight wide.
 const EIGHTS: [usize; 2] = [256, 32];
 
-/// The number of a variant: how weights are stored, whether channels come in fours, and whether
-/// subgroups are eight wide.
-fn variant(stored: &Stored, sizes: &Sizes, eights: bool) -> u32 {
+/// The number of a variant: how weights are stored, whether channels come in fours, whether
+/// subgroups are eight wide, and whether products take f16.
+fn variant(stored: &Stored, sizes: &Sizes, gpu: &Gpu) -> u32 {
     let format = match stored {
         Stored::F32(_) => 0,
         Stored::F16(_) => 1,
@@ -43,7 +44,7 @@ fn variant(stored: &Stored, sizes: &Sizes, eights: bool) -> u32 {
         Stored::Quantised(_) => 3,
     };
     let fours = sizes.inner.is_multiple_of(4) && sizes.columns.is_multiple_of(4);
-    8 * u32::from(eights) + 2 * format + u32::from(fours)
+    16 * u32::from(gpu.half) + 8 * u32::from(gpu.eights) + 2 * format + u32::from(fours)
 }
 
 /// What comes first in the source of a variant.
@@ -66,11 +67,12 @@ pub fn beginning(variant: u32) -> String {
         ),
     ];
     let [tiles, weights, channels] = [
-        tiles[(variant / 8) as usize],
+        tiles[(variant / 8 % 2) as usize],
         weights[(variant / 2 % 4) as usize],
         channels[(variant % 2) as usize],
     ];
-    [channels, weights, tiles].join("\n")
+    let computing = computing(variant >= 16, variant / 8 % 2 == 1);
+    [computing, channels, weights, tiles].join("\n")
 }
 
 /// A product on a GPU.
@@ -91,10 +93,16 @@ impl Product<'_> {
         let bias: &Buffer = own.as_ref().unwrap_or(&source);
         let [rows, columns] = [sizes.rows, sizes.columns].map(|n| n as usize);
         let tile = if self.gpu.eights { EIGHTS } else { TILE };
-        let tiles = grid(rows.div_ceil(tile[0]) * columns.div_ceil(tile[1]));
-        let variant = variant(&self.weight.stored, &sizes, self.gpu.eights);
-        let run =
-            |bindings: &[&Buffer]| launch(self.gpu, self.kernel, variant, &sizes, bindings, tiles);
+        let tiles = rows.div_ceil(tile[0]) * columns.div_ceil(tile[1]);
+        let depth = sizes.inner * sizes.kernel[0] * sizes.kernel[1];
+        let products = tile[0] * tile[1] * depth as usize;
+        let variant = variant(&self.weight.stored, &sizes, self.gpu);
+        let run = |bindings: &[&Buffer]| {
+            for run in submissions(tiles, products) {
+                let sizes = Sizes { first: run.start as u32, ..sizes };
+                launch(self.gpu, self.kernel, variant, &sizes, bindings, grid(run.len()));
+            }
+        };
         match &self.weight.stored {
             Stored::F32(w) | Stored::F16(w) => run(&[&source, &buffer(w), bias, &out]),
             Stored::Quantised(q) => {

@@ -5,8 +5,8 @@ use super::{
 };
 use crate::device::gpu::Kernel;
 
-/// Every kernel with its variants: lanes, widths of heads, or how weights are stored and whether
-/// channels come in fours.
+/// Every kernel with its variants: lanes, widths of heads, or how weights are stored and channels
+/// come; of the last two also by the subgroups' width and by what products take.
 pub fn kernels() -> Vec<(Kernel, &'static [u32])> {
     let lanes = [
         activation::FORWARD,
@@ -28,8 +28,20 @@ pub fn kernels() -> Vec<(Kernel, &'static [u32])> {
     let all = lanes.map(|k| (k, &[1, 4][..])).into_iter();
     let all = all.chain(groups.map(|k| (k, &[1, 2, 4][..])));
     const E: u32 = attention_gpu::EIGHTS;
-    let widths = &[5, 40, 64, 512, E + 5, E + 40, E + 64, E + 512];
+    const H: u32 = attention_gpu::HALF;
+    let widths =
+        &[5, 40, 64, 512, H + 5, H + 40, E + 5, E + 40, E + 64, E + 512, E + H + 5, E + H + 40];
     let all = all.chain(heads.map(|k| (k, &widths[..])));
-    all.chain(products.map(|k| (k, &[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15][..])))
-        .collect()
+    all.chain(products.map(|k| (k, &PRODUCTS[..]))).collect()
 }
+
+/// See `variant` in [`super::product`].
+const PRODUCTS: [u32; 32] = {
+    let mut all = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        all[i] = i as u32;
+        i += 1;
+    }
+    all
+};

@@ -52,10 +52,10 @@ impl std::fmt::Display for NotFinite {
 
 impl std::error::Error for NotFinite {}
 
-/// Samples a batch by the sum of several policies' outputs from initial latents, some of whose rows may be `equal` in value and prompt: they
-/// are computed once until noise makes them different. Image i of it draws the noise of number
-/// `first_image + i`. Keeps the transitions of the steps whose index is in `keep`; `tick` is called
-/// after each step.
+/// Samples a batch by the sum of several policies' outputs, from initial latents some of whose rows
+/// may be `equal` in value and prompt: they are computed once until noise makes them different.
+/// Image i of it draws the noise of number `first_image + i`. Keeps the transitions of the steps
+/// whose index is in `keep`; `tick` is called after each step.
 ///
 /// # Errors
 /// When the device fails, or `tick` asks to stop.

@@ -34,8 +34,8 @@ pub struct KernelSizes {
 
 /// Those of small networks.
 pub const SMALL: KernelSizes = KernelSizes { images: &[[16, 64]], attentions: &[[256, 4, 16]] };
-/// Those of Stable Diffusion 1.5's UNet at 512 pixels; its attention over 4096 tokens is cut to 2048,
-/// since Burn's scores would not fit one binding of software Vulkan.
+/// Those of Stable Diffusion 1.5's UNet at 512 pixels; its attention over 4096 tokens is cut to
+/// 2048, since Burn's scores would not fit one binding of software Vulkan.
 pub const STABLE_DIFFUSION: KernelSizes = KernelSizes {
     images: &[[64, 320], [32, 640], [16, 1280], [8, 1280]],
     attentions: &[[2048, 8, 40], [1024, 8, 80], [256, 8, 160]],

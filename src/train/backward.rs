@@ -22,12 +22,28 @@ pub struct GradientAccumulator<'a> {
     adapter: &'a Adapter,
     tracked: &'a Lora,
     sums: Vec<Option<Tensor<2>>>,
+    /// Whether gradients pass through products in f16.
+    half: bool,
+    /// What the gradient that is passing was divided by.
+    scale: Option<Tensor<2>>,
 }
 
 impl<'a> GradientAccumulator<'a> {
     /// `tracked` is the adapter on a device, with gradients.
-    pub fn new(adapter: &'a Adapter, tracked: &'a Lora) -> Self {
-        Self { adapter, tracked, sums: vec![None; 2 * adapter.layers.len()] }
+    pub fn new(adapter: &'a Adapter, tracked: &'a Lora, half: bool) -> Self {
+        let sums = vec![None; 2 * adapter.layers.len()];
+        Self { adapter, tracked, sums, half, scale: None }
+    }
+
+    /// A gradient of which f16 flushes nothing: its largest entry is 1.
+    fn scaled(&mut self, gradient: Tensor<4>) -> Tensor<4> {
+        if !self.half {
+            return gradient;
+        }
+        // A gradient of zeros stays one.
+        let largest = gradient.clone().abs().max().clamp_min(f32::MIN_POSITIVE);
+        self.scale = Some(largest.clone().unsqueeze());
+        gradient / largest.unsqueeze()
     }
 
     /// Adds what a backward pass left at the adapter's matrices.
@@ -37,6 +53,10 @@ impl<'a> GradientAccumulator<'a> {
             for (matrix, sum) in [&pair.a, &pair.b].into_iter().zip(sums) {
                 // Layers behind a detached branch, or of another block, get no gradient.
                 if let Some(g) = matrix.grad_remove(grads) {
+                    let g = match &self.scale {
+                        Some(scale) => g * scale.clone(),
+                        None => g,
+                    };
                     *sum = Some(match sum.take() {
                         Some(s) => s + g,
                         None => g,
@@ -103,6 +123,7 @@ impl<'a> Forward<'a> {
     /// Carries the gradient of a loss with respect to the output into the adapter: the derivative
     /// of `(output * gradient).sum()` by the output is the gradient.
     pub fn backward(self, gradient: Tensor<4>, sums: &mut GradientAccumulator) {
+        let gradient = sums.scaled(gradient);
         match self {
             Self::Whole(output) => {
                 sums.take(&mut (output * gradient.autodiff()).sum().backward());

@@ -165,10 +165,10 @@ pub fn exists(run: &Path, epoch: usize) -> bool {
 }
 
 /// Writes the checkpoint of a state whole or not at all, then drops what an epoch that is complete
-/// by now had left, and those epochs before the newest `keep.last` whose number is not a multiple of
-/// `keep.every`. The epoch before the newest stays: whether the newest policy can be used shows when
-/// an epoch is drawn with it.
-/// `transitions` are the tensors of an epoch that was stopped.
+/// by now had left, and of the epochs before the newest `keep.last` those whose number is not a
+/// multiple of `keep.every`. The epoch before the newest stays: whether the newest policy can be
+/// used shows when an epoch is drawn with it. `transitions` are the tensors of an epoch that was
+/// stopped.
 ///
 /// # Errors
 /// Names the file that cannot be written.

@@ -54,7 +54,7 @@ pub(crate) fn prepare<'a>(
     s.check()?;
     let folder = if job.resume { RunFolder::resume(&job.out)? } else { RunFolder::new(&job.out)? };
     Rewards::check(s)?;
-    let compute = device::open(&s.device)?;
+    let compute = s.open_device()?;
     observer.on(Event::Device(&compute.name));
     let found = shapes(s, adapter_file(job).as_deref())?;
     let target = Target::of(&compute).with_limit(s.memory);

@@ -71,7 +71,8 @@ pub fn batch_gradient(
     let frozen = policy.lora.expect("a policy that is trained has an adapter");
     let tracked = &frozen.tracked();
     let lora = LoraPair { tracked, frozen };
-    let mut sums = GradientAccumulator::new(adapter, tracked);
+    let half = policy.compute.gpu.as_ref().is_some_and(|gpu| gpu.half);
+    let mut sums = GradientAccumulator::new(adapter, tracked, half);
     let (mut stats, mut calls) = (Vec::with_capacity(trained.len()), 0);
     for (step, transition) in trained.iter().zip(&batch.transitions) {
         let done = step_gradient(policy, batch, step, transition, options, lora, &mut sums)?;

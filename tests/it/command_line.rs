@@ -198,6 +198,24 @@ fn check_exits_with_1_past_the_tolerance_and_at_values_that_are_not_finite() {
     assert_eq!(run(&path, "1e-3").status.code(), Some(1));
 }
 
+/// f16 in products: within 5e-3 of a prediction's spread, and not as exact as f32.
+#[test]
+fn check_holds_f16_to_its_bound() {
+    let device = crate::support::gpu_name();
+    let (model, reference) = (golden("simple"), golden("simple/reference.safetensors"));
+    let (model, reference) = (model.to_str().unwrap(), reference.to_str().unwrap());
+    let fixed = ["check", "--model", model, "--reference", reference, "--device", &device];
+    for (compute, tolerance, verdict) in
+        [("f16", "5e-3", "ok"), ("f16", "1e-4", "FAILED"), ("f32", "1e-4", "ok")]
+    {
+        let more = ["--compute", compute, "--tolerance", tolerance];
+        let output = text(&program(&[&fixed[..], &more].concat()));
+        // A prediction: what several steps make of its rounding is more.
+        let line = output.lines().find(|line| line.starts_with("prediction")).unwrap();
+        assert!(line.ends_with(verdict), "{more:?}: {line}");
+    }
+}
+
 #[test]
 fn check_accepts_a_lone_component() {
     let dir = golden("simple");

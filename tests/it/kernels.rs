@@ -5,8 +5,12 @@
 //! frozen_conv_gradient, frozen_linear with frozen_linear_gradient, attention with attention_delta,
 //! attention_gradient_q and attention_gradient_kv.
 
+use std::sync::OnceLock;
+
 use burn::tensor::{Device, Tensor};
+use pcpo_wgpu::device::adapters::Opening;
 use pcpo_wgpu::device::tensor::{read, upload};
+use pcpo_wgpu::device::{Compute, ComputeType};
 use pcpo_wgpu::kernels::activation::{Activation, activation};
 use pcpo_wgpu::kernels::attention::{Heads, attention};
 use pcpo_wgpu::kernels::frozen_conv::{ConvShape, FrozenConv, frozen_conv};
@@ -20,7 +24,7 @@ use pcpo_wgpu::model::nn::{channels_first, channels_last};
 use pcpo_wgpu::philox::{Stream, noise};
 use pcpo_wgpu::tools::errors::relative_error;
 
-use crate::support::{cpu, gpu};
+use crate::support::{cpu, gpu, gpu_with};
 
 fn draw(i: u32, n: usize) -> Vec<f32> {
     noise(5, Stream::Evaluation, i, 0, n)
@@ -30,8 +34,11 @@ fn tensor<const D: usize>(i: u32, shape: [usize; D], device: &Device) -> Tensor<
     upload(&draw(i, shape.iter().product()), shape, device)
 }
 
-fn devices() -> [Device; 2] {
-    [cpu().burn, gpu().burn]
+/// The CPU, the GPU, and the GPU with the kernels of hardware, opened once.
+fn devices() -> [Device; 3] {
+    static TILES: OnceLock<Compute> = OnceLock::new();
+    let open = || gpu_with(Opening { by_tiles: true, ..Opening::default() });
+    [cpu().burn, gpu().burn, TILES.get_or_init(open).burn.clone()]
 }
 
 /// A function's value, and the gradients of its inputs for an output gradient of noise.
@@ -332,5 +339,48 @@ fn attention_is_softmax_of_scores_times_values() {
         // The gradient of 600 keys is a small difference of larger numbers.
         agree(&what, shapes, 2e-5, kernel, plain);
         rows_do_not_matter(&what, shapes, kernel);
+    }
+}
+
+/// With `--compute f16` products take f16 and are added up in f32: off by what rounding both sides
+/// leaves, and not by nothing, in both sets of kernels.
+#[test]
+fn f16_is_as_exact_as_its_inputs() {
+    let attends = |[q, k, v]: [Tensor<3>; 3]| {
+        attention(q, k, v, None, Heads { heads: 2, scale: 1.0 / 40f64.sqrt() })
+    };
+    let s = ConvShape { cin: 24, cout: 20, kernel: 3, stride: 1, padding: 1 };
+    let values = draw(3, s.cout * s.cin * 9);
+    let convolves = |[x]: [Tensor<4>; 1]| {
+        let device = x.device().without_autodiff();
+        frozen_conv(x, &FrozenConv::new(&values, s, None, Storage::F32, &device))
+    };
+    let multiplies = |[x]: [Tensor<3>; 1]| {
+        let device = x.device().without_autodiff();
+        let weight = FrozenWeight::new(draw(3, 70 * 33), [70, 33], Storage::F32, &device);
+        frozen_linear(x, &weight.into(), None, None)
+    };
+    for by_tiles in [false, true] {
+        let half = gpu_with(Opening { compute: ComputeType::F16, by_tiles });
+        let near = |what: &str, found: Vec<Vec<f32>>, expected: Vec<Vec<f32>>| {
+            for (found, expected) in found.iter().zip(&expected) {
+                let off = relative_error(found, expected);
+                assert!((1e-6..5e-3).contains(&off), "{what}, by tiles {by_tiles}: off by {off:e}");
+            }
+        };
+        let tokens = |i, device: &Device| tensor(i, [2, 50, 80], device);
+        let three = |device: &Device| [1, 2, 3].map(|i| tokens(i, device));
+        near("attention", run(&three(&half.burn), attends), run(&three(&cpu().burn), attends));
+        let image = |device: &Device| [tensor(1, [2, 9, 9, 24], device)];
+        let (found, exact) =
+            (run(&image(&half.burn), convolves), run(&image(&cpu().burn), convolves));
+        near("frozen_conv", found, exact);
+        let rows = |device: &Device| [tensor(1, [2, 40, 70], device)];
+        let (found, exact) =
+            (run(&rows(&half.burn), multiplies), run(&rows(&cpu().burn), multiplies));
+        near("frozen_linear", found, exact);
+        // What f16 cannot hold is the largest that it can, and no infinity.
+        let large: Tensor<3> = upload(&vec![1e9; 2 * 40 * 70], [2, 40, 70], &half.burn);
+        assert!(read(&multiplies([large])).unwrap().iter().all(|v| v.is_finite()));
     }
 }

@@ -25,7 +25,8 @@ fn adapter(dir: &Path, seed: u64) -> PathBuf {
     path
 }
 
-/// The final latents of three pictures of one deterministic step, which is linear in the prediction.
+/// The final latents of three pictures of one deterministic step, which is linear in the
+/// prediction.
 fn latents(dir: &Path, args: &[&str]) -> Vec<f32> {
     let (out, file) = (dir.join("pictures"), dir.join("latents.safetensors"));
     let fixed = ["sample", "--device", "cpu", "--steps", "1", "--prompt", "owl", "--batch", "3"];

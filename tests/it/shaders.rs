@@ -19,10 +19,17 @@ fn every_shader_translates_for_msl_hlsl_and_spirv() {
         let source = (kernel.source)(width);
         let module = naga::front::wgsl::parse_str(&source)
             .unwrap_or_else(|e| panic!("{name}: {}", e.emit_to_string(&source)));
-        // Only weights are ever in f16, and only where subgroups are eight wide are they spoken of.
+        // Only weights and what products take are ever in f16, and only where subgroups are eight
+        // wide are they spoken of.
         let mut more = Capabilities::empty();
-        more.set(Capabilities::SHADER_FLOAT16_IN_FLOAT32, kernel.name.starts_with("frozen_"));
+        let of_weights = kernel.name.starts_with("frozen_");
+        more.set(
+            Capabilities::SHADER_FLOAT16_IN_FLOAT32,
+            of_weights || source.contains("quantizeToF16"),
+        );
         more.set(Capabilities::SUBGROUP, source.contains("subgroup"));
+        let half = source.contains("enable f16;");
+        more.set(Capabilities::SHADER_FLOAT16, half);
         let info = Validator::new(ValidationFlags::all(), more)
             .subgroup_stages(naga::valid::ShaderStages::COMPUTE)
             .subgroup_operations(naga::valid::SubgroupOperationSet::all())
@@ -41,7 +48,12 @@ fn every_shader_translates_for_msl_hlsl_and_spirv() {
         let mut text = String::new();
         hlsl::Writer::new(
             &mut text,
-            &hlsl::Options { fake_missing_bindings: true, ..Default::default() },
+            &hlsl::Options {
+                fake_missing_bindings: true,
+                // f16 came with 6.2.
+                shader_model: if half { hlsl::ShaderModel::V6_2 } else { hlsl::ShaderModel::V5_1 },
+                ..Default::default()
+            },
             &hlsl::PipelineOptions::default(),
         )
         .write(&module, &info, None)
@@ -63,7 +75,9 @@ fn every_file_in_shaders_is_used() {
     let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("shaders");
     let sources: Vec<String> = kernels().iter().map(|(k, variant)| (k.source)(*variant)).collect();
     let mut files = 0;
-    for folder in ["", "shared", "objectives", "weights", "eights"].map(|folder| dir.join(folder)) {
+    for folder in
+        ["", "shared", "objectives", "weights", "eights", "compute"].map(|folder| dir.join(folder))
+    {
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {

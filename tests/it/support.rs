@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::process::Output;
 use std::sync::OnceLock;
 
-use pcpo_wgpu::device::adapters::adapters;
-use pcpo_wgpu::device::{Compute, open};
+use pcpo_wgpu::device::adapters::{Opening, adapters};
+use pcpo_wgpu::device::{Compute, open, open_with};
 
 pub fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -37,6 +37,11 @@ pub fn gpu() -> Compute {
         open(&wanted).unwrap_or_else(|e| panic!("{e:#}; {hint}"))
     })
     .clone()
+}
+
+/// The same GPU with other kernels: those of hardware where it is software, or those that take f16.
+pub fn gpu_with(how: Opening) -> Compute {
+    open_with(&gpu_name(), how).unwrap()
 }
 
 /// What a program said on stderr.

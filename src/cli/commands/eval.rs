@@ -118,7 +118,7 @@ pub fn run(args: &EvalArgs) -> Result<i32> {
 
 /// Opens the device, and says which one where people read it.
 fn open(args: &EvalArgs) -> Result<Compute> {
-    if args.json { device::open(&args.draw.device.device) } else { args.draw.device.open() }
+    if args.json { args.draw.device.quietly() } else { args.draw.device.open() }
 }
 
 /// Of pictures that exist.

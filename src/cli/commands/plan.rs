@@ -6,7 +6,6 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::config::Options;
-use crate::device;
 use crate::estimate::{self, Target, shapes};
 
 #[derive(Args)]
@@ -21,7 +20,7 @@ pub struct PlanArgs {
 pub fn run(args: &PlanArgs) -> Result<i32> {
     let settings = args.options.with_config(args.config.as_deref())?.resolve()?;
     let shapes = shapes::shapes(&settings, settings.lora.as_deref())?;
-    let compute = device::open(&settings.device)?;
+    let compute = settings.open_device()?;
     println!("device: {}", compute.name);
     let target = Target::of(&compute).with_limit(settings.memory);
     let found = estimate::estimate(&shapes, &settings, target);

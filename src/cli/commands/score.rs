@@ -9,7 +9,6 @@ use serde_json::{Map, Value, json};
 
 use crate::cli::args::{DeviceArg, RemoteArgs, StorageArg, rewards};
 use crate::config::prompts::lines;
-use crate::device;
 use crate::model::picture::open_rgb;
 use crate::reward::{self, Prompt, RewardContext};
 use crate::tools::eval::scores;
@@ -53,7 +52,7 @@ pub fn run(args: &ScoreArgs) -> Result<i32> {
     let remote = args.remote.options(&specs)?;
     let prompts = prompts(args)?;
     let images: Vec<RgbImage> = args.images.iter().map(|p| open_rgb(p)).collect::<Result<_>>()?;
-    let (compute, storage) = (device::open(&args.device.device)?, args.storage.storage);
+    let (compute, storage) = (args.device.quietly()?, args.storage.storage);
     let context = RewardContext { compute, storage, remote };
     let columns = scores(&specs, &context, &images, &prompts)?;
     print(args, &context.compute.name, &prompts, &columns)?;

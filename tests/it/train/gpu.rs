@@ -91,3 +91,47 @@ fn a_run_resumes_to_the_bit_on_the_gpu() {
         );
     }
 }
+
+/// f16 in products: the self-test holds, gradients arrive, and the pictures are worth the same.
+#[test]
+fn compute_in_f16_trains_like_f32() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = gpu_name();
+    let job = ["--device", &device, "--epochs", "1", "--prompt", "owl", "--images-per-epoch", "2"];
+    let rest = ["--group-size", "2", "--steps", "3", "--train-steps", "1", "--seed", "3"];
+    let once = ["--updates-per-epoch", "1", "--eval-images", "1"];
+    let job = [&job[..], &rest, &once].concat();
+    let single = run(&dir.path().join("f32"), &job);
+    let out = dir.path().join("f16");
+    let half = run(&out, &[&job[..], &["--compute", "f16"]].concat());
+    let settings = std::fs::read_to_string(out.join("settings.toml")).unwrap();
+    assert!(settings.contains("compute = \"f16\""), "the choice is saved");
+    let of_first = |lines: &[serde_json::Value], kind: &str, field: &str| {
+        of(lines, kind).next().unwrap()[field].as_f64().unwrap()
+    };
+    let [h, s] = [&half, &single].map(|lines| of_first(lines, "epoch", "reward_mean"));
+    assert!(h != s && (h - s).abs() < 2e-3, "{h} in f16, {s} in f32");
+    let [h, s] = [&half, &single].map(|lines| of_first(lines, "update", "grad_norm"));
+    assert!(h != s && (h / s - 1.0).abs() < 0.1, "norms of {h} in f16, {s} in f32");
+    let [h, s] = [&half, &single].map(|lines| of_first(lines, "update", "log_rho_std"));
+    assert!(h <= 1e-6 && s <= 1e-6, "rho begins at 1: {h} in f16, {s} in f32");
+}
+
+#[test]
+fn compute_in_f16_needs_a_gpu() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let out = out.to_str().unwrap();
+    for command in [
+        &["train", "--out", out][..],
+        &["plan"],
+        &["sample", "--out", out, "--prompt", "owl"],
+        &["eval", "--out", out, "--prompt", "owl"],
+    ] {
+        let output = program(&[command, &["--device", "cpu", "--compute", "f16"]].concat());
+        let error = error_of(&output);
+        assert_eq!(output.status.code(), Some(2), "{command:?}: {error}");
+        assert!(error.contains("--compute f16") && error.contains("--device"), "{error}");
+        assert!(!std::path::Path::new(out).exists(), "{command:?}: nothing is written");
+    }
+}
