@@ -8,11 +8,37 @@ use clap::Args;
 
 use crate::config::numbers::{self, MOST, Range};
 use crate::config::prompts::model_folder;
+use crate::config::recipe::Recipe;
+use crate::config::{Options, Settings};
 use crate::device::adapters::Opening;
 use crate::device::{self, Compute, ComputeType};
 use crate::model::{Family, Storage};
 use crate::reward::{self, JudgeAnswer, RemoteOptions, RewardSpec};
 use crate::schedule::{Grid, Sampler};
+
+/// A job of training.
+#[derive(Args)]
+pub struct JobArgs {
+    #[command(flatten)]
+    pub options: Options,
+    /// Settings of `pcpo-wgpu recipes`; flags and --config win
+    #[arg(long, value_name = "NAME")]
+    recipe: Option<String>,
+    /// TOML file with the keys of these flags; flags win
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+}
+
+impl JobArgs {
+    /// Flags over the file over the recipe, filled in and checked.
+    pub fn resolve(&self) -> Result<Settings> {
+        let recipe = self.recipe.as_deref().map(|name| Recipe::find(name)?.options());
+        let file = self.config.as_deref().map(Options::from_file);
+        let below = file.transpose()?.unwrap_or_default();
+        let below = below.over(&recipe.transpose()?.unwrap_or_default())?;
+        self.options.over(&below)?.resolve()
+    }
+}
 
 /// A model folder.
 #[derive(Args)]

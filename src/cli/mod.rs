@@ -10,7 +10,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use self::commands::{
-    bench, check, convert, credit, devices, embed, eval, plan, sample, score, serve, train,
+    bench, check, convert, credit, devices, embed, eval, plan, recipes, sample, score, serve, train,
 };
 
 /// Aligns text-to-image models with a reward by policy gradients (PCPO), on any GPU, without CUDA.
@@ -30,6 +30,8 @@ pub enum Command {
     /// Estimate the memory that a run needs, from shapes alone; takes the flags of train
     #[command(allow_negative_numbers = true)]
     Plan(Box<plan::PlanArgs>),
+    /// List published settings that fit a card, for `--recipe`
+    Recipes,
     /// Draw images from prompts
     #[command(allow_negative_numbers = true)]
     Sample(sample::SampleArgs),
@@ -65,6 +67,7 @@ pub fn run(cli: Cli) -> Result<i32> {
     match cli.command {
         Command::Train(args) => train::run(*args),
         Command::Plan(args) => plan::run(&args),
+        Command::Recipes => recipes::run(),
         Command::Sample(args) => sample::run(&args),
         Command::Eval(args) => eval::run(&args),
         Command::Score(args) => score::run(&args),

@@ -46,6 +46,12 @@ impl Settings {
         ] {
             numbers::count(flag, value, MOST)?;
         }
+        numbers::number("--train-within", self.train_within, Range::Positive)?;
+        ensure!(
+            self.train_within <= 1.0,
+            "--train-within {}: must be at most 1, which is all steps",
+            self.train_within
+        );
         numbers::optional("--ema", self.ema, Range::Below(1.0))?;
         ensure!(
             (2..=MOST).contains(&self.keep_last),

@@ -7,6 +7,7 @@ pub mod numbers;
 pub mod options;
 #[doc(hidden)]
 pub mod prompts;
+pub mod recipe;
 mod resolve;
 pub mod settings;
 

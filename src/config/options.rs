@@ -158,6 +158,9 @@ pub struct Options {
         help_heading = "Sampling",
     )]
     pub train_window: Option<bool>,
+    /// Train only within this first part of the steps, 0.5 being the first half [default: 1]
+    #[arg(long, value_name = "PART", help_heading = "Sampling")]
+    pub train_within: Option<f64>,
     /// Train the last sampler step too
     #[arg(
         long,
@@ -323,15 +326,6 @@ impl Options {
     pub fn from_file(path: &Path) -> Result<Self> {
         toml::from_str(&crate::io::read_text(path)?)
             .with_context(|| format!("--config {}", path.display()))
-    }
-
-    /// The options over those of a file, where one is given.
-    ///
-    /// # Errors
-    /// As [`Self::from_file`] and [`Self::over`].
-    pub fn with_config(&self, file: Option<&Path>) -> Result<Self> {
-        let file = file.map(Self::from_file).transpose()?.unwrap_or_default();
-        self.over(&file)
     }
 
     /// What may change when a run goes on: what alters none of the numbers that it draws or learns.

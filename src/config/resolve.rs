@@ -133,6 +133,7 @@ impl Options {
             guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
             train_steps: o.train_steps,
             train_window: o.train_window.unwrap_or(false),
+            train_within: o.train_within.unwrap_or(1.0),
             noise_only_trained: o.noise_only_trained.unwrap_or(false),
             activation_checkpointing: o.activation_checkpointing.unwrap_or(Checkpointing::Auto),
             clip_range: o.clip_range.unwrap_or(1e-4),

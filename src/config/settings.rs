@@ -77,6 +77,7 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub train_steps: Option<usize>,
     pub train_window: bool,
+    pub train_within: f64,
     pub noise_only_trained: bool,
     pub activation_checkpointing: Checkpointing,
     pub clip_range: f64,

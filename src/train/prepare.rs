@@ -146,12 +146,16 @@ fn steps(s: &Settings, pipeline: &Pipeline) -> Result<(Vec<Step>, Vec<usize>)> {
     );
     let steps = credit::apply(s.credit, &pipeline.schedule, native, s.zeta)?;
     let last = steps.len() - 1;
-    let may = |i: &usize| steps[*i].trainable() && (*i != last || s.train_last_step);
+    // What rounding leaves of a third of nine steps is still three.
+    let within = (steps.len() as f64 * s.train_within + 1e-9) as usize;
+    let may = |i: &usize| steps[*i].trainable() && *i < within && (*i != last || s.train_last_step);
     let trainable: Vec<usize> = (0..steps.len()).filter(may).collect();
     ensure!(
         !trainable.is_empty(),
-        "--steps {}: leaves no step to train; use more, or --train-last-step",
-        s.steps
+        "--steps {}: leaves no step to train within --train-within {}; use more, or \
+         --train-last-step",
+        s.steps,
+        s.train_within
     );
     if let Some(k) = s.train_steps {
         ensure!(

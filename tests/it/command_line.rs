@@ -316,3 +316,60 @@ fn devices_lists_the_cpu_and_the_choice() {
     let output = text(&program(&["devices"]));
     assert!(output.contains("cpu: CPU") && output.contains("<- auto"), "{output}");
 }
+
+#[test]
+fn recipes_are_listed_and_taken() {
+    let listed = text(&program(&["recipes"]));
+    for name in ["sd15-6gb", "sd35m-12gb", "sd35m-16gb", "flux-24gb"] {
+        assert!(listed.lines().any(|line| line.starts_with(name)), "{name}: {listed}");
+    }
+    let model = golden("sd35m");
+    let fixed = ["plan", "--device", "cpu", "--model", model.to_str().unwrap()];
+    let job = ["--reward", "symmetry", "--images-per-epoch", "4", "--group-size", "2"];
+    let prompts = ["--prompt", "a", "--prompt", "b", "--resolution", "64"];
+    let plan = |recipe| program(&[&fixed[..], &job, &prompts, &["--recipe", recipe]].concat());
+    let output = plan("sd35m-12gb");
+    assert!(output.status.success(), "{}", crate::support::error_of(&output));
+    assert!(text(&output).starts_with("device: ") && text(&output).contains("weights (q8)"));
+    let output = plan("sd35m-1gb");
+    let error = crate::support::error_of(&output);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("--recipe sd35m-1gb") && error.contains("sd15-6gb"), "{error}");
+}
+
+/// A window lies within the part of the steps that may be trained.
+#[test]
+fn training_stays_within_the_first_part_of_the_steps() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let fixed = ["train", "--device", "cpu", "--out", out.to_str().unwrap(), "--epochs", "2"];
+    let images = ["--images-per-epoch", "4", "--group-size", "1", "--advantage", "global"];
+    let steps = ["--steps", "6", "--train-steps", "2", "--train-window", "--train-within", "0.5"];
+    let output = program(&[&fixed[..], &images, &steps].concat());
+    assert!(output.status.success(), "{}", crate::support::error_of(&output));
+    let metrics = std::fs::read_to_string(out.join("metrics.jsonl")).unwrap();
+    let lines = metrics.lines().map(|l| serde_json::from_str::<serde_json::Value>(l).unwrap());
+    let updates: Vec<serde_json::Value> = lines.filter(|l| l["kind"] == "update").collect();
+    assert_eq!(updates.len(), 4);
+    for update in &updates {
+        // Six steps begin at 834, 668, 502, 336, 170 and 4, or a step of 1 higher.
+        let times: Vec<f64> =
+            update["steps"].as_array().unwrap().iter().map(|s| s["t"].as_f64().unwrap()).collect();
+        assert!(times.len() == 2 && times.iter().all(|t| *t > 450.0), "{times:?}");
+    }
+    for (within, word) in [
+        ("0", "--train-within 0"),
+        ("1.5", "--train-within 1.5"),
+        ("nan", "--train-within NaN"),
+        ("0.1", "--steps 6"),
+        ("0.2", "--train-steps 2"),
+    ] {
+        let other = dir.path().join("other");
+        let fixed = ["train", "--device", "cpu", "--out", other.to_str().unwrap()];
+        let steps = ["--steps", "6", "--train-steps", "2", "--train-within", within];
+        let output = program(&[&fixed[..], &steps].concat());
+        let error = crate::support::error_of(&output);
+        assert_eq!(output.status.code(), Some(2), "{within}: {error}");
+        assert!(error.contains(word), "{within}: {error}");
+    }
+}

@@ -1,6 +1,7 @@
 //! What the presets and the layers of settings resolve to.
 
 use clap::{Args, ValueEnum};
+use pcpo_wgpu::config::recipe::RECIPES;
 use pcpo_wgpu::config::{InitialNoise, Options, Preset, Settings};
 use pcpo_wgpu::ops::advantage::Advantage;
 use pcpo_wgpu::ops::policy_objective::Objective;
@@ -123,4 +124,33 @@ fn defaults_in_the_help_are_those_of_a_run() {
         compared += 1;
     }
     assert!(compared >= 20, "{compared} defaults");
+}
+
+/// A recipe is a file of options that make a run of its family's model; flags win over it.
+#[test]
+fn recipes_are_runs_of_their_families() {
+    for recipe in &RECIPES {
+        let family = match recipe.name.split('-').next().unwrap() {
+            "sd15" => "sd15",
+            "sd35m" => "sd35m",
+            "flux" => "flux-dev",
+            other => panic!("{other} has no model here"),
+        };
+        let prompts: Vec<String> = (0..8).map(|i| format!("prompt {i}")).collect();
+        let own = Options {
+            model: Some(golden(family)),
+            reward: Some(vec!["symmetry".into()]),
+            prompt: Some(prompts),
+            ..Default::default()
+        };
+        let flags = Options { epochs: Some(3), ..own };
+        let s = flags.over(&recipe.options().unwrap()).unwrap().resolve().unwrap();
+        assert_eq!((s.epochs, s.resolution), (3, Some(512)), "{}", recipe.name);
+        assert!(s.learning_rate == 3e-4 && s.group_size >= 16, "{}", recipe.name);
+        assert!(recipe.memory().ends_with(" GiB") && !recipe.title().contains('#'));
+        let card: f64 =
+            recipe.name.split('-').nth(1).unwrap()[..].replace("gb", "").parse().unwrap();
+        let memory: f64 = recipe.memory().trim_end_matches(" GiB").parse().unwrap();
+        assert!(memory < card, "{} needs {memory}", recipe.name);
+    }
 }

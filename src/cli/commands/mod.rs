@@ -8,6 +8,7 @@ pub mod devices;
 pub mod embed;
 pub mod eval;
 pub mod plan;
+pub mod recipes;
 pub mod sample;
 pub mod score;
 pub mod serve;

@@ -1,24 +1,19 @@
 //! `plan`: the memory that a run needs; exit code 1 where it does not fit.
 
-use std::path::PathBuf;
-
 use anyhow::Result;
 use clap::Args;
 
-use crate::config::Options;
+use crate::cli::args::JobArgs;
 use crate::estimate::{self, Target, shapes};
 
 #[derive(Args)]
 pub struct PlanArgs {
     #[command(flatten)]
-    options: Options,
-    /// TOML file with the keys of these flags; flags win
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    job: JobArgs,
 }
 
 pub fn run(args: &PlanArgs) -> Result<i32> {
-    let settings = args.options.with_config(args.config.as_deref())?.resolve()?;
+    let settings = args.job.resolve()?;
     let shapes = shapes::shapes(&settings, settings.lora.as_deref())?;
     let compute = settings.open_device()?;
     println!("device: {}", compute.name);

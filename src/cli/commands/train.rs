@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use anyhow::Result;
 use clap::Args;
 
+use crate::cli::args::JobArgs;
 use crate::cli::console::catch_signals;
 use crate::cli::listeners::Listeners;
 use crate::config::Options;
@@ -14,10 +15,7 @@ use crate::train::{self, DumpRequest, Job};
 #[derive(Args)]
 pub struct TrainArgs {
     #[command(flatten)]
-    options: Options,
-    /// TOML file with the keys of these flags; flags win
-    #[arg(long, value_name = "FILE")]
-    config: Option<PathBuf>,
+    job: JobArgs,
     /// Folder of the run [default: runs/PRESET-N]
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -25,7 +23,7 @@ pub struct TrainArgs {
     #[arg(
         long,
         value_name = "DIR",
-        conflicts_with_all = ["config", "out"],
+        conflicts_with_all = ["config", "recipe", "out"],
         help = format!("Continue the run in this folder; only {} can \
             change", Options::FREE_ON_RESUME)
     )]
@@ -37,9 +35,9 @@ pub struct TrainArgs {
 
 pub fn run(args: TrainArgs) -> Result<i32> {
     let job = match &args.resume {
-        Some(dir) => Job::resume(&args.options, dir)?,
+        Some(dir) => Job::resume(&args.job.options, dir)?,
         None => {
-            let settings = args.options.with_config(args.config.as_deref())?.resolve()?;
+            let settings = args.job.resolve()?;
             let name = crate::choice::name(settings.preset);
             Job::new(settings, args.out.unwrap_or_else(|| default_folder(&name)))
         }
