@@ -2,7 +2,7 @@
 // running maximum and sum of every row (online softmax). Grid: batch x heads x SLICES x blocks of
 // 32 queries, folded. A row's numbers depend on its image and head alone.
 
-// Bindings 0 to 4, sizes, q, k, v and bias, are in shared/attention_tile.wgsl.
+// Bindings 0 to 4, sizes, q, k, v and bias, are in shared/attention_bindings.wgsl.
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;   // [batch, queries, heads, HEAD]
 @group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
 

@@ -7,7 +7,7 @@
 // runs, whose results lie one after the other, for the caller to add up in order. For the same
 // bits at every batch size `splits` must not depend on it.
 
-// Bindings 0 to 7 are in shared/attention_tile.wgsl and shared/attention_given.wgsl.
+// Bindings 0 to 7 are in shared/attention_bindings.wgsl and shared/attention_given.wgsl.
 @group(0) @binding(8) var<storage, read_write> gk: array<f32>;    // [splits, ..] of k
 @group(0) @binding(9) var<storage, read_write> gv: array<f32>;    // [splits, ..] of k
 

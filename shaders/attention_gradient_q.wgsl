@@ -1,7 +1,7 @@
 // The queries' gradient of attention: ds = p (dp - delta) with p = exp(s - lse) made anew and
 // dp = g v^T; gq = scale ds k. Grid: batch x heads x SLICES x blocks of 32 queries, folded.
 
-// Bindings 0 to 7 are in shared/attention_tile.wgsl and shared/attention_given.wgsl.
+// Bindings 0 to 7 are in shared/attention_bindings.wgsl and shared/attention_given.wgsl.
 @group(0) @binding(8) var<storage, read_write> gq: array<f32>;    // [batch, queries, heads, HEAD]
 
 const OUT_CHUNKS: u32 = min(CHUNKS, 4u);

@@ -1,18 +1,8 @@
 // attention.wgsl where subgroups are eight wide: follows attention_eights.wgsl.
 
-// Bindings 0 to 4 are in shared/attention_eights.wgsl.
+// Bindings 0 to 4 are in shared/attention_bindings.wgsl.
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;   // [batch, queries, heads, HEAD]
 @group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
-
-fn four_q(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(q[at.x + d], q[at.y + d], q[at.z + d], q[at.w + d]);
-    return hold4(row);
-}
-
-fn four_k(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]);
-    return hold4(row);
-}
 
 @compute @workgroup_size(64)
 fn main(
@@ -25,27 +15,17 @@ fn main(
     if own.image >= sizes.batch { return; } // the whole subgroup
     let stride = sizes.heads * HEAD;
     let row = own.start + 4u * x;
-    let outer = vec4<u32>(
-        row_at(own.image, own.head, queries, row), row_at(own.image, own.head, queries, row + 1u),
-        row_at(own.image, own.head, queries, row + 2u),
-        row_at(own.image, own.head, queries, row + 3u),
-    );
+    let outer = outer_rows(own, queries, row);
     let bias_at = own.image * sizes.bias_batch + own.head * sizes.bias_head;
 
     var sums = Columns();
     var top = vec4<f32>(LOWEST);
     var total = vec4<f32>();
     for (var first = 0u; first < keys; first += TILE) {
-        let inner = vec4<u32>(
-            row_at(own.image, own.head, keys, first + x),
-            row_at(own.image, own.head, keys, first + x + 8u),
-            row_at(own.image, own.head, keys, first + x + 16u),
-            row_at(own.image, own.head, keys, first + x + 24u),
-        );
+        let inner = tile_rows(own, keys, first + x);
         var s = Scores();
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = four_q(outer, d);
-            scores(&s, four_k(inner, d), right);
+            scores(&s, four_k(inner, d), four_q(outer, d));
         }
 
         // In powers of two from here on, which is what devices compute.

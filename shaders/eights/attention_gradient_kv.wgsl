@@ -1,32 +1,9 @@
 // attention_gradient_kv.wgsl where subgroups are eight wide: follows attention_eights.wgsl. Here
 // keys are outside and queries inside; queries are never split.
 
-// Bindings 0 to 4 are in shared/attention_eights.wgsl.
-@group(0) @binding(5) var<storage, read_write> g: array<f32>;     // [batch, queries, heads, HEAD]
-@group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
-@group(0) @binding(7) var<storage, read_write> delta: array<f32>; // [batch, heads, queries]
+// Bindings 0 to 7 are in shared/attention_bindings.wgsl and shared/attention_given.wgsl.
 @group(0) @binding(8) var<storage, read_write> gk: array<f32>;    // [batch, keys, heads, HEAD]
 @group(0) @binding(9) var<storage, read_write> gv: array<f32>;    // [batch, keys, heads, HEAD]
-
-fn four_k(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]);
-    return hold4(row);
-}
-
-fn four_v(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(v[at.x + d], v[at.y + d], v[at.z + d], v[at.w + d]);
-    return hold4(row);
-}
-
-fn four_g(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(g[at.x + d], g[at.y + d], g[at.z + d], g[at.w + d]);
-    return hold4(row);
-}
-
-fn four_q(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(q[at.x + d], q[at.y + d], q[at.z + d], q[at.w + d]);
-    return hold4(row);
-}
 
 @compute @workgroup_size(64)
 fn main(
@@ -39,31 +16,21 @@ fn main(
     if own.image >= sizes.batch { return; } // the whole subgroup
     let stride = sizes.heads * HEAD;
     let row = own.start + 4u * x;
-    let outer = vec4<u32>(
-        row_at(own.image, own.head, keys, row), row_at(own.image, own.head, keys, row + 1u),
-        row_at(own.image, own.head, keys, row + 2u), row_at(own.image, own.head, keys, row + 3u),
-    );
+    let outer = outer_rows(own, keys, row);
     let bias_at = own.image * sizes.bias_batch + own.head * sizes.bias_head;
     let statistics = (own.image * sizes.heads + own.head) * queries;
 
     var key_sums = Columns();
     var value_sums = Columns();
     for (var first = 0u; first < queries; first += TILE) {
-        let inner = vec4<u32>(
-            row_at(own.image, own.head, queries, first + x),
-            row_at(own.image, own.head, queries, first + x + 8u),
-            row_at(own.image, own.head, queries, first + x + 16u),
-            row_at(own.image, own.head, queries, first + x + 24u),
-        );
+        let inner = tile_rows(own, queries, first + x);
         var s = Scores();
         var dp = Scores();
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = four_k(outer, d);
-            scores(&s, four_q(inner, d), right);
+            scores(&s, four_q(inner, d), four_k(outer, d));
         }
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = four_v(outer, d);
-            scores(&dp, four_g(inner, d), right);
+            scores(&dp, four_g(inner, d), four_v(outer, d));
         }
         let held = min(TILE, queries - first);
         for (var i = 0u; i < held; i += 1u) {

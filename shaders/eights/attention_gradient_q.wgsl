@@ -1,30 +1,7 @@
 // attention_gradient_q.wgsl where subgroups are eight wide: follows attention_eights.wgsl.
 
-// Bindings 0 to 4 are in shared/attention_eights.wgsl.
-@group(0) @binding(5) var<storage, read_write> g: array<f32>;     // [batch, queries, heads, HEAD]
-@group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
-@group(0) @binding(7) var<storage, read_write> delta: array<f32>; // [batch, heads, queries]
+// Bindings 0 to 7 are in shared/attention_bindings.wgsl and shared/attention_given.wgsl.
 @group(0) @binding(8) var<storage, read_write> gq: array<f32>;    // [batch, queries, heads, HEAD]
-
-fn four_g(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(g[at.x + d], g[at.y + d], g[at.z + d], g[at.w + d]);
-    return hold4(row);
-}
-
-fn four_q(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(q[at.x + d], q[at.y + d], q[at.z + d], q[at.w + d]);
-    return hold4(row);
-}
-
-fn four_k(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]);
-    return hold4(row);
-}
-
-fn four_v(at: vec4<u32>, d: u32) -> vec4<f32> {
-    let row = vec4<f32>(v[at.x + d], v[at.y + d], v[at.z + d], v[at.w + d]);
-    return hold4(row);
-}
 
 @compute @workgroup_size(64)
 fn main(
@@ -37,11 +14,7 @@ fn main(
     if own.image >= sizes.batch { return; } // the whole subgroup
     let stride = sizes.heads * HEAD;
     let row = own.start + 4u * x;
-    let outer = vec4<u32>(
-        row_at(own.image, own.head, queries, row), row_at(own.image, own.head, queries, row + 1u),
-        row_at(own.image, own.head, queries, row + 2u),
-        row_at(own.image, own.head, queries, row + 3u),
-    );
+    let outer = outer_rows(own, queries, row);
     let bias_at = own.image * sizes.bias_batch + own.head * sizes.bias_head;
     let statistics = (own.image * sizes.heads + own.head) * queries;
     var row_lse = vec4<f32>();
@@ -53,21 +26,14 @@ fn main(
 
     var sums = Columns();
     for (var first = 0u; first < keys; first += TILE) {
-        let inner = vec4<u32>(
-            row_at(own.image, own.head, keys, first + x),
-            row_at(own.image, own.head, keys, first + x + 8u),
-            row_at(own.image, own.head, keys, first + x + 16u),
-            row_at(own.image, own.head, keys, first + x + 24u),
-        );
+        let inner = tile_rows(own, keys, first + x);
         var s = Scores();
         var dp = Scores();
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = four_q(outer, d);
-            scores(&s, four_k(inner, d), right);
+            scores(&s, four_k(inner, d), four_q(outer, d));
         }
         for (var d = 0u; d < HEAD; d += 1u) {
-            let right = four_g(outer, d);
-            scores(&dp, four_v(inner, d), right);
+            scores(&dp, four_v(inner, d), four_g(outer, d));
         }
         let held = min(TILE, keys - first);
         for (var i = 0u; i < held; i += 1u) {

@@ -6,21 +6,6 @@
 // the inner rows of the other side in tiles of 32, whose scores it holds (attention: queries
 // outside, keys inside). Rows beyond the last are read as the last, and count for nothing.
 
-struct Sizes {
-    queries: u32, keys: u32, heads: u32, has_bias: u32,
-    // Strides of bias over images and heads in numbers; 0 where one serves all.
-    bias_batch: u32, bias_head: u32, scale: f32, splits: u32,
-    batch: u32,
-    // Workgroups of the submissions before.
-    first: u32, pad0: u32, pad1: u32,
-}
-
-@group(0) @binding(0) var<uniform> sizes: Sizes;
-@group(0) @binding(1) var<storage, read_write> q: array<f32>;     // [batch, queries, heads, HEAD]
-@group(0) @binding(2) var<storage, read_write> k: array<f32>;     // [batch, keys, heads, HEAD]
-@group(0) @binding(3) var<storage, read_write> v: array<f32>;     // [batch, keys, heads, HEAD]
-@group(0) @binding(4) var<storage, read_write> bias: array<f32>;  // [.., .., queries, keys], or any
-
 const TILE: u32 = 32u;
 const UNITS: u32 = (HEAD + 7u) / 8u;
 const SLICES: u32 = (UNITS + MOST - 1u) / MOST;
@@ -75,6 +60,32 @@ fn block_of(tile: u32, outer_rows: u32) -> Block {
     return Block(
         head / sizes.heads, head % sizes.heads, tile % blocks * TILE, slice % SLICES * OUT_UNITS,
     );
+}
+
+// Where four outer rows of a thread begin, and the rows of a tile that it reads for its subgroup.
+fn outer_rows(own: Block, count: u32, row: u32) -> vec4<u32> {
+    return vec4<u32>(
+        row_at(own.image, own.head, count, row), row_at(own.image, own.head, count, row + 1u),
+        row_at(own.image, own.head, count, row + 2u), row_at(own.image, own.head, count, row + 3u),
+    );
+}
+fn tile_rows(own: Block, count: u32, row: u32) -> vec4<u32> {
+    return vec4<u32>(
+        row_at(own.image, own.head, count, row), row_at(own.image, own.head, count, row + 8u),
+        row_at(own.image, own.head, count, row + 16u),
+        row_at(own.image, own.head, count, row + 24u),
+    );
+}
+
+// One column of four rows.
+fn four_q(at: vec4<u32>, d: u32) -> vec4<f32> {
+    return hold4(vec4<f32>(q[at.x + d], q[at.y + d], q[at.z + d], q[at.w + d]));
+}
+fn four_k(at: vec4<u32>, d: u32) -> vec4<f32> {
+    return hold4(vec4<f32>(k[at.x + d], k[at.y + d], k[at.z + d], k[at.w + d]));
+}
+fn four_v(at: vec4<u32>, d: u32) -> vec4<f32> {
+    return hold4(vec4<f32>(v[at.x + d], v[at.y + d], v[at.z + d], v[at.w + d]));
 }
 
 // The column that a thread fetches of a unit.

@@ -10,7 +10,6 @@ use crate::config::numbers::{self, MOST, Range};
 use crate::config::prompts::model_folder;
 use crate::config::recipe::Recipe;
 use crate::config::{Options, Settings};
-use crate::device::adapters::Opening;
 use crate::device::{self, Compute, ComputeType};
 use crate::model::{Family, Storage};
 use crate::reward::{self, JudgeAnswer, RemoteOptions, RewardSpec};
@@ -69,7 +68,7 @@ pub struct DeviceArg {
 impl DeviceArg {
     /// Opens the device.
     pub fn quietly(&self) -> Result<Compute> {
-        device::open_with(&self.device, Opening { compute: self.compute, by_tiles: false })
+        device::open_with(&self.device, self.compute.into())
     }
 
     /// Opens the device and prints the line that names it.

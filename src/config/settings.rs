@@ -8,7 +8,6 @@ use anyhow::Result;
 use serde::{Serialize, Serializer};
 
 use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
-use crate::device::adapters::Opening;
 use crate::device::{self, Compute, ComputeType};
 use crate::measure::collapse::Bounds;
 use crate::model::Storage;
@@ -156,7 +155,7 @@ impl Settings {
     /// # Errors
     /// As [`device::open`], and when it cannot compute in the type.
     pub fn open_device(&self) -> Result<Compute> {
-        device::open_with(&self.device, Opening { compute: self.compute, by_tiles: false })
+        device::open_with(&self.device, self.compute.into())
     }
 
     /// Prompts an epoch.

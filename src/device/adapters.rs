@@ -107,6 +107,12 @@ pub struct Opening {
     pub by_tiles: bool,
 }
 
+impl From<ComputeType> for Opening {
+    fn from(compute: ComputeType) -> Self {
+        Self { compute, by_tiles: false }
+    }
+}
+
 /// [`open`] with kernels of one's choice.
 ///
 /// # Errors

@@ -64,7 +64,8 @@ pub(crate) use kernel;
 /// Which variants of its kernels a device runs.
 #[derive(Clone, Copy, Debug)]
 pub struct Kernels {
-    /// Those for subgroups that are eight wide.
+    /// Those for subgroups that are eight wide on a software device: `shaders/shared/eights.wgsl`
+    /// says why.
     pub eights: bool,
     /// Those whose products take f16.
     pub half: bool,
@@ -75,11 +76,7 @@ pub struct Kernels {
 pub struct Gpu {
     pub device: wgpu::Device,
     queue: wgpu::Queue,
-    /// Whether subgroups are eight wide, on a software device: there a read at one address for a
-    /// whole subgroup is one read, and any other is eight.
-    pub eights: bool,
-    /// Whether products and attention take f16.
-    pub half: bool,
+    pub kernels: Kernels,
     pipelines: Arc<Mutex<HashMap<(&'static str, u32), wgpu::ComputePipeline>>>,
 }
 
@@ -130,13 +127,8 @@ static OPENED: RwLock<Vec<(Device, Gpu)>> = RwLock::new(Vec::new());
 
 impl Gpu {
     /// Burn's wgpu device and queue for our pipelines, found again by [`Self::of`].
-    pub fn new(
-        burn: &Device,
-        device: wgpu::Device,
-        queue: wgpu::Queue,
-        Kernels { eights, half }: Kernels,
-    ) -> Self {
-        let own = Self { device, queue, eights, half, pipelines: Arc::default() };
+    pub fn new(burn: &Device, device: wgpu::Device, queue: wgpu::Queue, kernels: Kernels) -> Self {
+        let own = Self { device, queue, kernels, pipelines: Arc::default() };
         let mut opened = OPENED.write().unwrap_or_else(PoisonError::into_inner);
         opened.push((burn.clone(), own.clone()));
         own

@@ -6,7 +6,9 @@ use bytemuck::{Pod, Zeroable};
 
 use super::gpu::{computing, grid, launch, submissions};
 use super::node::{node, output};
-use crate::device::gpu::{self, Buffer, Gpu, Kernel, buffer, kernel, lanes, output as empty};
+use crate::device::gpu::{
+    self, Buffer, Gpu, Kernel, Kernels, buffer, kernel, lanes, output as empty,
+};
 
 /// Added to a variant's number where subgroups are eight wide.
 pub(super) const EIGHTS: u32 = 1 << 16;
@@ -16,54 +18,55 @@ pub(super) const HALF: u32 = 1 << 17;
 /// Units of eight columns that a result holds in registers where subgroups are eight wide.
 const MOST_UNITS: usize = 8;
 
-/// Declares a kernel with its variant for subgroups that are eight wide, whose number is the width
-/// of a head and [`EIGHTS`].
+/// Declares a kernel of what both its sets are given, what those by tiles share, and what those
+/// share whose subgroups are eight wide and whose own files are in `shaders/eights/`.
 macro_rules! kernel_of_both {
-    ($name:literal $(, $shared:literal)*) => {
+    (
+        $name:literal or $eight:literal,
+        [$($given:literal),*], [$($tile:literal),*], [$($eights:literal),*]
+    ) => {
         Kernel {
             name: $name,
             source: |variant| {
-                if variant & EIGHTS == 0 {
-                    const OWN: Kernel = kernel!(begins beginning, $name $(, $shared)*);
-                    return (OWN.source)(variant);
-                }
-                let head = variant % EIGHTS;
-                let sizes = format!("const HEAD: u32 = {head}u;\nconst MOST: u32 = {MOST_UNITS}u;");
-                let rest = concat!(
-                    include_str!("../../shaders/shared/eights.wgsl"),
-                    include_str!("../../shaders/shared/attention_eights.wgsl"),
-                    include_str!(concat!("../../shaders/eights/", $name, ".wgsl"))
-                );
-                [computing(variant & HALF != 0, true), &sizes, rest].join("\n")
+                const TILES: Kernel = kernel!(begins beginning, $name $(, $given)* $(, $tile)*);
+                const EIGHT: Kernel = kernel!(begins beginning, $eight $(, $given)* $(, $eights)*);
+                let own = if variant & EIGHTS == 0 { TILES } else { EIGHT };
+                (own.source)(variant)
             },
         }
     };
 }
 
-/// The source's beginning for a variant by tiles.
+/// The source's beginning: what products take, the width of a head, and how buffers are read.
 fn beginning(variant: u32) -> String {
-    let head = variant % EIGHTS;
+    let (head, eights) = (variant % EIGHTS, variant & EIGHTS != 0);
     let width = gpu::width(head as usize);
-    let inner = if width == 4 {
-        include_str!("../../shaders/shared/attention4.wgsl")
-    } else {
-        include_str!("../../shaders/shared/attention1.wgsl")
+    let (lanes, reading) = match (eights, width) {
+        (true, _) => (lanes(1), format!("const MOST: u32 = {MOST_UNITS}u;")),
+        (false, 4) => (lanes(4), include_str!("../../shaders/shared/attention4.wgsl").into()),
+        (false, _) => (lanes(1), include_str!("../../shaders/shared/attention1.wgsl").into()),
     };
-    let computing = computing(variant & HALF != 0, false);
-    format!("{computing}\nconst HEAD: u32 = {head}u;\n{}\n{inner}", lanes(width))
+    let computing = computing(variant & HALF != 0, eights);
+    format!("{computing}\nconst HEAD: u32 = {head}u;\n{lanes}\n{reading}")
 }
 
-pub(super) const FORWARD: Kernel =
-    kernel_of_both!("attention", "attention_tile", "attention_queries");
+pub(super) const FORWARD: Kernel = kernel_of_both!(
+    "attention" or "eights/attention",
+    ["attention_bindings"], ["attention_tile", "attention_queries"],
+    ["eights", "attention_eights"]
+);
 pub(super) const DELTA: Kernel = kernel!("attention_delta");
 pub(super) const GRADIENT_Q: Kernel = kernel_of_both!(
-    "attention_gradient_q",
-    "attention_tile",
-    "attention_queries",
-    "attention_given"
+    "attention_gradient_q" or "eights/attention_gradient_q",
+    ["attention_bindings", "attention_given"],
+    ["attention_tile", "attention_queries", "attention_given_tile"],
+    ["eights", "attention_eights", "attention_given_eights"]
 );
-pub(super) const GRADIENT_KV: Kernel =
-    kernel_of_both!("attention_gradient_kv", "attention_tile", "attention_given");
+pub(super) const GRADIENT_KV: Kernel = kernel_of_both!(
+    "attention_gradient_kv" or "eights/attention_gradient_kv",
+    ["attention_bindings", "attention_given"], ["attention_tile", "attention_given_tile"],
+    ["eights", "attention_eights", "attention_given_eights"]
+);
 
 /// Sizes of one call.
 #[derive(Clone, Copy)]
@@ -123,8 +126,8 @@ pub fn on_gpu(
         first: 0,
         pad: [0; 2],
     };
-    let (eights, units) = (gpu.eights, head.div_ceil(8));
-    let variant = head as u32 + if eights { EIGHTS } else { 0 } + if gpu.half { HALF } else { 0 };
+    let (Kernels { eights, half }, units) = (gpu.kernels, head.div_ceil(8));
+    let variant = head as u32 + EIGHTS * u32::from(eights) + HALF * u32::from(half);
     let blocks = move |rows: usize, most: usize| {
         let blocks = rows.div_ceil(TILE) * b * heads;
         // A subgroup a block, eight a workgroup.

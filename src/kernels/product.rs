@@ -6,7 +6,7 @@ use bytemuck::{Pod, Zeroable};
 
 use super::frozen_weight::{FrozenWeight, Stored};
 use super::gpu::{computing, grid, launch, submissions};
-use crate::device::gpu::{Buffer, Gpu, Kernel, buffer};
+use crate::device::gpu::{Buffer, Gpu, Kernel, Kernels, buffer};
 
 /// Kept in sync with `shaders/shared/product.wgsl`.
 #[repr(C)]
@@ -44,7 +44,8 @@ fn variant(stored: &Stored, sizes: &Sizes, gpu: &Gpu) -> u32 {
         Stored::Quantised(_) => 3,
     };
     let fours = sizes.inner.is_multiple_of(4) && sizes.columns.is_multiple_of(4);
-    16 * u32::from(gpu.half) + 8 * u32::from(gpu.eights) + 2 * format + u32::from(fours)
+    let Kernels { eights, half } = gpu.kernels;
+    16 * u32::from(half) + 8 * u32::from(eights) + 2 * format + u32::from(fours)
 }
 
 /// What comes first in the source of a variant.
@@ -92,7 +93,7 @@ impl Product<'_> {
         let own = self.bias.map(buffer);
         let bias: &Buffer = own.as_ref().unwrap_or(&source);
         let [rows, columns] = [sizes.rows, sizes.columns].map(|n| n as usize);
-        let tile = if self.gpu.eights { EIGHTS } else { TILE };
+        let tile = if self.gpu.kernels.eights { EIGHTS } else { TILE };
         let tiles = rows.div_ceil(tile[0]) * columns.div_ceil(tile[1]);
         let depth = sizes.inner * sizes.kernel[0] * sizes.kernel[1];
         let products = tile[0] * tile[1] * depth as usize;

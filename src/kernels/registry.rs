@@ -7,7 +7,7 @@ use crate::device::gpu::Kernel;
 
 /// Every kernel with its variants: lanes, widths of heads, or how weights are stored and channels
 /// come; of the last two also by the subgroups' width and by what products take.
-pub fn kernels() -> Vec<(Kernel, &'static [u32])> {
+pub fn kernels() -> Vec<(Kernel, Vec<u32>)> {
     let lanes = [
         activation::FORWARD,
         activation::GRADIENT,
@@ -25,23 +25,13 @@ pub fn kernels() -> Vec<(Kernel, &'static [u32])> {
         frozen_linear::FORWARD,
         frozen_linear::GRADIENT,
     ];
-    let all = lanes.map(|k| (k, &[1, 4][..])).into_iter();
-    let all = all.chain(groups.map(|k| (k, &[1, 2, 4][..])));
+    let all = lanes.map(|k| (k, vec![1, 4])).into_iter();
+    let all = all.chain(groups.map(|k| (k, vec![1, 2, 4])));
     const E: u32 = attention_gpu::EIGHTS;
     const H: u32 = attention_gpu::HALF;
     let widths =
         &[5, 40, 64, 512, H + 5, H + 40, E + 5, E + 40, E + 64, E + 512, E + H + 5, E + H + 40];
-    let all = all.chain(heads.map(|k| (k, &widths[..])));
-    all.chain(products.map(|k| (k, &PRODUCTS[..]))).collect()
+    let all = all.chain(heads.map(|k| (k, widths.to_vec())));
+    // See `variant` in `product`.
+    all.chain(products.map(|k| (k, (0..32).collect()))).collect()
 }
-
-/// See `variant` in [`super::product`].
-const PRODUCTS: [u32; 32] = {
-    let mut all = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        all[i] = i as u32;
-        i += 1;
-    }
-    all
-};

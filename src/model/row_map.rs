@@ -30,11 +30,6 @@ impl RowMap {
         Self { few: firsts.len(), of }
     }
 
-    /// `n` rows, all the same.
-    pub fn all_one(n: usize) -> Self {
-        Self { of: vec![0; n], few: usize::from(n > 0) }
-    }
-
     /// Of each row the one of the few that it is.
     pub fn of(&self) -> &[usize] {
         &self.of
@@ -146,8 +141,8 @@ mod tests {
     fn maps_are_cut_and_joined() {
         let map = RowMap::of_equal(&[5, 5, 6, 7, 7]);
         assert_eq!(map.narrow(2, 2), (RowMap::identity(2), 1..3));
-        assert_eq!(map.narrow(3, 2), (RowMap::all_one(2), 2..3));
-        let both = RowMap::all_one(2).then(&RowMap::identity(2));
+        assert_eq!(map.narrow(3, 2), (RowMap::of_equal(&[0; 2]), 2..3));
+        let both = RowMap::of_equal(&[0; 2]).then(&RowMap::identity(2));
         assert_eq!((both.of(), both.few()), (&[0, 0, 1, 2][..], 3));
         assert_eq!(both.at(&[0, 3]).of(), [0, 2]);
     }

@@ -6,9 +6,8 @@ use anyhow::{Result, ensure};
 use burn::tensor::{Distribution, Tensor};
 
 use super::errors::largest_error;
-use super::timing::{header, medians, row};
+use super::timing::{force, header, medians, row, settle};
 use crate::device::Compute;
-use crate::device::gpu::buffer;
 use crate::device::tensor::{read, upload};
 use crate::ops::credit_reduce::{self, StepStats, credit_reduce};
 use crate::ops::ddim_step::{self, ddim_step};
@@ -217,11 +216,8 @@ impl<'a> Case<'a> {
         self.force(&self.tensor_operations(operation, true));
     }
 
-    /// Makes a result: fusion computes nothing that nobody uses.
     fn force<const D: usize>(&self, result: &Tensor<D>) {
-        if self.compute.gpu.is_some() {
-            drop(buffer(result));
-        }
+        force(self.compute, result);
     }
 
     /// Compares the three paths.
@@ -259,18 +255,9 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// Waits for everything that was submitted to the device.
+    /// See [`settle`].
     fn sync(&self) -> Result<()> {
-        self.compute.sync()?;
-        self.poll();
-        Ok(())
-    }
-
-    /// Waits for our own submissions, which Burn does not know of.
-    pub fn poll(&self) {
-        if let Some(gpu) = &self.compute.gpu {
-            let _ = gpu.device.poll(wgpu::PollType::wait_indefinitely());
-        }
+        settle(self.compute)
     }
 
     /// Seconds of (shader, CPU reference, Burn operations).

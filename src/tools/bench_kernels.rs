@@ -8,9 +8,8 @@ use anyhow::{Result, ensure};
 use burn::tensor::{Device, Tensor};
 
 use super::errors::relative_error;
-use super::timing::{medians, row};
+use super::timing::{force, medians, row, settle};
 use crate::device::Compute;
-use crate::device::gpu::buffer;
 use crate::device::tensor::{read, upload};
 use crate::kernels::activation::{Activation, activation};
 use crate::kernels::attention::{Heads, attention};
@@ -108,12 +107,8 @@ impl<const N: usize, const D: usize> Path<N, D> {
     /// Computes the value, or the gradients, and waits for them.
     fn force(&self, compute: &Compute, gradients: bool) -> Result<()> {
         let made = if gradients { self.gradients(&self.gradient) } else { vec![self.value()] };
-        // Fusion computes nothing that nobody uses.
-        let Some(gpu) = &compute.gpu else { return Ok(()) };
-        made.iter().for_each(|tensor| drop(buffer(tensor)));
-        compute.sync()?;
-        let _ = gpu.device.poll(wgpu::PollType::wait_indefinitely());
-        Ok(())
+        made.iter().for_each(|tensor| force(compute, tensor));
+        settle(compute)
     }
 }
 

@@ -3,6 +3,10 @@
 use std::time::Instant;
 
 use anyhow::Result;
+use burn::tensor::Tensor;
+
+use crate::device::Compute;
+use crate::device::gpu::buffer;
 
 /// The head of a table of [`row`]s.
 pub fn header() -> String {
@@ -19,6 +23,26 @@ pub fn row(operation: &str, size: &str, [shader, reference, burn]: [f64; 3]) -> 
     format!(
         "{operation:<24} {size:>16} {shader:>12.3} {reference:>14.3} {burn:>12.3} {ratio:>11.1}x"
     )
+}
+
+/// Makes a result on a GPU: fusion computes nothing that nobody uses.
+pub(super) fn force<const D: usize>(compute: &Compute, result: &Tensor<D>) {
+    if compute.gpu.is_some() {
+        drop(buffer(result));
+    }
+}
+
+/// Waits for everything that was submitted to the device, our own submissions among it, which Burn
+/// does not know of.
+///
+/// # Errors
+/// When the device failed.
+pub fn settle(compute: &Compute) -> Result<()> {
+    compute.sync()?;
+    if let Some(gpu) = &compute.gpu {
+        let _ = gpu.device.poll(wgpu::PollType::wait_indefinitely());
+    }
+    Ok(())
 }
 
 /// Runs of a path in a row: each is measured warm, as in a loop.

@@ -71,7 +71,7 @@ pub fn batch_gradient(
     let frozen = policy.lora.expect("a policy that is trained has an adapter");
     let tracked = &frozen.tracked();
     let lora = LoraPair { tracked, frozen };
-    let half = policy.compute.gpu.as_ref().is_some_and(|gpu| gpu.half);
+    let half = policy.compute.gpu.as_ref().is_some_and(|gpu| gpu.kernels.half);
     let mut sums = GradientAccumulator::new(adapter, tracked, half);
     let (mut stats, mut calls) = (Vec::with_capacity(trained.len()), 0);
     for (step, transition) in trained.iter().zip(&batch.transitions) {
@@ -261,7 +261,7 @@ mod tests {
             let of = |row: usize| text(prompt[row] as u32);
             let few = map.firsts().into_iter().map(|first| of(rows.start + first));
             let cond = Conditioning::new(Tensor::cat(few.collect(), 0), None, map);
-            let uncond = Conditioning::new(text(2), None, RowMap::all_one(rows.len()));
+            let uncond = Conditioning::new(text(2), None, RowMap::of_equal(&vec![0; rows.len()]));
             let prompts = PromptPair { cond, uncond };
             let (compute, guidance) = (&compute, GuidanceMode::new(&net, 3.0));
             let policy =

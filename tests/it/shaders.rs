@@ -9,7 +9,7 @@ use pcpo_wgpu::{kernels, ops};
 fn kernels() -> Vec<(Kernel, u32)> {
     let hot = ops::registry::kernels().into_iter().flat_map(|k| [(k, 1), (k, 4)]);
     let own = kernels::registry::kernels().into_iter();
-    hot.chain(own.flat_map(|(k, variants)| variants.iter().map(move |v| (k, *v)))).collect()
+    hot.chain(own.flat_map(|(k, variants)| variants.into_iter().map(move |v| (k, v)))).collect()
 }
 
 #[test]
