@@ -15,6 +15,8 @@ samples, S trained steps):
     alphas_cumprod               [S]     read for v_prediction only
     weights, weights_native      [S]     the credit rule's, and the sampler's own, for the KL
     quadratic, loss_weights      [S]     q and l below; 1 where the dump has none
+    row_weights                  [S, N]  r below, 0 where a step does not have the row; 1 where
+                                         the dump has none
     latents, noise, eps_old      [S, N, C, H, W]
     advantages                   [N]
     log_rho                      [S, N]
@@ -25,8 +27,31 @@ The update, with eps the prediction after guidance (of a flow model its velocity
 eps_old, z the noise, w the weights, A the advantages and xi the clip range:
 
     log rho = -mean_D[w Delta z + q/2 w^2 Delta^2]
-    loss    = mean over N and S of
-              l * objective + kl_beta * 1/2 mean_D[w_native^2 (eps - eps_ref)^2]
+    loss    = 1/E sum over N and S of
+              r * (l * objective + kl_beta * 1/2 mean_D[w_native^2 (eps - eps_ref)^2])
+
+E is the metadata's entries, N S where it has none.
+
+An update by an objective of the forward process (nft, awm) has no trajectory. Its dump holds, in
+place of latents, eps_old, log_rho and the weights:
+
+    x0                           [N, C, H, W]     the images' latents as they end
+    noise                        [S, N, C, H, W]  z, of each time
+    row_weights                  [S, N]           1 where an image is noised to a time
+    signal, noise_level          [S]     x_t = signal x0 + noise_level z
+    x0_x, x0_p                   [S]     the image of a prediction p: x0_x x_t - x0_p p
+    old.KEY                      the adapter of the old policy; sampled.KEY that which sampled the
+                                 epoch, where it is not the one of now
+
+and the metadata nft_beta and advantage_clamp. With p the prediction after guidance, b nft_beta, c
+advantage_clamp and xi the clip range:
+
+    nft    e+- = x0_x x_t - x0_p p+- - x0,  p+ = b p + (1-b) p_old,  p- = (1+b) p_old - b p
+           L = c/b [q mean(e+^2)/n+ + (1-q) mean(e-^2)/n-] + kl_beta mean (p - p_ref)^2
+           q = 1/2 + A/(2c),  n+- = max(mean|e+-|, 1e-5) without gradient
+    awm    log pi = -[(m + 1e-10)^(1/4) - (1e-10)^(1/4)] 4 noise_level,  m = mean (p - p*)^2
+           L = max(-A rho, -A clip(rho, 1-xi, 1+xi))/c + kl_beta mean (p - p_ref)^2
+               + mean (p - p_old)^2,   p* = (x0_x x_t - x0)/x0_p
 
 eps_ref is the network without its adapter. Guidance is classifier-free, u + g (c - u), and none at
 g <= 1; FLUX.1 takes g as an input instead, where it has an embedding for it. Errors are relative to
@@ -61,9 +86,23 @@ TENSORS = [
     "weights_native",
     "log_rho",
 ]
+FORWARD_TENSORS = [
+    "prompt_embeds",
+    "timesteps",
+    "alphas_cumprod",
+    "x0",
+    "noise",
+    "row_weights",
+    "signal",
+    "noise_level",
+    "x0_x",
+    "x0_p",
+    "advantages",
+]
+FORWARD = ["nft", "awm"]
 ONES = ["quadratic", "loss_weights"]  # of each step; older dumps have neither
 CHOICES = {
-    "objective": ["ppo-clip", "log-ratio", "log-hinge"],
+    "objective": ["ppo-clip", "log-ratio", "log-hinge", *FORWARD],
     "guidance_gradient": ["both", "conditional"],
     "prediction_type": ["epsilon", "v_prediction", "velocity"],
 }
@@ -82,9 +121,14 @@ class Settings:
     lora_rank: int
     lora_alpha: float
     lora_targets: str
+    entries: int = 0
+    nft_beta: float = 1.0
+    advantage_clamp: float = 5.0
 
     @classmethod
     def parse(cls, metadata):
+        later = {"entries": "0", "nft_beta": "1", "advantage_clamp": "5"}
+        metadata = later | metadata
         missing = [field.name for field in fields(cls) if field.name not in metadata]
         if missing:
             raise ValueError(f"the dump's metadata lacks {', '.join(missing)}")
@@ -103,31 +147,53 @@ def require(tensors, names):
         raise ValueError(f"the dump lacks {', '.join(missing)}")
 
 
+@dataclass
+class Dump:
+    """A dump's tensors; adapters and gradients by diffusers' LoRA key."""
+
+    data: dict
+    adapter: dict
+    gradients: dict
+    old: dict
+    sampled: dict
+
+
+PREFIXES = {"adapter": "lora.", "gradients": "grad.", "old": "old.", "sampled": "sampled."}
+
+
 def read_dump(path, dtype):
-    """(settings, tensors, adapter, gradients) of a dump; the last two by diffusers' LoRA key."""
+    """(settings, dump) of a file."""
     with safe_open(path, "pt") as file:
         settings = Settings.parse(file.metadata() or {})
         everything = {name: file.get_tensor(name).to(dtype) for name in file.keys()}
-    require(everything, TENSORS)
-    adapter, gradients = (
-        {
+    forward = settings.objective in FORWARD
+    require(everything, FORWARD_TENSORS if forward else TENSORS)
+    named = {
+        field: {
             name.removeprefix(prefix): tensor
             for name, tensor in everything.items()
             if name.startswith(prefix)
         }
-        for prefix in ("lora.", "grad.")
-    )
-    if adapter.keys() != gradients.keys():
-        raise ValueError(
-            f"lora. and grad. differ in their keys: {sorted(adapter.keys() ^ gradients.keys())[:4]}"
-        )
-    data = {name: torch.ones_like(everything["weights"]) for name in ONES}
+        for field, prefix in PREFIXES.items()
+    }
+    if named["adapter"].keys() != named["gradients"].keys():
+        differ = sorted(named["adapter"].keys() ^ named["gradients"].keys())[:4]
+        raise ValueError(f"lora. and grad. differ in their keys: {differ}")
+    data = {}
+    if not forward:
+        data = {name: torch.ones_like(everything["weights"]) for name in ONES}
+        data["row_weights"] = torch.ones_like(everything["log_rho"])
     data |= {
         name: tensor
         for name, tensor in everything.items()
-        if not name.startswith(("lora.", "grad."))
+        if not name.startswith(tuple(PREFIXES.values()))
     }
-    return settings, data, adapter, gradients
+    if settings.entries == 0:
+        settings.entries = data["row_weights"].numel()
+    if forward:
+        signal, level = data["signal"].view(-1, 1, 1, 1, 1), data["noise_level"].view(-1, 1, 1, 1, 1)
+        data["latents"] = signal * data["x0"] + level * data["noise"]
+    return settings, Dump(data, **named)
 
 
 def predict_unet(unet, settings, data, step, negative=""):
@@ -284,12 +350,12 @@ def log_ratio(delta, noise, weight, quadratic):
 
 
 def kl_to_reference(network, settings, data, step, eps):
-    """The KL of a step to the network without its adapter, by the sampler's own weights."""
+    """The KL [N] of a step to the network without its adapter, by the sampler's own weights."""
     network.module.disable_adapters()
     with torch.no_grad():
         reference = network.guided_prediction(settings, data, step)
     network.module.enable_adapters()
-    return (0.5 * data["weights_native"][step] ** 2 * (eps - reference) ** 2).mean()
+    return 0.5 * data["weights_native"][step] ** 2 * ((eps - reference) ** 2).mean((1, 2, 3))
 
 
 def recompute(network, settings, data):
@@ -303,26 +369,118 @@ def recompute(network, settings, data):
             delta, data["noise"][step], data["weights"][step], data["quadratic"][step]
         )
         objective, clipped = clipped_objective(settings, log_rho, advantages)
-        loss = data["loss_weights"][step] * objective.mean()
+        rows = data["row_weights"][step]
+        loss = data["loss_weights"][step] * objective
         if settings.kl_beta > 0:
             kl = kl_to_reference(network, settings, data, step, eps)
             loss = loss + settings.kl_beta * kl
-            kl_sum += kl.item()
-        (loss / steps).backward()
+            kl_sum += (rows * kl).sum().item() / settings.entries
+        ((rows * loss).sum() / settings.entries).backward()
+        clipped = clipped & (rows > 0)
 
         _, dumped = clipped_objective(settings, data["log_rho"][step], advantages)
-        log_rhos.append(log_rho.detach())
-        largest_delta = max(largest_delta, delta.detach().abs().max().item())
+        dumped = dumped & (rows > 0)
+        log_rhos.append(torch.where(rows > 0, log_rho.detach(), 0))
+        largest_delta = max(largest_delta, delta.detach()[rows > 0].abs().max().item())
         clipped_up += (clipped & (advantages > 0)).sum().item()
         clipped_down += (clipped & (advantages < 0)).sum().item()
         flipped += (clipped != dumped).sum().item()
     return torch.stack(log_rhos), {
         "largest |Delta|": largest_delta,
-        "KL": kl_sum / steps,
+        "KL": kl_sum,
         "clipped with A > 0": clipped_up,
         "clipped with A < 0": clipped_down,
         "clipped in only one of the two": flipped,
     }
+
+
+def with_adapter(parameters, adapter, work):
+    """What `work` returns with other values in the adapter's parameters, without gradients."""
+    kept = {key: parameter.detach().clone() for key, parameter in parameters.items()}
+    with torch.no_grad():
+        for key, parameter in parameters.items():
+            parameter.copy_(adapter[key])
+        done = work()
+        for key, parameter in parameters.items():
+            parameter.copy_(kept[key])
+    return done
+
+
+def mean_rows(values):
+    return values.mean((1, 2, 3))
+
+
+def nft_loss(settings, target, prediction, old, advantages, image_of):
+    """NFT's own loss [N] at a time; `image_of` makes the image of a prediction."""
+    b, c = settings.nft_beta, settings.advantage_clamp
+
+    def normalised(mixed):
+        off = image_of(mixed) - target
+        return mean_rows(off**2) / mean_rows(off.abs()).clamp_min(1e-5).detach()
+
+    q = 0.5 + advantages / (2 * c)
+    toward = normalised(b * prediction + (1 - b) * old)
+    away = normalised((1 + b) * old - b * prediction)
+    return c / b * (q * toward + (1 - q) * away)
+
+
+def awm_loss(settings, wanted, level, prediction, old, sampled, advantages):
+    """(loss [N], clipped [N]) of AWM at a time."""
+
+    def log_prob(p):
+        m = mean_rows((p - wanted) ** 2)
+        return -((m + 1e-10) ** 0.25 - 1e-10**0.25) * 4 * level
+
+    now = log_prob(prediction)
+    rho = (now - (now.detach() if sampled is None else log_prob(sampled))).exp()
+    bounded = rho.clamp(1 - settings.clip_range, 1 + settings.clip_range)
+    share = advantages / settings.advantage_clamp
+    own = torch.maximum(-share * rho, -share * bounded)
+    return own + mean_rows((prediction - old) ** 2), bounded != rho
+
+
+def recompute_forward(network, settings, dump, parameters):
+    """Runs an update of the forward process backward; returns what it exercised."""
+    data, largest_delta, kl_sum, clipped = dump.data, 0.0, 0.0, 0
+    for step in range(len(data["timesteps"])):
+        rows, x = data["row_weights"][step], data["latents"][step]
+        if not rows.any():
+            continue
+
+        def predict(step=step):
+            return network.guided_prediction(settings, data, step)
+
+        old = with_adapter(parameters, dump.old, predict)
+        sampled = with_adapter(parameters, dump.sampled, predict) if dump.sampled else None
+        prediction = predict()
+        x0_x, x0_p = data["x0_x"][step], data["x0_p"][step]
+        if settings.objective == "nft":
+            loss = nft_loss(
+                settings,
+                data["x0"],
+                prediction,
+                old,
+                data["advantages"],
+                lambda p, x=x, x0_x=x0_x, x0_p=x0_p: x0_x * x - x0_p * p,
+            )
+        else:
+            wanted = (x0_x * x - data["x0"]) / x0_p
+            level = data["noise_level"][step]
+            loss, bounded = awm_loss(
+                settings, wanted, level, prediction, old, sampled, data["advantages"]
+            )
+            clipped += (bounded & (rows > 0)).sum().item()
+        if settings.kl_beta > 0:
+            network.module.disable_adapters()
+            with torch.no_grad():
+                reference = predict()
+            network.module.enable_adapters()
+            away = mean_rows((prediction - reference) ** 2)
+            loss = loss + settings.kl_beta * away
+            kl_sum += (rows * away).sum().item() / settings.entries
+        ((rows * loss).sum() / settings.entries).backward()
+        largest_delta = max(largest_delta, (prediction - old).detach()[rows > 0].abs().max().item())
+    return {"largest |Delta|": largest_delta, "KL": kl_sum, "clipped": clipped}
 
 
 def error(dumped, expected):
@@ -346,21 +504,24 @@ def vacuous(settings, facts, expected):
         reasons.append("the KL is 0: the adapter does nothing")
     if not any(gradient.any() for key, gradient in expected.items() if ".lora_A." in key):
         reasons.append("all gradients of A are 0")
-    reasons += [
-        f"no entry {name}"
-        for name in ("clipped with A > 0", "clipped with A < 0")
-        if not facts[name]
-    ]
+    exercised = {"nft": (), "awm": ("clipped",)}.get(
+        settings.objective, ("clipped with A > 0", "clipped with A < 0")
+    )
+    reasons += [f"no entry {name}" for name in exercised if not facts[name]]
     return reasons
 
 
 def verify(dump, model, dtype, tolerance, allow_vacuous, save):
     """Compares and prints; returns a sentence for each reason to fail."""
-    settings, data, adapter, gradients = read_dump(dump, dtype)
+    settings, dump = read_dump(dump, dtype)
+    data, gradients = dump.data, dump.gradients
     network = load_network(model, dtype)
     network.check(settings, data)
-    parameters = attach_adapter(network, settings, adapter)
-    log_rho, facts = recompute(network, settings, data)
+    parameters = attach_adapter(network, settings, dump.adapter)
+    if settings.objective in FORWARD:
+        log_rho, facts = None, recompute_forward(network, settings, dump, parameters)
+    else:
+        log_rho, facts = recompute(network, settings, data)
     expected = {
         key: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         for key, parameter in parameters.items()
@@ -368,7 +529,8 @@ def verify(dump, model, dtype, tolerance, allow_vacuous, save):
     if save:
         save_file({key: value.float().contiguous() for key, value in expected.items()}, save)
     errors = {key: error(gradients[key], expected[key]) for key in sorted(expected)}
-    errors["log_rho"] = error(data["log_rho"], log_rho)
+    if log_rho is not None:
+        errors["log_rho"] = error(data["log_rho"], log_rho)
     for key, value in errors.items():
         note = "" if key == "log_rho" or expected[key].any() else "  (absolute: the gradient is 0)"
         print(f"{value:.3e}  {key}{note}")

@@ -64,10 +64,12 @@ pub mod train;
 
 pub use image::RgbImage;
 
-pub use crate::config::{InitialNoise, Options, Preset, Settings};
+pub use crate::config::{
+    BranchGroup, InitialNoise, Objective, OldDecay, Options, Preset, Rollout, Settings,
+};
 pub use crate::model::{Pipeline, Storage};
 pub use crate::ops::advantage::{Advantage, Mix};
-pub use crate::ops::policy_objective::{GuidanceGradient, Objective};
+pub use crate::ops::policy_objective::GuidanceGradient;
 pub use crate::reward::{JudgeAnswer, Prompt, Reward, RewardSpec};
 pub use crate::schedule::credit::{Credit, Total};
 pub use crate::schedule::{Grid, Sampler};

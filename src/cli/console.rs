@@ -85,9 +85,9 @@ impl Observer for Console {
                 }
             }
             Event::PhaseEnds => *self.phase() = None,
-            Event::SelfTest { largest, bound } => println!(
-                "self-test: rho = 1 before the first update, to {largest:.1e} (at most {bound:.0e})"
-            ),
+            Event::SelfTest { of, largest, bound } => {
+                println!("self-test: {of}, to {largest:.1e} (at most {bound:.0e})");
+            }
             Event::Warning(text) => eprintln!("warning: {text}"),
             Event::Notice(text) => println!("{text}"),
             Event::Written { .. } => {}

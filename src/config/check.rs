@@ -4,11 +4,13 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
 
+use super::choices::{BranchGroup, Objective};
 use super::numbers::{self, MOST, MOST_RANK, Range};
+use super::rollout::{Branching, Plain, Rollout};
 use super::settings::Settings;
+use crate::choice::name;
 use crate::measure::features::clip_path;
 use crate::ops::advantage::Advantage;
-use crate::ops::policy_objective::Objective;
 use crate::reward::{self, RewardSpec};
 use crate::schedule::Sampler;
 use crate::schedule::credit::{Credit, Total};
@@ -29,13 +31,10 @@ impl Settings {
     fn check_numbers(&self) -> Result<()> {
         for (flag, value) in [
             ("--epochs", self.epochs),
-            ("--images-per-epoch", self.images_per_epoch),
-            ("--group-size", self.group_size),
             ("--updates-per-epoch", self.updates_per_epoch),
             ("--inner-epochs", self.inner_epochs),
             ("--batch", self.batch),
             ("--steps", self.steps),
-            ("--train-steps", self.train_steps.unwrap_or(1)),
             ("--keep-every", self.keep_every),
             ("--sample-every", self.sample_every),
             ("--eval-every", self.eval_every),
@@ -46,12 +45,6 @@ impl Settings {
         ] {
             numbers::count(flag, value, MOST)?;
         }
-        numbers::number("--train-within", self.train_within, Range::Positive)?;
-        ensure!(
-            self.train_within <= 1.0,
-            "--train-within {}: must be at most 1, which is all steps",
-            self.train_within
-        );
         numbers::optional("--ema", self.ema, Range::Below(1.0))?;
         ensure!(
             (2..=MOST).contains(&self.keep_last),
@@ -69,7 +62,8 @@ impl Settings {
         numbers::resolution(self.resolution)?;
         numbers::sequence_length(self.max_sequence_length)?;
         for (flag, value, range) in [
-            ("--clip-range", self.clip_range, Range::Below(1.0)),
+            ("--clip-range", self.clip_range, self.clip_ranges()),
+            ("--nft-beta", self.nft_beta, Range::Positive),
             ("--advantage-clamp", self.advantage_clamp, Range::Positive),
             ("--learning-rate", self.learning_rate, Range::Positive),
             ("--max-grad-norm", self.max_grad_norm, Range::Positive),
@@ -95,7 +89,40 @@ impl Settings {
 
     /// How images, groups, prompts and updates fit together.
     fn check_images(&self) -> Result<()> {
-        let (images, group) = (self.images_per_epoch, self.group_size);
+        match &self.rollout {
+            Rollout::Plain(plain) => self.check_plain(plain)?,
+            Rollout::Branching(branching) => self.check_branching(branching)?,
+        }
+        // Images are numbered over the whole run, and the last numbers are the grids'.
+        ensure!(
+            (self.epochs as u64) * (self.images_per_epoch() as u64)
+                < u64::from(u32::MAX) - MOST as u64,
+            "--epochs {}: makes more images than noise is numbered for; lower it, or the images \
+             of an epoch",
+            self.epochs
+        );
+        Ok(())
+    }
+
+    fn check_plain(&self, plain: &Plain) -> Result<()> {
+        let (images, group) = (plain.images_per_epoch, plain.group_size);
+        for (flag, value) in [
+            ("--images-per-epoch", images),
+            ("--group-size", group),
+            ("--train-steps", plain.train_steps.unwrap_or(1)),
+        ] {
+            numbers::count(flag, value, MOST)?;
+        }
+        numbers::number("--train-within", plain.train_within, Range::Positive)?;
+        ensure!(
+            plain.train_within <= 1.0,
+            "--train-within {}: must be at most 1, which is all steps",
+            plain.train_within
+        );
+        ensure!(
+            !plain.train_window || plain.train_steps.is_some(),
+            "--train-window true: a window of how many steps? give --train-steps K"
+        );
         let updates = self.updates_per_epoch;
         ensure!(
             images.is_multiple_of(group),
@@ -112,12 +139,50 @@ impl Settings {
             self.groups(),
             self.prompt.len()
         );
-        // Images are numbered over the whole run, and the last numbers are the grids'.
         ensure!(
-            (self.epochs as u64) * (images as u64) < u64::from(u32::MAX) - MOST as u64,
-            "--epochs {}: makes more images than noise is numbered for; lower it or \
-             --images-per-epoch",
-            self.epochs
+            self.advantage != Advantage::Group || group > 1,
+            "--group-size 1: group advantages need at least 2 images a prompt; use --advantage \
+             global"
+        );
+        Ok(())
+    }
+
+    fn check_branching(&self, b: &Branching) -> Result<()> {
+        let given = b.branch.iter().map(usize::to_string).collect::<Vec<_>>().join(",");
+        numbers::count("--roots", b.roots, MOST)?;
+        ensure!(
+            b.branch.len() <= self.steps,
+            "--branch {given}: says something of {} steps, and there are --steps {}",
+            b.branch.len(),
+            self.steps
+        );
+        ensure!(
+            b.images_per_root() > 0,
+            "--branch {given}: has no branch; give the images of each step, such as 6,6,8,10"
+        );
+        numbers::count("--branch times the roots", self.images_per_epoch(), MOST)?;
+        ensure!(
+            self.trajectories().is_multiple_of(self.updates_per_epoch),
+            "--updates-per-epoch {}: an update takes whole roots, and an epoch has {} ({} prompts \
+             x --roots {}); use a divisor of that, or other --roots",
+            self.updates_per_epoch,
+            self.trajectories(),
+            self.groups(),
+            b.roots
+        );
+        let together = match b.branch_group {
+            BranchGroup::Root => 1,
+            BranchGroup::Prompt => b.roots,
+        };
+        ensure!(
+            self.advantage != Advantage::Group || b.steps().all(|(_, k)| k * together > 1),
+            "--branch {given}: group advantages need at least 2 branches at a step that has any; \
+             use more, or --branch-group prompt with more --roots"
+        );
+        ensure!(
+            b.anchor_steps == 0 || self.kl_beta > 0.0,
+            "--anchor-steps {}: holds the roots by the KL, which needs --kl-beta; give both",
+            b.anchor_steps
         );
         Ok(())
     }
@@ -156,17 +221,8 @@ impl Settings {
             self.tracker_size
         );
         ensure!(
-            self.advantage != Advantage::Group || self.group_size > 1,
-            "--group-size 1: group advantages need at least 2 images a prompt; use --advantage \
-             global"
-        );
-        ensure!(
             self.lora.is_some() || !self.target_modules.is_empty(),
             "--target-modules: names no layer; leave it out for all attention projections"
-        );
-        ensure!(
-            !self.train_window || self.train_steps.is_some(),
-            "--train-window true: a window of how many steps? give --train-steps K"
         );
         ensure!(
             self.credit != Credit::Fairclip2 || self.objective != Objective::PpoClip,
@@ -184,6 +240,11 @@ impl Settings {
                  leave one of them out"
             );
         }
+        if self.objective.forward() { self.check_forward() } else { self.check_noise() }
+    }
+
+    /// A policy's steps need noise.
+    fn check_noise(&self) -> Result<()> {
         ensure!(
             self.sampler != Sampler::Ode,
             "--sampler ode: a step without noise cannot be trained; use flow-grpo, dance or cps, \
@@ -195,5 +256,43 @@ impl Settings {
             self.eta
         );
         Ok(())
+    }
+
+    /// What an objective of the forward process has nothing to do with.
+    fn check_forward(&self) -> Result<()> {
+        let objective = name(self.objective);
+        let Rollout::Plain(plain) = &self.rollout else {
+            anyhow::bail!(
+                "--objective {objective}: trains on images as they end, and branches are trained \
+                 at a step; use log-hinge, or no branches"
+            )
+        };
+        ensure!(
+            self.credit == Credit::Native,
+            "--credit {}: shares out a trajectory's credit, and --objective {objective} has no \
+             trajectory; leave it out",
+            name(self.credit)
+        );
+        ensure!(
+            self.clip_range <= 1.0,
+            "--clip-range {}: must be at most 1 for --objective {objective}",
+            self.clip_range
+        );
+        for (flag, given) in [
+            ("--train-window", plain.train_window),
+            ("--noise-only-trained", plain.noise_only_trained),
+        ] {
+            ensure!(
+                !given,
+                "{flag} true: is for steps with noise, and --objective {objective} has none; leave \
+                 it out"
+            );
+        }
+        Ok(())
+    }
+
+    /// What a clip range may be: AWM's bounds a ratio, and 1 is its published one.
+    fn clip_ranges(&self) -> Range {
+        if self.objective == Objective::Awm { Range::Positive } else { Range::Below(1.0) }
     }
 }

@@ -2,6 +2,7 @@
 
 mod check;
 pub mod choices;
+mod layers;
 #[doc(hidden)]
 pub mod numbers;
 pub mod options;
@@ -9,8 +10,12 @@ pub mod options;
 pub mod prompts;
 pub mod recipe;
 mod resolve;
+pub mod rollout;
 pub mod settings;
 
-pub use choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
+pub use choices::{
+    BranchGroup, Checkpointing, InitialNoise, LrScheduler, Objective, OldDecay, Preset,
+};
 pub use options::Options;
+pub use rollout::{Branching, Plain, Rollout};
 pub use settings::Settings;

@@ -1,17 +1,18 @@
 //! What can be said of a run, by flag or in a TOML file; [`super::settings`] makes a checked run of
 //! it.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use anyhow::{Context, Result, ensure};
 use clap::Args;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
+use super::choices::{
+    BranchGroup, Checkpointing, InitialNoise, LrScheduler, Objective, OldDecay, Preset,
+};
 use crate::device::ComputeType;
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
-use crate::ops::policy_objective::{GuidanceGradient, Objective};
+use crate::ops::policy_objective::GuidanceGradient;
 use crate::reward::{self, JudgeAnswer};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler};
@@ -93,6 +94,12 @@ pub struct Options {
     /// Surrogate objective
     #[arg(long, value_enum, help_heading = "Method")]
     pub objective: Option<Objective>,
+    /// NFT: how far the policy goes for an advantage; larger goes less far [default: 1]
+    #[arg(long, help_heading = "Method")]
+    pub nft_beta: Option<f64>,
+    /// NFT, AWM: how the old policy follows after an epoch [default: type-1 for nft, awm for awm]
+    #[arg(long, value_enum, help_heading = "Method")]
+    pub old_decay: Option<OldDecay>,
     /// Credit rule over the steps
     #[arg(long, value_enum, help_heading = "Method")]
     pub credit: Option<Credit>,
@@ -114,10 +121,11 @@ pub struct Options {
     /// Rewards that the tracker needs before it is used [default: 16]
     #[arg(long, help_heading = "Method")]
     pub tracker_min_count: Option<usize>,
-    /// Clip range xi [default: 1e-4]
+    /// Clip range xi [default: 1e-4, for awm 1]
     #[arg(long, help_heading = "Method")]
     pub clip_range: Option<f64>,
-    /// Weight of the KL to the model without adapter [default: 0]
+    /// Weight of the KL to the model without adapter; for nft and awm of the mean square distance
+    /// [default: 0, for nft 1e-4, for awm 1e-3]
     #[arg(long, help_heading = "Method")]
     pub kl_beta: Option<f64>,
     /// How a step is drawn [default: ddim for diffusion, flow-grpo for flow models]
@@ -146,7 +154,8 @@ pub struct Options {
     /// Initial latents: one for a group, or one an image
     #[arg(long, value_enum, help_heading = "Sampling")]
     pub initial_noise: Option<InitialNoise>,
-    /// Train only this many steps, drawn each epoch [default: all]
+    /// Train only this many steps, drawn each epoch; for nft and awm the times of an image
+    /// [default: all, for nft 99% of them, for awm 6]
     #[arg(long, help_heading = "Sampling")]
     pub train_steps: Option<usize>,
     /// Draw the trained steps as one window of neighbours [default: false]
@@ -179,6 +188,23 @@ pub struct Options {
         help_heading = "Sampling",
     )]
     pub noise_only_trained: Option<bool>,
+    /// Branch at the first steps: K1,K2,.. images with noise from one latent at each, and 0 at the
+    /// rest; takes the place of --images-per-epoch, --group-size, --train-steps, --train-last-step
+    /// and --initial-noise
+    #[arg(long, value_name = "K,K,..", value_delimiter = ',', help_heading = "Branching")]
+    pub branch: Option<Vec<usize>>,
+    /// Roots of each of an epoch's prompts, of which there are up to 4: trajectories without noise
+    /// that branch [default: 1]
+    #[arg(long, value_name = "N", help_heading = "Branching")]
+    pub roots: Option<usize>,
+    /// Branches of a step whose rewards are compared: those of a root, or of a prompt [default:
+    /// root]
+    #[arg(long, value_enum, help_heading = "Branching")]
+    pub branch_group: Option<BranchGroup>,
+    /// Steps without branches, drawn each epoch, at which --kl-beta holds the roots to the model
+    /// without adapter [default: 0]
+    #[arg(long, value_name = "N", help_heading = "Branching")]
+    pub anchor_steps: Option<usize>,
     /// Epochs: one rollout each [default: 10]
     #[arg(long, help_heading = "Images and updates")]
     pub epochs: Option<usize>,
@@ -316,75 +342,4 @@ fn one_or_several<'de, D: Deserializer<'de>>(
         Texts::One(text) => vec![text],
         Texts::Several(texts) => texts,
     }))
-}
-
-impl Options {
-    /// Reads a TOML file.
-    ///
-    /// # Errors
-    /// Names the file and the key that is unknown or of the wrong type.
-    pub fn from_file(path: &Path) -> Result<Self> {
-        toml::from_str(&crate::io::read_text(path)?)
-            .with_context(|| format!("--config {}", path.display()))
-    }
-
-    /// What may change when a run goes on: what alters none of the numbers that it draws or learns.
-    pub(super) fn free_on_resume(&self) -> Self {
-        Self {
-            model: self.model.clone(),
-            epochs: self.epochs,
-            device: self.device.clone(),
-            memory: self.memory,
-            keep_every: self.keep_every,
-            keep_last: self.keep_last,
-            sample_every: self.sample_every,
-            reward_device: self.reward_device.clone(),
-            reward_timeout: self.reward_timeout,
-            eval_every: self.eval_every,
-            kl_budget: self.kl_budget,
-            collapse_bound: self.collapse_bound.clone(),
-            stop_on_collapse: self.stop_on_collapse,
-            tensorboard: self.tensorboard,
-            ..Default::default()
-        }
-    }
-
-    /// What may change when a run goes on, in words.
-    pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --keep-last, \
-                                      --sample-every, --eval-every, --kl-budget, --collapse-bound, \
-                                      --stop-on-collapse, --tensorboard, --reward-device, \
-                                      --reward-timeout and --model (the same model elsewhere)";
-
-    /// `self` where it says something, `base` elsewhere.
-    ///
-    /// # Errors
-    /// When a path is not UTF-8 or a number does not fit TOML's 63 bits.
-    pub fn over(&self, base: &Self) -> Result<Self> {
-        let (own, mut merged) = (self.table()?, base.table()?);
-        let says = |keys: &[&str]| keys.iter().any(|key| own.contains_key(*key));
-        let (trained, held_out) = (["prompt", "prompts"], ["eval-prompt", "eval-prompts"]);
-        // One word on the prompts replaces all of the other's: the held-out ones belong to them,
-        // and how many pictures each has.
-        if says(&trained) {
-            trained.iter().for_each(|key| drop(merged.remove(*key)));
-        }
-        if says(&trained) || says(&held_out) {
-            let all = held_out.iter().chain(&["eval-images"]);
-            all.for_each(|key| drop(merged.remove(*key)));
-        }
-        merged.extend(own);
-        Ok(merged.try_into()?)
-    }
-
-    fn table(&self) -> Result<toml::Table> {
-        let unsaved = "a path that is not UTF-8 cannot be saved with the run";
-        let json = serde_json::to_value(self).context(unsaved)?;
-        for (key, value) in json.as_object().into_iter().flatten() {
-            ensure!(
-                value.as_u64().is_none_or(|n| i64::try_from(n).is_ok()),
-                "--{key} {value}: must be less than 2^63"
-            );
-        }
-        toml::Table::try_from(self).context(unsaved)
-    }
 }

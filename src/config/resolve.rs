@@ -5,14 +5,19 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
+use super::choices::{
+    BranchGroup, Checkpointing, InitialNoise, LrScheduler, Objective, OldDecay, Preset,
+};
+use super::layers::REPLACED;
 use super::options::Options;
 use super::prompts::{embedded, held_out, prompts};
+use super::rollout::{Branching, Plain, Rollout};
 use super::settings::Settings;
+use crate::choice::name;
 use crate::lora::formats;
 use crate::model::{Family, Storage};
 use crate::ops::advantage::{Advantage, Mix};
-use crate::ops::policy_objective::{GuidanceGradient, Objective};
+use crate::ops::policy_objective::GuidanceGradient;
 use crate::reward::{self, DEFAULT_TIMEOUT, RewardSpec};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler};
@@ -51,10 +56,20 @@ impl Preset {
             Self::Pcpo => Method {
                 objective: Objective::LogHinge,
                 credit: Credit::Proportionate,
-                initial_noise: InitialNoise::Shared,
-                advantage: Advantage::Group,
-                train_last_step: false,
+                ..Self::Grpo.method()
             },
+            Self::LogHinge => Method { credit: Credit::Native, ..Self::Pcpo.method() },
+            Self::Released => Method { credit: Credit::Released, ..Self::Pcpo.method() },
+            Self::Branch => Method { credit: Credit::Fairclip2, ..Self::Pcpo.method() },
+            Self::BranchPcpo => Self::Pcpo.method(),
+            Self::Nft => Method {
+                objective: Objective::Nft,
+                credit: Credit::Native,
+                initial_noise: InitialNoise::Own,
+                advantage: Advantage::GlobalStd,
+                train_last_step: true,
+            },
+            Self::Awm => Method { objective: Objective::Awm, ..Self::Nft.method() },
         }
     }
 }
@@ -69,8 +84,16 @@ impl Options {
         let (o, model) = match embedded(self.model.as_deref())? {
             None => (self, self.model.clone().expect("a model that is not embedded was named")),
             Some((job, folder)) => {
-                let job: Self = toml::from_str(job)
+                let mut job: Self = toml::from_str(job)
                     .with_context(|| format!("the job of {}", folder.display()))?;
+                if self.branches() || self.forward() {
+                    // It is for the job's images; roots may be another number.
+                    job.updates_per_epoch = None;
+                }
+                if self.forward() {
+                    // Those of an objective of trajectories are no good for one of ends.
+                    (job.clip_range, job.kl_beta, job.train_steps) = (None, None, None);
+                }
                 with_job = self.over(&job)?;
                 (&with_job, folder)
             }
@@ -82,11 +105,40 @@ impl Options {
             model.display()
         );
         let sampler = o.sampler.unwrap_or(Sampler::of_trainers(family.is_flow()));
-        let preset = o.preset.unwrap_or(Preset::Pcpo);
+        let preset = o.preset.unwrap_or(match o.objective {
+            Some(Objective::Nft) => Preset::Nft,
+            Some(Objective::Awm) => Preset::Awm,
+            _ => Preset::Pcpo,
+        });
         let method = preset.method();
         let (rank, alpha) = self.adapter_size(o)?;
-        let (prompt, group_size) = (prompts(o)?, o.group_size.unwrap_or(8));
-        let images = group_size.saturating_mul(prompt.len().min(4));
+        let prompt = prompts(o)?;
+        let steps = o.steps.unwrap_or(sampler.default_steps());
+        let branches = || Branching::published(family.is_flow(), steps);
+        let branch = o.branch.clone().or_else(|| preset.branches().then(branches));
+        let rollout = match branch {
+            Some(branch) => Rollout::Branching(o.branching(branch, preset)?),
+            None => Rollout::Plain(o.plain(&method, prompt.len())?),
+        };
+        let objective = o.objective.unwrap_or(method.objective);
+        let (clip_range, kl_beta, old_decay) = match objective {
+            Objective::PpoClip | Objective::LogRatio | Objective::LogHinge => {
+                (1e-4, 0.0, OldDecay::Type1)
+            }
+            Objective::Nft => (1e-4, 1e-4, OldDecay::Type1),
+            Objective::Awm => (1.0, 1e-3, OldDecay::Awm),
+        };
+        let updates = match &rollout {
+            Rollout::Plain(_) if objective.forward() => 1,
+            Rollout::Plain(_) => 2,
+            // An update takes whole roots.
+            Rollout::Branching(b)
+                if b.roots.saturating_mul(prompt.len().min(Branching::PROMPTS)) % 2 == 0 =>
+            {
+                2
+            }
+            Rollout::Branching(_) => 1,
+        };
         let missing = || anyhow!("--reward is missing; {} are there", reward::list());
         let trained = specs("--reward", o.reward.as_ref().ok_or_else(missing)?)?;
         // What is trained on is recorded as well: a job's watched reward may be this run's reward.
@@ -110,33 +162,28 @@ impl Options {
             max_sequence_length: o.max_sequence_length.unwrap_or(family.default_sequence()),
             prompt,
             preset,
-            objective: o.objective.unwrap_or(method.objective),
+            objective,
             credit: o.credit.unwrap_or(method.credit),
             zeta: o.zeta,
             credit_total: o.credit_total.unwrap_or(Total::All),
-            initial_noise: o.initial_noise.unwrap_or(method.initial_noise),
             advantage: o.advantage.unwrap_or(method.advantage),
-            train_last_step: o.train_last_step.unwrap_or(method.train_last_step),
-            kl_beta: o.kl_beta.unwrap_or(0.0),
+            nft_beta: o.nft_beta.unwrap_or(1.0),
+            old_decay: o.old_decay.unwrap_or(old_decay),
+            kl_beta: o.kl_beta.unwrap_or(kl_beta),
             epochs: o.epochs.unwrap_or(10),
-            images_per_epoch: o.images_per_epoch.unwrap_or(images),
-            group_size,
-            updates_per_epoch: o.updates_per_epoch.unwrap_or(2),
+            rollout,
+            updates_per_epoch: o.updates_per_epoch.unwrap_or(updates),
             inner_epochs: o.inner_epochs.unwrap_or(1),
             batch: o.batch.unwrap_or(8),
             sampler,
-            steps: o.steps.unwrap_or(sampler.default_steps()),
+            steps,
             eta: o.eta.unwrap_or(sampler.default_eta()),
             grid: family.is_flow().then(|| o.grid.unwrap_or(Grid::Shifted)),
             shift: o.shift,
             guidance_scale: o.guidance_scale.unwrap_or(family.default_guidance()),
             guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
-            train_steps: o.train_steps,
-            train_window: o.train_window.unwrap_or(false),
-            train_within: o.train_within.unwrap_or(1.0),
-            noise_only_trained: o.noise_only_trained.unwrap_or(false),
             activation_checkpointing: o.activation_checkpointing.unwrap_or(Checkpointing::Auto),
-            clip_range: o.clip_range.unwrap_or(1e-4),
+            clip_range: o.clip_range.unwrap_or(clip_range),
             advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
             tracker_size: o.tracker_size.unwrap_or(32),
             tracker_min_count: o.tracker_min_count.unwrap_or(16),
@@ -170,6 +217,47 @@ impl Options {
         };
         settings.check()?;
         Ok(settings)
+    }
+
+    /// Images with trajectories of their own, of so many prompts.
+    fn plain(&self, method: &Method, prompts: usize) -> Result<Plain> {
+        for (flag, given) in [
+            ("--roots", self.roots.is_some()),
+            ("--branch-group", self.branch_group.is_some()),
+            ("--anchor-steps", self.anchor_steps.is_some()),
+        ] {
+            ensure!(!given, "{flag}: is for --branch K,K,.. or --preset branch; leave it out");
+        }
+        let group_size = self.group_size.unwrap_or(8);
+        let images = group_size.saturating_mul(prompts.min(4));
+        Ok(Plain {
+            images_per_epoch: self.images_per_epoch.unwrap_or(images),
+            group_size,
+            initial_noise: self.initial_noise.unwrap_or(method.initial_noise),
+            train_steps: self.train_steps,
+            train_window: self.train_window.unwrap_or(false),
+            train_within: self.train_within.unwrap_or(1.0),
+            train_last_step: self.train_last_step.unwrap_or(method.train_last_step),
+            noise_only_trained: self.noise_only_trained.unwrap_or(false),
+        })
+    }
+
+    /// Images that branch off a few trajectories.
+    fn branching(&self, branch: Vec<usize>, preset: Preset) -> Result<Branching> {
+        let own = self.table()?;
+        if let Some(key) = REPLACED.iter().find(|key| own.contains_key(**key)) {
+            let (by, value) = match &self.branch {
+                Some(_) => ("--branch".to_string(), &own[*key]),
+                None => (format!("--preset {}", name(preset)), &own[*key]),
+            };
+            anyhow::bail!("--{key} {value}: {by} takes its place; leave one of the two out");
+        }
+        Ok(Branching {
+            branch,
+            roots: self.roots.unwrap_or(1),
+            branch_group: self.branch_group.unwrap_or(BranchGroup::Root),
+            anchor_steps: self.anchor_steps.unwrap_or(0),
+        })
     }
 
     /// The settings of a run's folder, with what of these options may change.

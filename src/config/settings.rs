@@ -7,12 +7,13 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::{Serialize, Serializer};
 
-use super::choices::{Checkpointing, InitialNoise, LrScheduler, Preset};
+use super::choices::{BranchGroup, Checkpointing, LrScheduler, Objective, OldDecay, Preset};
+use super::rollout::{Branching, Plain, Rollout};
 use crate::device::{self, Compute, ComputeType};
 use crate::measure::collapse::Bounds;
 use crate::model::Storage;
 use crate::ops::advantage::{Advantage, Mix};
-use crate::ops::policy_objective::{GuidanceGradient, Objective};
+use crate::ops::policy_objective::GuidanceGradient;
 use crate::reward::{JudgeAnswer, Prompt, RemoteOptions, RewardSpec};
 use crate::schedule::credit::{Credit, Total};
 use crate::schedule::{Grid, Sampler, Sampling};
@@ -53,13 +54,13 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub zeta: Option<f64>,
     pub credit_total: Total,
-    pub initial_noise: InitialNoise,
     pub advantage: Advantage,
-    pub train_last_step: bool,
+    pub nft_beta: f64,
+    pub old_decay: OldDecay,
     pub kl_beta: f64,
     pub epochs: usize,
-    pub images_per_epoch: usize,
-    pub group_size: usize,
+    #[serde(flatten)]
+    pub rollout: Rollout,
     pub updates_per_epoch: usize,
     pub inner_epochs: usize,
     pub batch: usize,
@@ -73,11 +74,6 @@ pub struct Settings {
     pub shift: Option<f64>,
     pub guidance_scale: f64,
     pub guidance_gradient: GuidanceGradient,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub train_steps: Option<usize>,
-    pub train_window: bool,
-    pub train_within: f64,
-    pub noise_only_trained: bool,
     pub activation_checkpointing: Checkpointing,
     pub clip_range: f64,
     pub advantage_clamp: f64,
@@ -160,7 +156,50 @@ impl Settings {
 
     /// Prompts an epoch.
     pub fn groups(&self) -> usize {
-        self.images_per_epoch / self.group_size
+        match &self.rollout {
+            Rollout::Plain(plain) => plain.images_per_epoch / plain.group_size,
+            Rollout::Branching(_) => self.prompt.len().min(Branching::PROMPTS),
+        }
+    }
+
+    /// Images an epoch.
+    pub fn images_per_epoch(&self) -> usize {
+        match &self.rollout {
+            Rollout::Plain(plain) => plain.images_per_epoch,
+            Rollout::Branching(b) => self.trajectories().saturating_mul(b.images_per_root()),
+        }
+    }
+
+    /// Trajectories an epoch whose latents are kept for the updates: an image's each, or the roots.
+    pub fn trajectories(&self) -> usize {
+        match &self.rollout {
+            Rollout::Plain(plain) => plain.images_per_epoch,
+            Rollout::Branching(b) => self.groups().saturating_mul(b.roots),
+        }
+    }
+
+    /// Most images whose rewards are compared.
+    pub fn largest_group(&self) -> usize {
+        match &self.rollout {
+            Rollout::Plain(plain) => plain.group_size,
+            Rollout::Branching(b) => {
+                let roots = match b.branch_group {
+                    BranchGroup::Root => 1,
+                    BranchGroup::Prompt => b.roots,
+                };
+                b.branch.iter().copied().max().unwrap_or(0).saturating_mul(roots)
+            }
+        }
+    }
+
+    /// Trained steps of a trajectory, at most.
+    pub fn trained_steps(&self) -> usize {
+        match &self.rollout {
+            Rollout::Plain(plain) => {
+                plain.train_steps.unwrap_or(self.steps - usize::from(!plain.train_last_step))
+            }
+            Rollout::Branching(b) => b.steps().count() + b.anchor_steps,
+        }
     }
 
     /// What the run asks of its schedule; `tokens` is how many the network makes of a latent.
@@ -198,9 +237,24 @@ impl Settings {
         Bounds::new(&self.collapse_bound)
     }
 
+    /// How many of the steps that may be trained a trajectory is trained at, or of the times that
+    /// may be drawn its end is noised to.
+    pub fn steps_of(&self, plain: &Plain, trainable: usize) -> usize {
+        plain.train_steps.unwrap_or(match self.objective {
+            Objective::PpoClip | Objective::LogRatio | Objective::LogHinge => trainable,
+            Objective::Nft => ((0.99 * trainable as f64) as usize).max(1),
+            Objective::Awm => trainable.min(6),
+        })
+    }
+
     /// Images of one update.
     pub fn images_per_update(&self) -> usize {
-        self.images_per_epoch / self.updates_per_epoch
+        self.images_per_epoch() / self.updates_per_epoch
+    }
+
+    /// Trajectories of one update.
+    pub fn trajectories_per_update(&self) -> usize {
+        self.trajectories() / self.updates_per_epoch
     }
 
     /// Updates of the whole run.
@@ -226,18 +280,26 @@ impl Settings {
     /// The derived numbers, for the run's first lines; `batch` is how many images the network takes
     /// at once.
     pub fn summary(&self, batch: usize) -> String {
+        let groups = match &self.rollout {
+            Rollout::Plain(plain) => {
+                format!("{} prompts x {} images", self.groups(), plain.group_size)
+            }
+            Rollout::Branching(b) => format!(
+                "{} prompts x {} roots x {} branches",
+                self.groups(),
+                b.roots,
+                b.images_per_root()
+            ),
+        };
         format!(
-            "{} epochs of {} images: {} prompts x {} images, {} steps, guidance {}; {} updates an \
-             epoch of {} images in batches of {}",
+            "{} epochs of {} images: {groups}, {} steps, guidance {}; {} updates an epoch of {} \
+             images in batches of {batch}",
             self.epochs,
-            self.images_per_epoch,
-            self.groups(),
-            self.group_size,
+            self.images_per_epoch(),
             self.steps,
             self.guidance_scale,
             self.updates_per_epoch * self.inner_epochs,
             self.images_per_update(),
-            batch
         )
     }
 }

@@ -138,9 +138,10 @@ struct Batches {
 impl Batches {
     fn of(shapes: &Shapes, s: &Settings, target: Target) -> Self {
         let guided = !shapes.distilled && Guidance::new(s.guidance_scale) != Guidance::Off;
-        let batch = rows_at_a_time(target.threads, s.images_per_update(), s.batch);
+        // Branches of a root are one row of the network in an update.
+        let batch = rows_at_a_time(target.threads, s.trajectories_per_update(), s.batch);
         // An update runs its own share of the batches, a rollout all of them.
-        let per_update = s.images_per_update().div_ceil(batch);
+        let per_update = s.trajectories_per_update().div_ceil(batch);
         let at_once = |batches: usize| target.threads.min(batches).max(1) as f64;
         Self {
             rows: (batch * if guided { 2 } else { 1 }) as f64,
@@ -174,8 +175,7 @@ fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: b
     let Batches { sampling, updating, .. } = batches;
     let parameters: f64 =
         shapes.targets.iter().map(|t| ((t.inputs + t.outputs) * s.rank) as f64).sum();
-    let steps = s.train_steps.unwrap_or(s.steps - usize::from(!s.train_last_step)) as f64;
-    let transitions = 2.0 * 4.0 * shapes.latent * steps;
+    let transitions = 2.0 * 4.0 * shapes.latent * s.trained_steps() as f64;
     let prompts = s.prompt.len().min(s.epochs.saturating_mul(s.groups())) as f64;
     let program = match (target.gpu, target.software) {
         (false, _) => PROGRAM,
@@ -201,7 +201,7 @@ fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: b
                 + if s.ema.is_some() { 2.0 } else { 0.0 }
                 + 2.0 * updating
                 + if updating > 1.0 { updating } else { 0.0 }),
-        kept: transitions * s.images_per_epoch as f64 + 4.0 * text.embedding * prompts,
+        kept: transitions * s.trajectories() as f64 + 4.0 * text.embedding * prompts,
         // The host keeps all transitions; it is the device's own memory unless the device is a
         // card.
         on_host: target.gpu && !target.software,
@@ -257,7 +257,7 @@ pub fn largest_batch(shapes: &Shapes, s: &Settings, target: Target) -> Option<us
     let offered = target.offered? as f64;
     let fits =
         |batch: usize| estimate(shapes, &Settings { batch, ..s.clone() }, target).peak() <= offered;
-    (1..=s.images_per_update()).rev().find(|&b| fits(b))
+    (1..=s.trajectories_per_update()).rev().find(|&b| fits(b))
 }
 
 /// Refuses a run that cannot fit.

@@ -8,6 +8,7 @@
 //! 2601.05242).
 //!
 //! group: (r - mean) / (std + 1e-8) within each prompt's group, population std (DanceGRPO, PCPO).
+//! global-std: the group's mean, and the std over the epoch with 1e-4 (Flow-GRPO, DiffusionNFT).
 //! global: the same over the epoch (DDPO without a tracker). per-prompt: mean and std of a running
 //! buffer for each prompt (DDPO).
 
@@ -21,6 +22,8 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "kebab-case")]
 pub enum Advantage {
     Group,
+    /// The group's mean, and the deviation over the epoch (Flow-GRPO's global_std, DiffusionNFT).
+    GlobalStd,
     Global,
     PerPrompt,
 }
@@ -151,6 +154,7 @@ fn normalised(
     let advantage = |r: f64, prompt: &str| match kind {
         Advantage::Global => normalise(r, whole, 0.0, 1e-8),
         Advantage::Group => normalise(r, mean_std(&groups[prompt]), least, 1e-8),
+        Advantage::GlobalStd => normalise(r, (mean_std(&groups[prompt]).0, whole.1), 0.0, 1e-4),
         Advantage::PerPrompt => match &tracker.buffers[prompt].0 {
             buffer if buffer.len() >= tracker.min_count => {
                 normalise(r, mean_std(buffer), least, 1e-6)

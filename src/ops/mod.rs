@@ -9,6 +9,7 @@ pub mod context;
 pub mod credit_reduce;
 pub mod ddim_step;
 pub mod flow_step;
+pub mod forward_objective;
 pub mod log_ratio;
 pub mod philox_noise;
 pub mod policy_objective;

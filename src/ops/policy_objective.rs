@@ -44,8 +44,7 @@ pub struct SampleStats {
 pub const STATS: usize = size_of::<SampleStats>() / size_of::<f32>();
 
 /// The surrogate that is minimised.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Objective {
     PpoClip,
     LogRatio,
@@ -103,7 +102,7 @@ pub enum GuidanceGradient {
 
 impl GuidanceGradient {
     /// Factor of the unconditional branch's gradient.
-    fn through_uncond(self) -> f32 {
+    pub fn through_uncond(self) -> f32 {
         match self {
             Self::Both => 1.0,
             Self::Conditional => 0.0,

@@ -210,6 +210,7 @@ impl Ddim {
             weight: w,
             quadratic: 1.0,
             loss_weight: 1.0,
+            row_weight: 1.0,
             unit,
             kind: StepKind::Diffusion {
                 alpha_bar: bar,

@@ -236,6 +236,7 @@ impl Flow {
                 weight: w,
                 quadratic: 1.0,
                 loss_weight: 1.0,
+                row_weight: 1.0,
                 unit: 1.0,
                 kind: StepKind::Flow { t, dt },
             }

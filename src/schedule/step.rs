@@ -29,6 +29,9 @@ pub struct Step {
     pub quadratic: f64,
     /// Factor of the step's loss.
     pub loss_weight: f64,
+    /// Factor of all that a row of the step adds to an update, its KL too: 1, but where steps have
+    /// different numbers of rows.
+    pub row_weight: f64,
     /// d eps / d prediction: 1, or sqrt(alpha_bar) for v. Turns the weights' units into prediction
     /// units.
     pub unit: f64,
@@ -65,6 +68,26 @@ impl Step {
     /// Whether the step can be trained: it has a density and its mean is linear in the prediction.
     pub fn trainable(&self) -> bool {
         self.sigma > 0.0 && !self.clips()
+    }
+
+    /// Whether an image can be noised to the step's time and found again from a prediction there.
+    pub fn can_be_noised_to(&self) -> bool {
+        match self.kind {
+            StepKind::Diffusion { alpha_bar, x0_x, x0_p, .. } => {
+                alpha_bar < 1.0 && (x0_x as f32).is_finite() && (x0_p as f32).is_finite()
+            }
+            StepKind::Flow { t, .. } => t > 0.0,
+        }
+    }
+
+    /// The step as an objective of the forward process takes it: without noise, weighing as much as
+    /// its prediction moves the image that is found.
+    pub fn of_forward_process(&self) -> Self {
+        let weight = match self.kind {
+            StepKind::Diffusion { x0_p, .. } => x0_p,
+            StepKind::Flow { t, .. } => t,
+        };
+        Self { weight, w_native: weight, ..self.without_noise() }
     }
 
     /// Whether the scheduler clips x0, which makes the mean non-linear.

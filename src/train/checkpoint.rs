@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::adamw::AdamWState;
+use super::followers::Followers;
 use super::metrics::{ScoreRecord, Seconds, UpdateRecord, lines};
 use crate::io;
 use crate::io::tensors::{HostTensor, TensorParts, write_parts, write_tensors};
@@ -25,8 +26,6 @@ const EPOCH: &str = "epoch-";
 /// The checkpoint of an epoch that was stopped between two of its updates, with their number behind
 /// it; more than one only where a run was killed while it saved.
 const UNFINISHED: &str = "unfinished-";
-/// The running mean of the adapter.
-const EMA: &str = "ema.safetensors";
 /// The tensors of an epoch that was stopped.
 const TRANSITIONS: &str = "visits.safetensors";
 
@@ -96,8 +95,7 @@ pub struct Snapshot {
     pub state: RunState,
     pub adapter: Adapter,
     pub optimizer: AdamWState,
-    /// The running mean of the adapter, where there is one.
-    pub ema: Option<Adapter>,
+    pub followers: Followers,
 }
 
 /// A checkpoint that was read.
@@ -113,8 +111,7 @@ pub struct Parts<'a> {
     pub state: &'a RunState,
     pub adapter: &'a Adapter,
     pub optimizer: &'a AdamWState,
-    /// The running mean of the adapter, where there is one.
-    pub ema: Option<&'a Adapter>,
+    pub followers: &'a Followers,
     /// The network's place in its pipeline, which adapters' keys begin with.
     pub network: &'a str,
 }
@@ -220,9 +217,7 @@ pub fn write(run: &Path, parts: &Parts, transitions: Vec<TensorParts>) -> Result
         .with_context(|| format!("{}: cannot be written", parent.display()))?;
     let file = |name: &str| temporary.path().join(name);
     formats::save(parts.adapter, &file("adapter.safetensors"), Format::Diffusers, parts.network)?;
-    if let Some(ema) = parts.ema {
-        formats::save(ema, &file(EMA), Format::Diffusers, parts.network)?;
-    }
+    parts.followers.save(temporary.path(), parts.network)?;
     let tensors: Vec<HostTensor> = [("m", &parts.optimizer.m), ("v", &parts.optimizer.v)]
         .into_iter()
         .flat_map(|(name, values)| values.iter().enumerate().map(move |(i, v)| moment(name, i, v)))
@@ -335,9 +330,8 @@ fn read(
         Some(_) => Some(Weights::open_file(&dir.join(TRANSITIONS))?),
         None => None,
     };
-    let path = dir.join(EMA);
-    let ema = path.exists().then(|| formats::load(&path, linears)).transpose()?;
-    Ok(Loaded { snapshot: Snapshot { state, adapter, optimizer, ema }, transitions })
+    let followers = Followers::load(dir, linears)?;
+    Ok(Loaded { snapshot: Snapshot { state, adapter, optimizer, followers }, transitions })
 }
 
 #[cfg(test)]
@@ -368,8 +362,8 @@ mod tests {
         let adapter = Adapter { rank: 1, alpha: 1.0, layers: vec![] };
         let optimizer = AdamWState::default();
         let (adapter, optimizer) = (&adapter, &optimizer);
-        let ema = None;
-        let parts = Parts { state: &state, adapter, optimizer, ema, network: "unet" };
+        let followers = &Followers::default();
+        let parts = Parts { state: &state, adapter, optimizer, followers, network: "unet" };
         reset_peak();
         let before = peak().unwrap();
         let target = write(dir.path(), &parts, transitions.collect()).unwrap();

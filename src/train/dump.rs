@@ -4,7 +4,10 @@
 use anyhow::Result;
 use burn::tensor::Tensor;
 
-use super::epoch::EpochPlan;
+use super::epoch::EpochState;
+use super::forward::noise_key;
+use super::gradient::Loss;
+use super::plan::Part;
 use super::run::{DumpRequest, Run};
 use super::update::{TrajectoryBatch, UpdateGradient};
 use crate::choice::name;
@@ -12,20 +15,18 @@ use crate::device::tensor::read;
 use crate::io::tensors::{HostTensor, write_tensors};
 use crate::lora::formats::{self, Format};
 use crate::model::Conditioning;
+use crate::ops::forward_objective::ForwardTime;
 use crate::ops::philox_noise::philox_noise;
-use crate::ops::policy_objective::Surrogate;
-use crate::sampling::generate::prompt_pair;
 use crate::sampling::policy::PromptPair;
 use crate::schedule::{Prediction, Step, StepKind};
 
 /// What an update was made of.
 pub(crate) struct Update<'a> {
     pub run: &'a Run<'a>,
-    pub plan: &'a EpochPlan,
+    pub state: &'a EpochState,
     pub batches: &'a [&'a TrajectoryBatch],
-    pub surrogate: &'a Surrogate,
+    pub loss: &'a Loss,
     pub gradient: &'a UpdateGradient,
-    pub advantages: &'a [f32],
 }
 
 /// Writes the update. Predictions, weights and noise are in eps units where a network of diffusion
@@ -34,8 +35,11 @@ pub(crate) struct Update<'a> {
 /// # Errors
 /// When the device fails or the file cannot be written.
 pub(crate) fn write(u: &Update, request: &DumpRequest) -> Result<()> {
-    let mut tensors = transitions(u)?;
-    tensors.extend(per_step(&u.plan.trained));
+    let mut tensors = match u.loss {
+        Loss::Policy(_) => transitions(u)?,
+        Loss::Forward(_) => ends(u)?,
+    };
+    tensors.extend(per_step(&u.state.plan.trained));
     tensors.extend(embeddings(u)?);
     let mut gradient = u.run.adapter.clone();
     gradient.parameters_mut().zip(&u.gradient.gradients).for_each(|(p, g)| p.clone_from(g));
@@ -47,31 +51,116 @@ pub(crate) fn write(u: &Update, request: &DumpRequest) -> Result<()> {
     write_tensors(&request.file, &tensors, &metadata(u))
 }
 
-/// Latents, noise, old predictions, log rho and advantages.
+/// Where the rows of batches stand in the dump: the images in their order, and behind them the
+/// trajectories where only the KL is taken.
+fn first_rows(batches: &[&TrajectoryBatch]) -> Vec<usize> {
+    let images: usize = batches
+        .iter()
+        .map(|batch| batch.part.images.clone())
+        .filter(|images| !images.is_empty())
+        .map(|images| images.len())
+        .sum();
+    let least = |f: fn(&Part) -> usize| batches.iter().map(|b| f(&b.part)).min().unwrap_or(0);
+    let image = least(|p| if p.images.is_empty() { usize::MAX } else { p.images.start });
+    let trajectory = least(|p| p.trajectories.start);
+    let first = |batch: &&TrajectoryBatch| match &batch.part {
+        part if part.images.is_empty() => images + part.trajectories.start - trajectory,
+        part => part.images.start - image,
+    };
+    batches.iter().map(first).collect()
+}
+
+/// Latents, noise, old predictions, log rho and advantages, with what each row weighs at a step: 0
+/// where the step does not have it.
 fn transitions(u: &Update) -> Result<Vec<HostTensor>> {
-    let trained = &u.plan.trained;
-    let images: usize = u.batches.iter().map(|b| b.images.len()).sum();
-    let [c, h, w] = u.run.first().pipeline.latent_shape();
-    let shape = [trained.len(), images, c, h, w];
-    let (mut latents, mut noise, mut old) = (vec![], vec![], vec![]);
-    for (s, step) in trained.iter().enumerate() {
-        for batch in u.batches {
-            let transition = &batch.transitions[s];
-            let key = batch.noise.at(step);
-            noise.extend(read(&philox_noise(&u.run.first().compute, batch.shape, key)?)?);
-            latents.extend(&transition.x);
-            old.extend(in_eps(u, step, &transition.x, &transition.old_prediction));
+    let compute = &u.run.first().compute;
+    let trained = &u.state.plan.trained;
+    let firsts = first_rows(u.batches);
+    let ends = firsts.iter().zip(u.batches).map(|(first, b)| first + b.part.rows.len());
+    let rows = ends.max().unwrap_or(0);
+    let [c, h, w] = u.run.latent_shape();
+    let size = c * h * w;
+    let all = || vec![0.0; trained.len() * rows * size];
+    let (mut latents, mut noise, mut old) = (all(), all(), all());
+    let mut log_rho = vec![0.0; trained.len() * rows];
+    let (mut weights, mut advantages) = (log_rho.clone(), vec![0.0; rows]);
+    let mut stats = u.gradient.stats.iter();
+    for (batch, &first) in u.batches.iter().zip(&firsts) {
+        let part = &batch.part;
+        let n = part.rows.len();
+        advantages[first..first + n].copy_from_slice(&u.state.advantages_of(part));
+        for (at, transition) in part.steps.clone().zip(&batch.transitions) {
+            let step = &trained[at];
+            let from = at * rows + first;
+            let values = from * size..(from + n) * size;
+            let x = read(&batch.rows(&transition.x, &compute.burn))?;
+            let prediction = read(&batch.rows(&transition.old_prediction, &compute.burn))?;
+            let drawn = philox_noise(compute, [n, c, h, w], batch.noise.at(step))?;
+            noise[values.clone()].copy_from_slice(&read(&drawn)?);
+            old[values.clone()].copy_from_slice(&in_eps(u, step, &x, &prediction));
+            latents[values].copy_from_slice(&x);
+            weights[from..from + n].fill(step.row_weight as f32);
+            let own = stats.next().into_iter().flat_map(|(_, own)| own);
+            log_rho[from..from + n].iter_mut().zip(own).for_each(|(to, of)| *to = of.log_rho);
         }
     }
-    let stats = u.gradient.all_stats(trained.len());
-    let log_rho = stats.iter().map(|s| s.log_rho).collect();
+    let (steps, shape) = (trained.len(), [trained.len(), rows, c, h, w]);
     Ok(vec![
         HostTensor::new("latents", shape, latents),
         HostTensor::new("noise", shape, noise),
         HostTensor::new("eps_old", shape, old),
-        HostTensor::new("log_rho", [trained.len(), images], log_rho),
-        HostTensor::new("advantages", [images], u.advantages.to_vec()),
+        HostTensor::new("log_rho", [steps, rows], log_rho),
+        HostTensor::new("row_weights", [steps, rows], weights),
+        HostTensor::new("advantages", [rows], advantages),
     ])
+}
+
+/// Final latents, the noise that they were mixed with at each time, which images have the time, and
+/// the old policy.
+fn ends(u: &Update) -> Result<Vec<HostTensor>> {
+    let (compute, plan) = (&u.run.first().compute, &u.state.plan);
+    let rows: usize = u.batches.iter().map(|batch| batch.part.images.len()).sum();
+    let [c, h, w] = u.run.latent_shape();
+    let (mut x0, mut noise, mut weights) = (Vec::new(), Vec::new(), Vec::new());
+    let mut advantages = Vec::new();
+    for batch in u.batches {
+        x0.extend(&batch.ends);
+        advantages.extend(u.state.advantages_of(&batch.part));
+    }
+    let pass = u.state.updates.len() / u.run.settings.updates_per_epoch;
+    for (at, step) in plan.trained.iter().enumerate() {
+        for batch in u.batches {
+            let key = noise_key(batch, step, pass);
+            noise.extend(read(&philox_noise(compute, [batch.part.images.len(), c, h, w], key)?)?);
+            let times = plan.times[batch.part.images.clone()].iter();
+            weights.extend(times.map(|own| f32::from(u8::from(own.contains(&at)))));
+        }
+    }
+    let steps = plan.trained.len();
+    let column = |name: &str, f: fn(ForwardTime) -> f32| {
+        let values = plan.trained.iter().map(|step| f(ForwardTime::from(step)));
+        HostTensor::new(name, [steps], values.collect())
+    };
+    let mut tensors = vec![
+        HostTensor::new("x0", [rows, c, h, w], x0),
+        HostTensor::new("noise", [steps, rows, c, h, w], noise),
+        HostTensor::new("row_weights", [steps, rows], weights),
+        HostTensor::new("advantages", [rows], advantages),
+        column("signal", |t| t.signal),
+        column("noise_level", |t| t.noise),
+        column("x0_x", |t| t.x0_x),
+        column("x0_p", |t| t.x0_p),
+    ];
+    let network = u.run.first().pipeline.family.network();
+    let sampled = u.run.good.as_ref().filter(|_| !u.state.updates.is_empty());
+    let adapters =
+        [("old", u.run.followers.old.as_ref()), ("sampled", sampled.map(|g| &g.adapter))];
+    for (prefix, adapter) in adapters {
+        let named = adapter.map(|a| formats::tensors(a, Format::Diffusers, network));
+        let named = named.into_iter().flatten();
+        tensors.extend(named.map(|t| HostTensor { name: format!("{prefix}.{}", t.name), ..t }));
+    }
+    Ok(tensors)
 }
 
 /// A prediction in eps units where the network predicts v.
@@ -101,12 +190,14 @@ fn per_step(trained: &[Step]) -> Vec<HostTensor> {
 }
 
 fn embeddings(u: &Update) -> Result<Vec<HostTensor>> {
-    let (replica, embeddings) = (u.run.first(), &u.run.embeddings);
-    let uncond = embeddings.row_of("")?;
-    let pair = |b: &&TrajectoryBatch| {
-        prompt_pair(replica, embeddings, uncond, &u.plan.images[b.images.clone()])
-    };
-    let prompts: Vec<PromptPair> = u.batches.iter().map(pair).collect::<Result<_>>()?;
+    // Rows where only the KL is taken are those of several steps.
+    let (mut rows, mut prompts) = (0, Vec::<PromptPair>::new());
+    for (batch, first) in u.batches.iter().zip(first_rows(u.batches)) {
+        if first == rows {
+            prompts.push(u.run.prompts_of(u.run.first(), &u.state.plan, &batch.part)?);
+            rows += batch.part.rows.len();
+        }
+    }
     let mut tensors = Vec::new();
     for (prefix, conditional) in [("", true), ("negative_", false)] {
         let parts = || prompts.iter().map(|p| if conditional { &p.cond } else { &p.uncond });
@@ -132,13 +223,18 @@ fn metadata(u: &Update) -> Vec<(&'static str, String)> {
         Prediction::Velocity => "velocity",
     };
     let targets: Vec<&str> = u.run.adapter.layers.iter().map(|l| l.name.as_str()).collect();
-    let indices: Vec<String> = u.plan.trained.iter().map(|s| s.index.to_string()).collect();
+    let indices: Vec<String> = u.state.plan.trained.iter().map(|s| s.index.to_string()).collect();
     vec![
-        ("objective", name(u.surrogate.objective)),
-        ("clip_range", f64::from(u.surrogate.clip_range).to_string()),
+        ("objective", name(u.run.settings.objective)),
+        // As the kernels have it.
+        ("clip_range", f64::from(u.run.settings.clip_range as f32).to_string()),
+        ("nft_beta", u.run.settings.nft_beta.to_string()),
+        ("advantage_clamp", u.run.settings.advantage_clamp.to_string()),
         ("guidance_scale", u.run.settings.guidance_scale.to_string()),
+        // What the loss is a mean over.
+        ("entries", u.state.entries(u.run.settings, u.batches).to_string()),
         ("kl_beta", u.run.settings.kl_beta.to_string()),
-        ("guidance_gradient", name(u.surrogate.guidance_gradient)),
+        ("guidance_gradient", name(u.run.settings.guidance_gradient)),
         ("prediction_type", prediction.to_string()),
         ("lora_rank", u.run.adapter.rank.to_string()),
         ("lora_alpha", u.run.adapter.alpha.to_string()),

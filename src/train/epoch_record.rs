@@ -117,12 +117,15 @@ impl EpochRecord {
     /// The line for people, and one for each of several rewards.
     pub fn text(&self, epochs: usize) -> String {
         let mut text = format!(
-            "epoch {}/{epochs}: reward {:.4} +- {:.4}, clipped {:.0}%, approx. KL {:.2e}, {:.1} s",
+            "epoch {}/{epochs}: reward {:.4} +- {:.4}, clipped {:.0}%, approx. KL {:.2e}, {} + {} \
+             calls, {:.1} s",
             self.epoch,
             self.reward_mean,
             self.reward_std,
             100.0 * self.clip_frac,
             self.approx_kl,
+            self.rollout_calls,
+            self.update_calls,
             self.seconds
         );
         for (name, r) in self.rewards.iter().filter(|_| self.rewards.len() > 1) {

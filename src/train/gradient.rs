@@ -1,50 +1,156 @@
 //! The gradient of an update over all devices.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::epoch::EpochState;
+use super::forward::{ForwardOptions, forward_gradient};
 use super::observer::Event;
 use super::run::Run;
-use super::update::{GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient};
-use crate::ops::policy_objective::Surrogate;
+use super::update::{
+    BatchGradient, GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient,
+};
+use crate::config::{Objective, Settings};
+use crate::lora::{Adapter, Lora};
+use crate::ops::forward_objective::{ForwardObjective, ForwardSurrogate};
+use crate::ops::policy_objective::{self, Surrogate};
 use crate::sampling::Replica;
-use crate::sampling::generate::{lora_of, prompt_pair, upload_adapter};
+use crate::sampling::generate::{lora_of, upload_adapter};
 use crate::sampling::parallel::fold_batches;
 use crate::sampling::policy::{GuidanceMode, Policy};
+
+/// What an update minimises.
+pub(super) enum Loss {
+    /// A surrogate of the steps of trajectories.
+    Policy(Surrogate),
+    /// An objective of the forward process.
+    Forward(ForwardSurrogate),
+}
+
+impl Loss {
+    /// A mean over so many pairs of an image and a step or time.
+    pub fn new(s: &Settings, entries: usize) -> Self {
+        let scale = 1.0 / entries as f32;
+        let policy = |objective| {
+            Self::Policy(Surrogate {
+                objective,
+                clip_range: s.clip_range as f32,
+                beta: s.kl_beta as f32,
+                guidance_gradient: s.guidance_gradient,
+                scale,
+            })
+        };
+        let forward = |objective| {
+            Self::Forward(ForwardSurrogate {
+                objective,
+                clamp: s.advantage_clamp as f32,
+                kl_beta: s.kl_beta as f32,
+                scale,
+            })
+        };
+        match s.objective {
+            Objective::PpoClip => policy(policy_objective::Objective::PpoClip),
+            Objective::LogRatio => policy(policy_objective::Objective::LogRatio),
+            Objective::LogHinge => policy(policy_objective::Objective::LogHinge),
+            Objective::Nft => forward(ForwardObjective::Nft { beta: s.nft_beta as f32 }),
+            Objective::Awm => forward(ForwardObjective::Awm { clip_range: s.clip_range as f32 }),
+        }
+    }
+}
 
 /// The gradient of an update, batch by batch.
 pub(super) fn gradient(
     run: &Run,
     state: &EpochState,
     batches: &[&TrajectoryBatch],
-    surrogate: &Surrogate,
+    loss: &Loss,
 ) -> Result<UpdateGradient> {
-    let s = run.settings;
-    let loras = upload_adapter(&run.replicas, Some(&run.adapter));
-    let uncond = run.embeddings.row_of("")?;
+    let adapters = match loss {
+        Loss::Policy(_) => Adapters::of_policy(run),
+        Loss::Forward(_) => Adapters::of_forward(run, state)?,
+    };
     let mut sum = UpdateGradient::default();
     let work = |replica: &Replica, batch: &&TrajectoryBatch| {
-        let net = &*replica.pipeline.net;
-        let images = &state.plan.images[batch.images.clone()];
-        let prompts = prompt_pair(replica, &run.embeddings, uncond, images)?;
-        let policy = Policy {
-            compute: &replica.compute,
-            net,
-            lora: lora_of(&loras, &run.replicas, replica),
-            guidance: GuidanceMode::new(net, s.guidance_scale),
-            prompts: &prompts,
-        };
-        let options = GradientOptions {
-            surrogate,
-            advantage: &state.advantages[batch.images.clone()],
-            rows_at_once: run.rows_at_once,
-        };
-        let tick = || run.observer.on(Event::PhaseAdvances);
-        batch_gradient(&policy, &run.adapter, batch, &state.plan.trained, &options, &tick)
+        batch_on(replica, run, state, batch, loss, &adapters)
     };
     fold_batches(&run.replicas, batches, work, |batch| {
         sum.add(batch);
         Ok(())
     })?;
     Ok(sum)
+}
+
+/// Adapters on every replica's device.
+struct Adapters {
+    now: Vec<Lora>,
+    /// The old policy of an objective of the forward process.
+    old: Vec<Lora>,
+    /// The policy that sampled the epoch, where AWM asks for it: none in the epoch's first update,
+    /// where it is the one of now.
+    sampled: Vec<Lora>,
+}
+
+impl Adapters {
+    fn of_policy(run: &Run) -> Self {
+        let now = upload_adapter(&run.replicas, Some(&run.adapter));
+        Self { now, old: Vec::new(), sampled: Vec::new() }
+    }
+
+    fn of_forward(run: &Run, state: &EpochState) -> Result<Self> {
+        let later = run.settings.objective == Objective::Awm && !state.updates.is_empty();
+        let good = || {
+            let good = run.good.as_ref().context("the state before the epoch is not known")?;
+            anyhow::Ok::<&Adapter>(&good.adapter)
+        };
+        let sampled = later.then(good).transpose()?;
+        Ok(Self {
+            old: upload_adapter(&run.replicas, run.followers.old.as_ref()),
+            sampled: upload_adapter(&run.replicas, sampled),
+            ..Self::of_policy(run)
+        })
+    }
+}
+
+/// The gradient of one batch on a replica.
+fn batch_on(
+    replica: &Replica,
+    run: &Run,
+    state: &EpochState,
+    batch: &TrajectoryBatch,
+    loss: &Loss,
+    adapters: &Adapters,
+) -> Result<BatchGradient> {
+    let (s, plan) = (run.settings, &state.plan);
+    let net = &*replica.pipeline.net;
+    let prompts = run.prompts_of(replica, plan, &batch.part)?;
+    let policy = Policy {
+        compute: &replica.compute,
+        net,
+        lora: lora_of(&adapters.now, &run.replicas, replica),
+        guidance: GuidanceMode::new(net, s.guidance_scale),
+        prompts: &prompts,
+    };
+    let advantage = &state.advantages_of(&batch.part);
+    let tick = || run.observer.on(Event::PhaseAdvances);
+    let rows_at_once = run.rows_at_once;
+    match loss {
+        Loss::Policy(surrogate) => {
+            let options = GradientOptions { surrogate, advantage, rows_at_once };
+            batch_gradient(&policy, &run.adapter, batch, &plan.trained, &options, &tick)
+        }
+        Loss::Forward(surrogate) => {
+            let old = lora_of(&adapters.old, &run.replicas, replica);
+            let options = ForwardOptions {
+                surrogate,
+                guidance_gradient: s.guidance_gradient,
+                advantage,
+                times: &plan.times[batch.part.images.clone()],
+                pass: state.updates.len() / s.updates_per_epoch,
+                old: old.context("the old policy is not known")?,
+                sampled: lora_of(&adapters.sampled, &run.replicas, replica),
+                rows_at_once,
+                test: !run.tested,
+            };
+            forward_gradient(&policy, &run.adapter, batch, &plan.trained, &options, &tick)
+        }
+    }
 }

@@ -12,6 +12,7 @@ pub mod adamw;
 #[doc(hidden)]
 pub mod backward;
 mod base_features;
+mod branching;
 #[doc(hidden)]
 pub mod checkpoint;
 mod control;
@@ -20,16 +21,25 @@ mod epoch;
 mod epoch_record;
 mod evaluation;
 mod evaluation_record;
+mod followers;
+#[doc(hidden)]
+pub mod forward;
 mod gradient;
 mod measures;
 pub mod metrics;
 pub mod observer;
+#[doc(hidden)]
+pub mod plan;
+mod plan_branches;
+mod plan_images;
 mod prepare;
 mod recovery;
 mod rewards;
+mod rollout;
 mod run;
 #[doc(hidden)]
 pub mod run_folder;
+mod sampled;
 mod self_test;
 #[doc(hidden)]
 pub mod update;
@@ -42,32 +52,27 @@ pub mod wishes;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
-use image::RgbImage;
 
 use self::adamw::{AdamWConfig, clip_norm};
 use self::checkpoint::RunState;
 use self::epoch::EpochState;
 use self::evaluation::{Extent, before_after};
-use self::gradient::gradient;
+use self::followers::Followers;
+use self::gradient::{Loss, gradient};
 use self::measures::evaluate;
-use self::metrics::{About, PeakMemory, Record, Seconds, Took, UpdateRecord};
+use self::metrics::{About, Record, Took, UpdateRecord};
 pub use self::observer::{Event, Observer, Silent};
 use self::prepare::{Prepared, prepare};
 use self::recovery::{diverged, keep_beginning, restore, suspend, test_restored};
-use self::rewards::flat;
+use self::rollout::rollout;
 use self::run::Run;
 pub use self::run::{DumpRequest, Job, Summary};
 use self::run_folder::{ABOUT, SETTINGS, open_grid};
-use self::update::{TrajectoryBatch, credit_table};
+use self::update::{TrajectoryBatch, all_stats, credit_table};
 use self::watch::best_epoch;
 use crate::device;
 use crate::device::system::{peak, reset_peak};
-use crate::device::tensor::{read, upload};
-use crate::ops::policy_objective::Surrogate;
-use crate::sampling::generate::{Generated, Request, generate};
-use crate::sampling::parallel::map_batches;
-use crate::sampling::policy::Weighted;
-use crate::sampling::trajectory::{Noise, NotFinite, decode};
+use crate::sampling::trajectory::NotFinite;
 
 /// Updates in a row that may be skipped for values that are not finite.
 const MAX_SKIPPED: usize = 3;
@@ -146,105 +151,11 @@ fn epoch(run: &mut Run, restored: Option<EpochState>) -> Result<()> {
     }
 }
 
-/// A batch of a rollout.
-struct Sampled {
-    batch: TrajectoryBatch,
-    /// Where its images end.
-    latents: Vec<f32>,
-    calls: usize,
-}
-
-/// Samples, decodes and scores an epoch's images.
-fn rollout(run: &mut Run) -> Result<EpochState> {
-    let start = Instant::now();
-    let s = run.settings;
-    let plan = run.plan_epoch()?;
-
-    // ------------------------------------------------------------------------------------- ROLLOUT
-    let keep: Vec<usize> = plan.trained.iter().map(|step| step.index).collect();
-    let latent @ [c, h, w] = run.latent_shape();
-    let request = Request {
-        images: &plan.images,
-        batches: &plan.batches,
-        embeddings: &run.embeddings,
-        uncond: run.embeddings.row_of("")?,
-        policies: &[Weighted::whole(Some(&run.adapter))],
-        guidance_scale: s.guidance_scale,
-        steps: &plan.steps,
-        keep: &keep,
-        latent,
-        noise: plan.noise,
-    };
-    reset_peak();
-    let units = plan.batches.len() * plan.steps.len();
-    run.observer.on(Event::PhaseBegins { phase: "rollout", units, done: 0 });
-    let tick = || {
-        run.observer.on(Event::PhaseAdvances);
-        run.hear_stop()
-    };
-    let sampled = generate(&run.replicas, &request, &tick, |_, drawn: Generated| {
-        let first_image = plan.noise.first_image + drawn.images.start as u32;
-        let batch = TrajectoryBatch {
-            noise: Noise { first_image, ..plan.noise },
-            shape: [drawn.images.len(), c, h, w],
-            images: drawn.images,
-            transitions: drawn.transitions,
-        };
-        Ok(Sampled { batch, latents: read(&drawn.latents)?, calls: drawn.calls })
-    });
-    run.observer.on(Event::PhaseEnds);
-    let (mut batches, mut latents, mut calls) = (Vec::new(), Vec::new(), 0);
-    for sampled in sampled? {
-        batches.push(sampled.batch);
-        latents.push(sampled.latents);
-        calls += sampled.calls;
-    }
-    let (sampled, sampling_peak) = (start.elapsed().as_secs_f64(), peak());
-
-    // ------------------------------------------------------------------------------ DECODE, REWARD
-    reset_peak();
-    let images: Vec<RgbImage> = map_batches(&run.replicas, &latents, |replica, latents| {
-        let shape = [latents.len() / (c * h * w), c, h, w];
-        decode(&replica.pipeline.vae, &upload(latents, shape, &replica.compute.burn))
-    })?
-    .concat();
-    let (decoded, decoding_peak) = (start.elapsed().as_secs_f64(), peak());
-    let scores = run.score(&images, &plan.prompts)?;
-    let scored = start.elapsed().as_secs_f64();
-
-    // ----------------------------------------------------------------------------------- ADVANTAGE
-    let names: Vec<&str> = plan.prompts.iter().map(|p| p.text.as_str()).collect();
-    let advantages = scores.advantages(s, &mut run.state, &names);
-    let (rewards, scores) = (scores.totals(), scores.records(&names));
-    for warning in flat(s, &scores, &advantages) {
-        run.warn(&warning);
-    }
-    let seconds = Seconds {
-        rollout: sampled,
-        decode: decoded - sampled,
-        reward: scored - decoded,
-        update: 0.0,
-    };
-    let peaks = PeakMemory { rollout: sampling_peak, decode: decoding_peak, update: None };
-    Ok(EpochState {
-        batches,
-        plan,
-        rewards,
-        scores,
-        advantages,
-        rollout_calls: calls,
-        updates: Vec::new(),
-        seconds,
-        peaks,
-        restored: false,
-    })
-}
-
 /// The updates of an epoch that are not done yet. A signal is heard between two of them.
 fn updates(run: &mut Run, state: &mut EpochState) -> Result<()> {
     let s = run.settings;
     reset_peak();
-    let per_pass = state.batches.len() * state.plan.trained.len();
+    let per_pass: usize = state.plan.parts.iter().map(|part| part.steps.len()).sum();
     let total = s.updates_per_epoch * s.inner_epochs;
     let (units, done) =
         (per_pass * s.inner_epochs, per_pass * state.updates.len() / s.updates_per_epoch);
@@ -271,45 +182,34 @@ fn updates(run: &mut Run, state: &mut EpochState) -> Result<()> {
 fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
     let s = run.settings;
     let share = state.updates.len() % s.updates_per_epoch;
-    let images = share * s.images_per_update()..(share + 1) * s.images_per_update();
-    let own = |b: &&TrajectoryBatch| images.contains(&b.images.start);
+    let own = |b: &&TrajectoryBatch| b.part.update == share;
     let batches: Vec<&TrajectoryBatch> = state.batches.iter().filter(own).collect();
-    let trained = &state.plan.trained;
-    let surrogate = Surrogate {
-        objective: s.objective,
-        clip_range: s.clip_range as f32,
-        beta: s.kl_beta as f32,
-        guidance_gradient: s.guidance_gradient,
-        scale: 1.0 / (images.len() * trained.len()) as f32,
-    };
-    if state.restored && !run.tested {
-        test_restored(run, state, batches[0], &surrogate)?;
+    let trained = &state.plan.trained[..state.plan.policy_steps];
+    let loss = Loss::new(s, state.entries(s, &batches));
+    if let Loss::Policy(surrogate) = &loss
+        && state.restored
+        && !run.tested
+    {
+        test_restored(run, state, batches[0], surrogate)?;
     }
-    let mut sum = gradient(run, state, &batches, &surrogate)?;
-    let stats = sum.all_stats(trained.len());
+    let mut sum = gradient(run, state, &batches, &loss)?;
     if !run.tested {
-        let found = self_test::self_test(s, &stats, &sum.gradients)?;
-        run.observer.on(Event::SelfTest { largest: found.largest, bound: found.bound });
+        let found = self_test::self_test(s, &all_stats(&sum.stats), &sum.gradients)?;
+        let self_test::SelfTest { of, largest, bound } = found;
+        run.observer.on(Event::SelfTest { of, largest, bound });
         run.tested = true;
     }
-    let table = credit_table(&run.first().compute, trained, &stats)?;
+    let table = credit_table(&run.first().compute, trained, &sum)?;
     let number = run.state.updates + 1;
     if let Some(request) = run.dump.take_if(|d| d.update == number) {
-        let update = dump::Update {
-            run,
-            plan: &state.plan,
-            batches: &batches,
-            surrogate: &surrogate,
-            gradient: &sum,
-            advantages: &state.advantages[images.clone()],
-        };
+        let update = dump::Update { run, batches: &batches, loss: &loss, gradient: &sum, state };
         dump::write(&update, &request)?;
         run.observer.on(Event::Dumped { update: number, file: &request.file });
     }
     let grad_norm = clip_norm(&mut sum.gradients, s.max_grad_norm);
     let epoch = run.state.epoch + 1;
     let took = Took { learning_rate: s.learning_rate_at(number - 1), grad_norm, calls: sum.calls };
-    let record = UpdateRecord::new(epoch, number, trained, &table, took);
+    let record = UpdateRecord::new(epoch, number, &table, took);
     run.state.updates = number;
     if record.skipped {
         run.state.skipped += 1;
@@ -321,7 +221,8 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
         run.skipped_in_a_row = 0;
         let config = AdamWConfig::new(record.learning_rate, s.weight_decay);
         run.optimizer.update(&config, run.adapter.parameters_mut(), &sum.gradients);
-        run.average();
+        let step = run.optimizer.step;
+        run.followers.after_step(s, &run.adapter, step);
     }
     Ok(record)
 }
@@ -339,7 +240,7 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
     } else {
         None
     };
-    if shown.is_none() || run.ema.is_some() {
+    if shown.is_none() || run.followers != Followers::default() {
         // No grid of the policy itself is due: one picture shows whether it may be saved.
         run.draw(&run.plan_evaluation(Extent::Probe)?)?;
     }
@@ -353,7 +254,13 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
     record.warnings = std::mem::take(&mut run.warnings);
     run.folder.amend(&record);
     let state = RunState { metrics_lines: run.folder.records().len(), ..state };
-    run.save(state.clone(), Vec::new())?;
+    let before = run.followers.clone();
+    run.followers.after_epoch(s, &run.adapter, run.optimizer.step);
+    if let Err(e) = run.save(state.clone(), Vec::new()) {
+        // What is saved in its place is the epoch as it was before its end.
+        run.followers = before;
+        return Err(e);
+    }
     run.state = state;
     run.kept = Some(format!("{} complete epochs", run.state.epoch));
     run.observer.on(Event::Epoch { record: &record, epochs: s.epochs });

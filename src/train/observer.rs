@@ -33,9 +33,11 @@ pub enum Event<'a> {
     PhaseAdvances,
     /// The phase has ended.
     PhaseEnds,
-    /// The self-test passed: the largest |log rho| before the first update, and its bound.
+    /// The self-test passed: training and sampling agree.
     SelfTest {
-        /// The largest |log rho|.
+        /// What is so, in words.
+        of: &'static str,
+        /// How far it is off: the largest |log rho|, or difference of a prediction.
         largest: f32,
         /// What it may be at most.
         bound: f64,

@@ -9,13 +9,15 @@ use anyhow::{Context, Result, ensure};
 use super::adamw::AdamWState;
 use super::base_features::load_base;
 use super::checkpoint::{self, Loaded, RunState, Snapshot};
-use super::epoch::drawn_prompts;
+use super::followers::Followers;
 use super::observer::{Event, Observer};
+use super::plan::drawn_prompts;
+use super::plan_branches::steps_without_branches;
 use super::rewards::Rewards;
 use super::run::{Job, Run};
 use super::run_folder::RunFolder;
 use crate::choice::name;
-use crate::config::Settings;
+use crate::config::{Branching, Objective, Plain, Rollout, Settings};
 use crate::device::system::memory_text;
 use crate::device::{self, Compute, rows_at_a_time};
 use crate::estimate::shapes::shapes;
@@ -74,7 +76,8 @@ pub(crate) fn prepare<'a>(
         true => resume(job, &model, &linears, observer)?,
         false => begin(s, model, &linears)?,
     };
-    let Loaded { snapshot: Snapshot { state, adapter, optimizer, ema }, transitions } = loaded;
+    let Loaded { snapshot: Snapshot { state, adapter, optimizer, followers }, transitions } =
+        loaded;
     check_dump(job, &state)?;
     let counts = StepCounts { all: steps.len(), trainable: trainable.len() };
     let lines = summary(s, &compute, &adapter, &estimated, counts);
@@ -92,7 +95,7 @@ pub(crate) fn prepare<'a>(
         state,
         adapter,
         optimizer,
-        ema,
+        followers,
         folder,
         dump: job.dump.clone(),
         skipped_in_a_row: 0,
@@ -145,26 +148,70 @@ fn steps(s: &Settings, pipeline: &Pipeline) -> Result<(Vec<Step>, Vec<usize>)> {
         s.model.display()
     );
     let steps = credit::apply(s.credit, &pipeline.schedule, native, s.zeta)?;
+    let trainable = match &s.rollout {
+        Rollout::Plain(plain) => trainable(s, plain, &steps)?,
+        Rollout::Branching(branching) => {
+            check_branches(branching, &steps)?;
+            // The last step has no noise with some samplers, and too little with all.
+            (0..steps.len() - 1).filter(|i| steps[*i].trainable()).collect()
+        }
+    };
+    if let Rollout::Branching(b) = &s.rollout {
+        let bare = steps_without_branches(b, &trainable).len();
+        ensure!(
+            b.anchor_steps <= bare,
+            "--anchor-steps {}: only {bare} steps have no branches; lower it",
+            b.anchor_steps
+        );
+    }
+    Ok((steps, trainable))
+}
+
+/// The indices of the steps that a trajectory may be trained at, or of the times that its end may
+/// be noised to.
+fn trainable(s: &Settings, plain: &Plain, steps: &[Step]) -> Result<Vec<usize>> {
     let last = steps.len() - 1;
     // What rounding leaves of a third of nine steps is still three.
-    let within = (steps.len() as f64 * s.train_within + 1e-9) as usize;
-    let may = |i: &usize| steps[*i].trainable() && *i < within && (*i != last || s.train_last_step);
+    let within = (steps.len() as f64 * plain.train_within + 1e-9) as usize;
+    let may = |i: &usize| {
+        let fits = match s.objective {
+            Objective::Nft => steps[*i].can_be_noised_to(),
+            // The first time after the noise, and every second one, as published.
+            Objective::Awm => steps[*i].can_be_noised_to() && (*i == 1 || *i > 1 && *i % 2 == 0),
+            Objective::PpoClip | Objective::LogRatio | Objective::LogHinge => steps[*i].trainable(),
+        };
+        fits && *i < within && (*i != last || plain.train_last_step)
+    };
     let trainable: Vec<usize> = (0..steps.len()).filter(may).collect();
     ensure!(
         !trainable.is_empty(),
         "--steps {}: leaves no step to train within --train-within {}; use more, or \
          --train-last-step",
-        s.steps,
-        s.train_within
+        steps.len(),
+        plain.train_within
     );
-    if let Some(k) = s.train_steps {
+    if let Some(k) = plain.train_steps {
         ensure!(
             k <= trainable.len(),
             "--train-steps {k}: only {} steps can be trained; lower it",
             trainable.len()
         );
     }
-    Ok((steps, trainable))
+    Ok(trainable)
+}
+
+/// Whether the steps with branches have a density.
+fn check_branches(branching: &Branching, steps: &[Step]) -> Result<()> {
+    for (i, k) in branching.steps() {
+        ensure!(
+            steps[i].trainable(),
+            "--branch: {k} branches at step {} of {}, which the sampler takes without noise; end \
+             the list before it",
+            i + 1,
+            steps.len()
+        );
+    }
+    Ok(())
 }
 
 /// The state of a new run.
@@ -184,8 +231,8 @@ fn begin(s: &Settings, model: String, linears: &[LinearShape]) -> Result<Loaded>
     let optimizer = AdamWState::new(adapter.parameters().map(Vec::len));
     let (size, min_count) = (s.tracker_size, s.tracker_min_count);
     let tracker = Tracker { size, min_count, ..Default::default() };
-    let ema = s.ema.map(|_| adapter.clone());
-    let snapshot = Snapshot { state: RunState::new(model, tracker), adapter, optimizer, ema };
+    let followers = Followers::new(s, &adapter);
+    let snapshot = Snapshot { state: RunState::new(model, tracker), adapter, optimizer, followers };
     Ok(Loaded { snapshot, transitions: None })
 }
 
@@ -251,7 +298,10 @@ fn summary(
             "method: {} with {} credit over {} of {} {} steps, reward {}",
             name(s.objective),
             name(s.credit),
-            s.train_steps.unwrap_or(steps.trainable),
+            match &s.rollout {
+                Rollout::Plain(plain) => s.steps_of(plain, steps.trainable),
+                Rollout::Branching(branching) => branching.steps().count(),
+            },
             steps.all,
             name(s.sampler),
             given.join(" + ")

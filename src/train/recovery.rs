@@ -10,15 +10,14 @@ use super::metrics::{Record, SuspendedRecord};
 use super::observer::Event;
 use super::run::{BEST, EMA, Run};
 use super::self_test::self_test;
-use super::update::{GradientOptions, TrajectoryBatch, batch_gradient};
+use super::update::{GradientOptions, TrajectoryBatch, all_stats, batch_gradient};
 use super::watch::best_epoch;
 use crate::device::tensor::{read, upload};
 use crate::io::weights::Weights;
 use crate::lora::formats::{self, Format};
 use crate::ops::policy_objective::Surrogate;
 use crate::ops::{self, Coefficients, StepContext};
-use crate::sampling::generate::prompt_pair;
-use crate::sampling::policy::{Branch, GuidanceMode, Policy};
+use crate::sampling::policy::{Branch, GuidanceMode, Policy, PromptPair};
 use crate::sampling::trajectory::Transition;
 use crate::schedule::Step;
 
@@ -57,8 +56,8 @@ pub(super) fn keep_beginning(run: &mut Run) -> Result<()> {
 
 fn parts<'a>(run: &Run, snapshot: &'a Snapshot) -> Parts<'a> {
     let network = run.first().pipeline.family.network();
-    let Snapshot { state, adapter, optimizer, ema } = snapshot;
-    Parts { state, adapter, optimizer, ema: ema.as_ref(), network }
+    let Snapshot { state, adapter, optimizer, followers } = snapshot;
+    Parts { state, adapter, optimizer, followers, network }
 }
 
 /// Restores the epoch that the run was stopped in, where it was.
@@ -92,12 +91,15 @@ pub(super) fn test_restored(
     let (s, replica) = (run.settings, run.first());
     let (compute, net) = (&replica.compute, &*replica.pipeline.net);
     let lora = run.adapter.to_device(&compute.burn);
-    let images = &state.plan.images[batch.images.clone()];
-    let prompts = prompt_pair(replica, &run.embeddings, run.embeddings.row_of("")?, images)?;
+    let prompts = run.prompts_of(replica, &state.plan, &batch.part)?;
     let guidance = GuidanceMode::new(net, s.guidance_scale);
     let policy = Policy { compute, net, lora: Some(&lora), guidance, prompts: &prompts };
     let again = |(step, before): (&Step, &Transition)| {
-        let x = upload(&before.x, batch.shape, &compute.burn);
+        let few = batch.part.rows.firsts();
+        let alone = PromptPair { cond: prompts.cond.at(&few), uncond: prompts.uncond.at(&few) };
+        let policy = Policy { prompts: &alone, ..policy };
+        let [c, h, w] = batch.latent;
+        let x = upload(&before.x, [few.len(), c, h, w], &compute.burn);
         let context = StepContext {
             compute,
             guidance: guidance.combine,
@@ -109,21 +111,26 @@ pub(super) fn test_restored(
         anyhow::Ok(Transition { x: before.x.clone(), old_prediction: read(&next.prediction)? })
     };
     let trained = &state.plan.trained;
-    let steps = trained.iter().zip(&batch.transitions);
+    let steps = trained[batch.part.steps.clone()].iter().zip(&batch.transitions);
     let own = TrajectoryBatch {
-        images: batch.images.clone(),
+        part: batch.part.clone(),
         noise: batch.noise,
-        shape: batch.shape,
+        latent: batch.latent,
         transitions: steps.map(again).collect::<Result<_>>()?,
+        ends: Vec::new(),
     };
     let options = GradientOptions {
         surrogate,
-        advantage: &state.advantages[batch.images.clone()],
+        advantage: &state.advantages_of(&batch.part),
         rows_at_once: run.rows_at_once,
     };
     let found = batch_gradient(&policy, &run.adapter, &own, trained, &options, &|| {})?;
-    let passed = self_test(s, &found.stats, &found.gradients)?;
-    run.observer.on(Event::SelfTest { largest: passed.largest, bound: passed.bound });
+    let passed = self_test(s, &all_stats(&found.stats), &found.gradients)?;
+    run.observer.on(Event::SelfTest {
+        of: passed.of,
+        largest: passed.largest,
+        bound: passed.bound,
+    });
     run.tested = true;
     Ok(())
 }
@@ -203,16 +210,16 @@ fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
     run.folder.flush(|dir| {
         let file = dir.join("adapter.safetensors");
         formats::save(&good.adapter, &file, Format::Diffusers, network)?;
-        if let Some(ema) = &good.ema {
+        if let Some(ema) = &good.followers.mean {
             formats::save(ema, &dir.join(EMA), Format::Diffusers, network)?;
         }
         if best_is_gone {
-            let shown = good.ema.as_ref().unwrap_or(&good.adapter);
+            let shown = good.followers.mean.as_ref().unwrap_or(&good.adapter);
             formats::save(shown, &dir.join(BEST), Format::Diffusers, network)?;
         }
         checkpoint::rewind(dir, &parts)
     })?;
-    let Snapshot { state, adapter, optimizer, ema } = good;
-    (run.state, run.adapter, run.optimizer, run.ema) = (state, adapter, optimizer, ema);
+    let Snapshot { state, adapter, optimizer, followers } = good;
+    (run.state, run.adapter, run.optimizer, run.followers) = (state, adapter, optimizer, followers);
     Ok(())
 }

@@ -157,7 +157,7 @@ pub(crate) fn flat(
     advantages: &[f32],
 ) -> Vec<String> {
     let flat = "does not vary within any group of this epoch: nothing can be learnt from it";
-    let is_flat = |r: &&RewardSpec| s.group_size > 1 && records[&r.shown].flat_groups == 1.0;
+    let is_flat = |r: &&RewardSpec| s.largest_group() > 1 && records[&r.shown].flat_groups == 1.0;
     let told = s.reward.iter().filter(is_flat);
     let told: Vec<String> = told.map(|r| format!("the reward {} {flat}", r.shown)).collect();
     if told.is_empty() && advantages.iter().all(|a| *a == 0.0) {

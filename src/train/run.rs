@@ -10,15 +10,18 @@ use image::RgbImage;
 use super::adamw::AdamWState;
 use super::base_features::save_base;
 use super::checkpoint::{self, Keep, RunState, Snapshot};
-use super::epoch::EpochPlan;
 use super::evaluation::{EvaluationPlan, Extent};
+use super::followers::Followers;
 use super::metrics::{EvaluationRecord, Measures, Record};
 use super::observer::{Event, Observer};
+use super::plan::{EpochPlan, Part, PlanContext};
+use super::plan_branches::plan_branches;
+use super::plan_images::plan_images;
 use super::rewards::{Rewards, Scores};
 use super::run_folder::{GRIDS, RunFolder, grid_epoch, grid_name};
 use super::watch::{best_epoch, evaluations};
 use super::wishes;
-use crate::config::{Options, Settings};
+use crate::config::{Objective, Options, Rollout, Settings};
 use crate::io::tensors::TensorParts;
 use crate::lora::Adapter;
 use crate::lora::formats::{self, Format};
@@ -27,9 +30,9 @@ use crate::measure::features::FeatureModel;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::reward::{Prompt, Reward, RewardSpec};
 use crate::sampling::Replica;
-use crate::sampling::generate::{Request, generate};
+use crate::sampling::generate::{Request, generate, prompt_pair};
 use crate::sampling::kl::trajectory_kl;
-use crate::sampling::policy::Weighted;
+use crate::sampling::policy::{PromptPair, Weighted};
 use crate::sampling::trajectory::decode;
 use crate::schedule::Step;
 
@@ -148,8 +151,7 @@ pub(crate) struct Run<'a> {
     pub state: RunState,
     pub adapter: Adapter,
     pub optimizer: AdamWState,
-    /// The running mean of the adapter, where the run has one.
-    pub ema: Option<Adapter>,
+    pub followers: Followers,
     pub folder: RunFolder,
     pub dump: Option<DumpRequest>,
     pub skipped_in_a_row: usize,
@@ -183,9 +185,34 @@ impl Run<'_> {
 
     /// What the next epoch draws.
     pub fn plan_epoch(&self) -> Result<EpochPlan> {
-        let (compute, epoch) = (&self.first().compute, self.state.epoch);
-        let (steps, trainable) = (&self.steps, &self.trainable);
-        EpochPlan::new(self.settings, epoch, compute, &self.embeddings, steps, trainable)
+        let context = PlanContext {
+            epoch: self.state.epoch,
+            compute: &self.first().compute,
+            embeddings: &self.embeddings,
+            steps: &self.steps,
+            trainable: &self.trainable,
+        };
+        match &self.settings.rollout {
+            Rollout::Plain(plain) => plan_images(self.settings, plain, &context),
+            Rollout::Branching(branching) => plan_branches(self.settings, branching, &context),
+        }
+    }
+
+    /// What the rows of a part of an epoch are conditioned on, on a replica's device.
+    ///
+    /// # Errors
+    /// When an embedding is damaged.
+    pub fn prompts_of(
+        &self,
+        replica: &Replica,
+        plan: &EpochPlan,
+        part: &Part,
+    ) -> Result<PromptPair> {
+        let starts = &plan.starts[part.trajectories.clone()];
+        let uncond = self.embeddings.row_of("")?;
+        let pair = prompt_pair(replica, &self.embeddings, uncond, starts)?;
+        let rows = part.rows.of();
+        Ok(PromptPair { cond: pair.cond.at(rows), uncond: pair.uncond.at(rows) })
     }
 
     /// Scores images by all rewards.
@@ -201,15 +228,13 @@ impl Run<'_> {
 
     /// The adapter that is evaluated and given away: the running mean, where the run has one.
     pub fn shown(&self) -> &Adapter {
-        self.ema.as_ref().unwrap_or(&self.adapter)
+        self.followers.mean.as_ref().unwrap_or(&self.adapter)
     }
 
-    /// Takes the adapter's newest values into its running mean, after an optimizer step.
-    pub fn average(&mut self) {
-        let Some((ema, decay)) = self.ema.as_mut().zip(self.settings.ema) else { return };
-        if self.optimizer.step.is_multiple_of(self.settings.ema_every as u64) {
-            ema.approach(&self.adapter, ema_decay(decay, self.optimizer.step));
-        }
+    /// The adapter that rollouts are drawn by: NFT's old policy, or the one that is trained.
+    pub fn sampling(&self) -> &Adapter {
+        let old = self.followers.old.as_ref();
+        old.filter(|_| self.settings.objective == Objective::Nft).unwrap_or(&self.adapter)
     }
 
     /// The pictures of an evaluation.
@@ -293,7 +318,7 @@ impl Run<'_> {
             state: RunState { optimizer_step: self.optimizer.step, ..self.state.clone() },
             adapter: self.adapter.clone(),
             optimizer: self.optimizer.clone(),
-            ema: self.ema.clone(),
+            followers: self.followers.clone(),
         }
     }
 
@@ -303,13 +328,13 @@ impl Run<'_> {
         let network = self.replicas[0].pipeline.family.network();
         let (adapter, optimizer) = (&self.adapter, &self.optimizer);
         let keep = Keep { last: self.settings.keep_last, every: self.settings.keep_every };
-        let ema = self.ema.as_ref();
-        let parts = checkpoint::Parts { state: &state, adapter, optimizer, ema, network };
+        let followers = &self.followers;
+        let parts = checkpoint::Parts { state: &state, adapter, optimizer, followers, network };
         let (best, base_features) = (&self.best, &self.base_features);
         self.folder.flush(|dir| {
             let file = dir.join("adapter.safetensors");
             formats::save(adapter, &file, Format::Diffusers, network)?;
-            if let Some(ema) = ema {
+            if let Some(ema) = &followers.mean {
                 formats::save(ema, &dir.join(EMA), Format::Diffusers, network)?;
             }
             if let Some(best) = best {
@@ -346,12 +371,6 @@ impl Run<'_> {
         self.observer.on(Event::Warning(text));
         self.warnings.push(text.into());
     }
-}
-
-/// The decay of a running mean at an optimizer step, counted from 1: it grows to `most`, so that
-/// the fresh adapter is soon forgotten.
-fn ema_decay(most: f64, step: u64) -> f64 {
-    (step as f64 / (step + 9) as f64).min(most)
 }
 
 /// The file of the adapter's running mean in a run's folder.

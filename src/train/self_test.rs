@@ -9,7 +9,10 @@ use crate::sampling::trajectory::NotFinite;
 /// What the self-test found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SelfTest {
-    /// The largest |log rho| where the policy is the one that sampled.
+    /// What is to be so, in words.
+    pub of: &'static str,
+    /// The largest |log rho| where the policy is the one that sampled; of an objective of the
+    /// forward process the largest difference of a prediction with gradients to one without.
     pub largest: f32,
     /// What rounding may leave of it.
     pub bound: f64,
@@ -28,7 +31,12 @@ pub(crate) fn self_test(
 ) -> Result<SelfTest> {
     let bound = bound(s);
     let largest = largest_log_rho(stats, gradients, bound).context("self-test")?;
-    Ok(SelfTest { largest, bound })
+    let of = if s.objective.forward() {
+        "training predicts what sampling does"
+    } else {
+        "rho = 1 before the first update"
+    };
+    Ok(SelfTest { of, largest, bound })
 }
 
 /// The largest |log rho| that rounding may leave. With activation checkpointing training runs the

@@ -1,15 +1,15 @@
 //! The gradient of one batch: for each trained step the policy's prediction, the objective's
 //! gradient with respect to it, and from there into the adapter. Batches add up to an update.
 
-use std::ops::Range;
-
 use anyhow::Result;
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 
 use super::backward::{Forward, GradientAccumulator, LoraPair};
+use super::plan::Part;
 use crate::device::Compute;
 use crate::device::tensor::{read_all, upload};
 use crate::lora::Adapter;
+use crate::model::row_map::RowMap;
 use crate::ops::credit_reduce::{StepStats, credit_reduce};
 use crate::ops::log_ratio::Predictions;
 use crate::ops::policy_objective::{
@@ -22,22 +22,44 @@ use crate::schedule::Step;
 
 /// A rollout's batch as the update sees it.
 pub struct TrajectoryBatch {
-    /// Which of the epoch's images.
-    pub images: Range<usize>,
-    /// What its steps drew.
+    /// Which part of its epoch it is.
+    pub part: Part,
+    /// What its rows drew in their steps.
     pub noise: Noise,
-    /// Of its latents, `[B, C, H, W]`.
-    pub shape: [usize; 4],
-    /// One for each trained step.
+    /// Of a latent, `[C, H, W]`.
+    pub latent: [usize; 3],
+    /// One for each of the part's steps, of the part's trajectories; none for an objective of the
+    /// forward process.
     pub transitions: Vec<Transition>,
+    /// Where its images end, `[B, C, H, W]`, for an objective of the forward process.
+    pub ends: Vec<f32>,
+}
+
+impl TrajectoryBatch {
+    /// Its transition at one of the epoch's trained steps, where it has one.
+    pub fn at(&self, step: usize) -> Option<&Transition> {
+        self.transitions.get(step.checked_sub(self.part.steps.start)?)
+    }
+
+    /// Values of its trajectories, `[T, C, H, W]`, as a tensor of its rows, `[B, C, H, W]`.
+    pub fn rows(&self, values: &[f32], device: &Device) -> Tensor<4> {
+        let [c, h, w] = self.latent;
+        self.part.rows.spread(upload(values, [self.part.rows.few(), c, h, w], device))
+    }
+
+    /// Which of its rows have one latent and one prompt at a step.
+    pub fn equal_rows(&self, policy: &Policy, x: &[f32]) -> RowMap {
+        let rows = &self.part.rows;
+        if rows.few() == rows.len() { policy.equal_rows(x) } else { rows.clone() }
+    }
 }
 
 /// What a batch adds to an update.
 pub struct BatchGradient {
     /// Gradients of A and B of each layer, in the order of [`Adapter::parameters`].
     pub gradients: Vec<Vec<f32>>,
-    /// Statistics `[S, B]`.
-    pub stats: Vec<SampleStats>,
+    /// Of each row of a step, by the step's place in the epoch's trained ones.
+    pub stats: Vec<(usize, Vec<SampleStats>)>,
     /// Rows that the policy's network has computed; guidance's are not counted twice.
     pub calls: usize,
 }
@@ -46,14 +68,14 @@ pub struct BatchGradient {
 #[derive(Clone, Copy)]
 pub struct GradientOptions<'a> {
     pub surrogate: &'a Surrogate,
-    /// The advantage of each of the batch's images.
+    /// The advantage of each of the batch's rows.
     pub advantage: &'a [f32],
     /// Rows that a block is differentiated for at a time, with activation checkpointing.
     pub rows_at_once: Option<usize>,
 }
 
-/// The gradient of one batch over the trained steps. The policy's adapter is `adapter` on its
-/// device.
+/// The gradient of one batch over its part of the epoch's trained steps. The policy's adapter is
+/// `adapter` on its device.
 ///
 /// # Errors
 /// When the device fails.
@@ -73,14 +95,17 @@ pub fn batch_gradient(
     let lora = LoraPair { tracked, frozen };
     let half = policy.compute.gpu.as_ref().is_some_and(|gpu| gpu.kernels.half);
     let mut sums = GradientAccumulator::new(adapter, tracked, half);
-    let (mut stats, mut calls) = (Vec::with_capacity(trained.len()), 0);
-    for (step, transition) in trained.iter().zip(&batch.transitions) {
+    let steps = batch.part.steps.clone();
+    let (mut stats, mut calls) = (Vec::with_capacity(steps.len()), 0);
+    for (step, transition) in trained[steps.clone()].iter().zip(&batch.transitions) {
         let done = step_gradient(policy, batch, step, transition, options, lora, &mut sums)?;
         stats.push(done.stats);
         calls += done.calls;
         tick();
     }
-    read_gradient(sums, adapter, Tensor::cat(stats, 0), calls)
+    let (gradients, stats) = read_gradient(sums, adapter, Tensor::cat(stats, 0))?;
+    let rows = stats.chunks_exact(batch.part.rows.len()).map(<[SampleStats]>::to_vec);
+    Ok(BatchGradient { gradients, stats: steps.zip(rows).collect(), calls })
 }
 
 /// What a step leaves beside its gradient.
@@ -101,15 +126,16 @@ fn step_gradient(
     sums: &mut GradientAccumulator,
 ) -> Result<StepGradient> {
     let (net, guidance, device) = (policy.net, policy.guidance.combine, &policy.compute.burn);
-    let surrogate = options.surrogate;
+    let own = options.surrogate;
+    let surrogate = &Surrogate { scale: own.scale * step.row_weight as f32, ..*own };
     let conditional_only = match surrogate.guidance_gradient {
         GuidanceGradient::Both => false,
         GuidanceGradient::Conditional => guidance != Guidance::Off,
     };
-    let x = upload(&transition.x, batch.shape, device);
-    let old = upload(&transition.old_prediction, batch.shape, device);
+    let x = batch.rows(&transition.x, device);
+    let old = batch.rows(&transition.old_prediction, device);
     // What the sampler computed once is computed once here.
-    let equal = policy.equal_rows(&transition.x);
+    let equal = batch.equal_rows(policy, &transition.x);
     let branch = if conditional_only { Branch::Conditional } else { Branch::All };
     let pass = policy.pass(branch, &equal);
     let forward =
@@ -132,7 +158,7 @@ fn step_gradient(
     let predictions = Predictions { model_out: &output, old: &old, base: base.as_ref() };
     let done = policy_objective(&context, surrogate, &predictions, options.advantage)?;
     let gradient = if conditional_only {
-        let n = batch.images.len();
+        let n = batch.part.rows.len();
         done.gradient.narrow(0, n, n)
     } else {
         done.gradient
@@ -141,13 +167,12 @@ fn step_gradient(
     Ok(StepGradient { stats: done.stats, calls: pass.calls() })
 }
 
-/// Everything on the host, by one visit to the device.
-fn read_gradient(
+/// Gradients and statistics on the host, by one visit to the device.
+pub(super) fn read_gradient(
     sums: GradientAccumulator,
     adapter: &Adapter,
     stats: Tensor<2>,
-    calls: usize,
-) -> Result<BatchGradient> {
+) -> Result<(Vec<Vec<f32>>, Vec<SampleStats>)> {
     let sums = sums.finish();
     let arrived: Vec<bool> = sums.iter().map(Option::is_some).collect();
     let tensors = sums.into_iter().flatten().chain([stats]).collect();
@@ -159,19 +184,15 @@ fn read_gradient(
         if arrived { values.next().expect("one for each sum") } else { vec![0.0; p.len()] }
     });
     debug_assert!(stats.len().is_multiple_of(STATS));
-    Ok(BatchGradient {
-        gradients: gradients.collect(),
-        stats: bytemuck::cast_slice(&stats).to_vec(),
-        calls,
-    })
+    Ok((gradients.collect(), bytemuck::cast_slice(&stats).to_vec()))
 }
 
 /// An update's gradient and statistics, batch by batch in their order.
 #[derive(Default)]
 pub struct UpdateGradient {
     pub gradients: Vec<Vec<f32>>,
-    /// Of each batch, `[S, B]`.
-    pub stats: Vec<Vec<SampleStats>>,
+    /// Of each batch and step in their order, by the step's place in the epoch's trained ones.
+    pub stats: Vec<(usize, Vec<SampleStats>)>,
     /// Rows that the policy's network has computed.
     pub calls: usize,
 }
@@ -186,44 +207,51 @@ impl UpdateGradient {
                 sum.iter_mut().zip(own).for_each(|(s, g)| *s += g);
             }
         }
-        self.stats.push(batch.stats);
+        self.stats.extend(batch.stats);
         self.calls += batch.calls;
     }
 
-    /// The statistics of all images of one step, `[S, N]`.
-    pub fn all_stats(&self, steps: usize) -> Vec<SampleStats> {
-        let of_step = |s: usize| {
-            self.stats.iter().flat_map(move |batch| {
-                let images = batch.len() / steps;
-                &batch[s * images..(s + 1) * images]
-            })
-        };
-        (0..steps).flat_map(of_step).copied().collect()
+    /// The statistics of all rows of one of the trained steps.
+    pub fn stats_of(&self, step: usize) -> Vec<SampleStats> {
+        let own = self.stats.iter().filter(|(of, _)| *of == step);
+        own.flat_map(|(_, stats)| stats.iter().copied()).collect()
     }
 }
 
-/// The statistics of each trained step over the samples of an update.
+/// Statistics of several steps as one list.
+pub fn all_stats(stats: &[(usize, Vec<SampleStats>)]) -> Vec<SampleStats> {
+    stats.iter().flat_map(|(_, stats)| stats.iter().copied()).collect()
+}
+
+/// The statistics of each of the trained steps over the rows of an update; a time that no image of
+/// it was noised to has none.
 ///
 /// # Errors
 /// When the device fails.
 pub fn credit_table(
     compute: &Compute,
     trained: &[Step],
-    stats: &[SampleStats],
-) -> Result<Vec<StepStats>> {
-    let shape = [trained.len(), stats.len() / trained.len(), STATS];
-    let weights: Vec<f32> = trained.iter().map(|step| Coefficients::from(step).w).collect();
-    credit_reduce(compute, &upload(bytemuck::cast_slice(stats), shape, &compute.burn), &weights)
+    sum: &UpdateGradient,
+) -> Result<Vec<(Step, StepStats)>> {
+    let of_step = |(i, step): (usize, &Step)| {
+        let stats = sum.stats_of(i);
+        let weight = Coefficients::from(step).w;
+        let shape = [1, stats.len(), STATS];
+        (!stats.is_empty()).then(|| {
+            let table = upload(bytemuck::cast_slice(&stats), shape, &compute.burn);
+            Ok((*step, credit_reduce(compute, &table, &[weight])?[0]))
+        })
+    };
+    trained.iter().enumerate().filter_map(of_step).collect()
 }
 
 #[cfg(test)]
 mod tests {
-    use burn::tensor::Device;
+    use std::ops::Range;
 
     use super::*;
     use crate::device::Compute;
     use crate::device::tensor::VISITS;
-    use crate::model::row_map::RowMap;
     use crate::model::unet::UNet;
     use crate::model::{Conditioning, Denoiser, Storage};
     use crate::ops::policy_objective::Objective;
@@ -256,42 +284,50 @@ mod tests {
             guidance_gradient: GuidanceGradient::Both,
             scale: 1.0 / n as f32,
         };
-        let gradient = |rows: std::ops::Range<usize>| {
-            let map = RowMap::of_equal(&prompt[rows.clone()]);
+        let gradient = |images: Range<usize>, rows: RowMap| {
             let of = |row: usize| text(prompt[row] as u32);
-            let few = map.firsts().into_iter().map(|first| of(rows.start + first));
+            let map = RowMap::of_equal(&prompt[images.clone()]);
+            let few = map.firsts().into_iter().map(|first| of(images.start + first));
             let cond = Conditioning::new(Tensor::cat(few.collect(), 0), None, map);
-            let uncond = Conditioning::new(text(2), None, RowMap::of_equal(&vec![0; rows.len()]));
+            let uncond = Conditioning::new(text(2), None, RowMap::of_equal(&vec![0; images.len()]));
             let prompts = PromptPair { cond, uncond };
             let (compute, guidance) = (&compute, GuidanceMode::new(&net, 3.0));
             let policy =
                 Policy { compute, net: &net, lora: Some(&lora), guidance, prompts: &prompts };
-            let all = |first: u32| {
-                rows.clone().flat_map(|row| draw(first + latents[row], size)).collect::<Vec<f32>>()
+            let all = |first: u32| -> Vec<f32> {
+                let kept = rows.firsts().into_iter();
+                kept.flat_map(|row| draw(first + latents[images.start + row], size)).collect()
             };
             let batch = TrajectoryBatch {
-                images: rows.clone(),
-                noise: Noise { seed: 1, first_image: rows.start as u32 },
-                shape: [rows.len(), 4, 16, 16],
+                noise: Noise { seed: 1, first_image: images.start as u32 },
+                latent: [4, 16, 16],
                 transitions: vec![Transition { x: all(3), old_prediction: all(5) }],
+                ends: Vec::new(),
+                part: Part { rows: rows.clone(), ..Part::of_images(0, images.clone(), 1) },
             };
-            let advantage = &advantage[rows.clone()];
+            let advantage = &advantage[images.clone()];
             let options = GradientOptions { surrogate: &surrogate, advantage, rows_at_once: None };
             batch_gradient(&policy, &adapter, &batch, &trained, &options, &|| {}).unwrap()
         };
-        let shared = gradient(0..n);
-        assert_eq!(shared.calls, 3);
         let mut separate = UpdateGradient::default();
-        (0..n).for_each(|row| separate.add(gradient(row..row + 1)));
+        (0..n).for_each(|row| separate.add(gradient(row..row + 1, RowMap::identity(1))));
         assert_eq!(separate.calls, n);
-        let clipped = shared.stats.iter().filter(|s| s.clipped > 0.0).count();
-        assert!((1..n).contains(&clipped), "{clipped} of {n} rows are clipped");
-        let pairs = || shared.gradients.iter().flatten().zip(separate.gradients.iter().flatten());
-        let norm = |values: &mut dyn Iterator<Item = f32>| {
-            values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
-        };
-        let off = norm(&mut pairs().map(|(a, b)| a - b)) / norm(&mut pairs().map(|(_, b)| *b));
-        assert!(off <= 1e-6, "the gradient is off by {off:e} of its norm");
+        // Found equal by their values, and said to be, as branches of a root are.
+        let branches: Vec<_> = latents.iter().zip(prompt).collect();
+        for rows in [RowMap::identity(n), RowMap::of_equal(&branches)] {
+            let shared = gradient(0..n, rows);
+            assert_eq!(shared.calls, 3);
+            let stats = all_stats(&shared.stats);
+            let clipped = stats.iter().filter(|s| s.clipped > 0.0).count();
+            assert!((1..n).contains(&clipped), "{clipped} of {n} rows are clipped");
+            let one = shared.gradients.iter().flatten();
+            let pairs = || one.clone().zip(separate.gradients.iter().flatten());
+            let norm = |values: &mut dyn Iterator<Item = f32>| {
+                values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
+            };
+            let off = norm(&mut pairs().map(|(a, b)| a - b)) / norm(&mut pairs().map(|(_, b)| *b));
+            assert!(off <= 1e-6, "the gradient is off by {off:e} of its norm");
+        }
     }
 
     /// However many layers an adapter has, a batch's gradient is one visit to the device.
@@ -310,10 +346,11 @@ mod tests {
             old_prediction: draw(4 + i, 4 * 16 * 16),
         };
         let batch = TrajectoryBatch {
-            images: 0..1,
+            part: Part::of_images(0, 0..1, 2),
             noise: Noise { seed: 1, first_image: 0 },
-            shape: [1, 4, 16, 16],
+            latent: [4, 16, 16],
             transitions: vec![transition(0), transition(1)],
+            ends: Vec::new(),
         };
         let surrogate = Surrogate {
             objective: Objective::LogHinge,

@@ -97,8 +97,7 @@ impl UpdateRecord {
     pub fn new(
         epoch: usize,
         update: usize,
-        trained: &[Step],
-        table: &[StepStats],
+        table: &[(Step, StepStats)],
         Took { learning_rate, grad_norm, calls }: Took,
     ) -> Self {
         let loss = mean(table, |t| t.loss);
@@ -115,7 +114,7 @@ impl UpdateRecord {
             learning_rate,
             calls,
             skipped: !(loss.is_finite() && grad_norm.is_finite()),
-            steps: trained.iter().zip(table).map(|(s, t)| StepRecord::new(s, t)).collect(),
+            steps: table.iter().map(|(s, t)| StepRecord::new(s, t)).collect(),
         }
     }
 }
@@ -138,17 +137,17 @@ impl StepRecord {
 }
 
 /// Mean over the steps.
-fn mean(table: &[StepStats], f: impl Fn(&StepStats) -> f32) -> f64 {
-    table.iter().map(|t| f64::from(f(t))).sum::<f64>() / table.len() as f64
+fn mean(table: &[(Step, StepStats)], f: impl Fn(&StepStats) -> f32) -> f64 {
+    table.iter().map(|(_, t)| f64::from(f(t))).sum::<f64>() / table.len() as f64
 }
 
 /// Standard deviation of log rho over all steps and samples.
-fn pooled_std(table: &[StepStats]) -> f64 {
+fn pooled_std(table: &[(Step, StepStats)]) -> f64 {
     let whole = mean(table, |t| t.log_rho_mean);
     let square = |t: &StepStats| {
         f64::from(t.log_rho_std).powi(2) + (f64::from(t.log_rho_mean) - whole).powi(2)
     };
-    (table.iter().map(square).sum::<f64>() / table.len() as f64).sqrt()
+    (table.iter().map(|(_, t)| square(t)).sum::<f64>() / table.len() as f64).sqrt()
 }
 
 /// JSON has no NaN: it is written as null.

@@ -6,6 +6,7 @@ mod command_line;
 mod credit;
 mod damaged_models;
 mod eval;
+mod forward;
 mod hot_path;
 mod kernels;
 mod lora;

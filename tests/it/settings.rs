@@ -2,9 +2,8 @@
 
 use clap::{Args, ValueEnum};
 use pcpo_wgpu::config::recipe::RECIPES;
-use pcpo_wgpu::config::{InitialNoise, Options, Preset, Settings};
+use pcpo_wgpu::config::{InitialNoise, Objective, Options, Plain, Preset, Rollout, Settings};
 use pcpo_wgpu::ops::advantage::Advantage;
-use pcpo_wgpu::ops::policy_objective::Objective;
 use pcpo_wgpu::schedule::Sampler;
 use pcpo_wgpu::schedule::credit::Credit;
 
@@ -19,11 +18,20 @@ fn options() -> Options {
     }
 }
 
+fn plain(s: &Settings) -> &Plain {
+    match &s.rollout {
+        Rollout::Plain(plain) => plain,
+        Rollout::Branching(branching) => panic!("{branching:?}"),
+    }
+}
+
 #[test]
 fn presets_are_those_of_the_papers() {
     let resolve = |preset| Options { preset, ..options() }.resolve().unwrap();
-    let row =
-        |s: &Settings| (s.objective, s.credit, s.initial_noise, s.advantage, s.train_last_step);
+    let row = |s: &Settings| {
+        let Plain { initial_noise, train_last_step, .. } = plain(s);
+        (s.objective, s.credit, *initial_noise, s.advantage, *train_last_step)
+    };
     let (ddpo, grpo, pcpo) =
         (resolve(Some(Preset::Ddpo)), resolve(Some(Preset::Grpo)), resolve(Some(Preset::Pcpo)));
     assert_eq!(
@@ -61,7 +69,7 @@ fn flags_win_over_the_file_which_wins_over_the_preset() {
     };
     let flags = Options { epochs: Some(3), ..Default::default() };
     let s = flags.over(&file).unwrap().resolve().unwrap();
-    assert_eq!((s.epochs, s.train_last_step, s.objective), (3, false, Objective::PpoClip));
+    assert_eq!((s.epochs, plain(&s).train_last_step, s.objective), (3, false, Objective::PpoClip));
     // What a run saves is a file that says the same again.
     let saved: Options = toml::from_str(&toml::to_string(&s).unwrap()).unwrap();
     assert_eq!(toml::to_string(&saved.resolve().unwrap()).unwrap(), toml::to_string(&s).unwrap());
@@ -146,7 +154,7 @@ fn recipes_are_runs_of_their_families() {
         let flags = Options { epochs: Some(3), ..own };
         let s = flags.over(&recipe.options().unwrap()).unwrap().resolve().unwrap();
         assert_eq!((s.epochs, s.resolution), (3, Some(512)), "{}", recipe.name);
-        assert!(s.learning_rate == 3e-4 && s.group_size >= 16, "{}", recipe.name);
+        assert!(s.learning_rate == 3e-4 && plain(&s).group_size >= 16, "{}", recipe.name);
         assert!(recipe.memory().ends_with(" GiB") && !recipe.title().contains('#'));
         let card: f64 =
             recipe.name.split('-').nth(1).unwrap()[..].replace("gb", "").parse().unwrap();

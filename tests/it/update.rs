@@ -11,6 +11,7 @@ use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::kernels::frozen_weight::FrozenWeight;
 use pcpo_wgpu::lora::formats::{Format, load, tensors};
+use pcpo_wgpu::lora::{Adapter, LinearShape};
 use pcpo_wgpu::model::pipeline::load_schedule;
 use pcpo_wgpu::model::{Conditioning, Family, Storage};
 use pcpo_wgpu::ops::policy_objective::{GuidanceGradient, Objective, Surrogate};
@@ -19,6 +20,7 @@ use pcpo_wgpu::sampling::trajectory::{Noise, Transition};
 use pcpo_wgpu::schedule::credit::{Credit, apply};
 use pcpo_wgpu::schedule::{Grid, Sampler, Sampling, Step};
 use pcpo_wgpu::tools::errors::largest_error;
+use pcpo_wgpu::train::plan::Part;
 use pcpo_wgpu::train::update::{GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient};
 
 use crate::support::{cpu, emoji, golden, gpu};
@@ -110,25 +112,25 @@ impl<'a> Replay<'a> {
 }
 
 /// A dump's tensors.
-struct Dump {
-    file: Weights,
+pub struct Dump {
+    pub file: Weights,
 }
 
 impl Dump {
-    fn open(name: &str) -> Self {
+    pub fn open(name: &str) -> Self {
         Self { file: Weights::open_file(&golden(&format!("update/{name}.safetensors"))).unwrap() }
     }
 
-    fn values(&self, name: &str) -> Vec<f32> {
+    pub fn values(&self, name: &str) -> Vec<f32> {
         self.file.f32(name).unwrap().values
     }
 
-    fn metadata(&self, name: &str) -> String {
+    pub fn metadata(&self, name: &str) -> String {
         self.file.required_metadata(name).unwrap()
     }
 
     /// Embeddings of the images `first` to `first + n`.
-    fn conditioning(
+    pub fn conditioning(
         &self,
         compute: &Compute,
         prefix: &str,
@@ -149,16 +151,19 @@ impl Dump {
         Conditioning::of_each(sequence, pooled)
     }
 
-    /// The dump holds its adapter under `lora.`: rewritten as a file of its own, with its alpha.
-    fn write_adapter(&self, path: &Path, network: &str) {
-        let names = self.file.names().filter(|n| n.starts_with("lora."));
+    /// An adapter that the dump holds under a prefix, by way of a file of its own with its alpha.
+    pub fn adapter(&self, prefix: &str, network: &str, linears: &[LinearShape]) -> Adapter {
+        let names = self.file.names().filter(|n| n.starts_with(prefix));
         let own = |n: &str| {
             let t = self.file.f32(n).unwrap();
-            HostTensor { name: n.trim_start_matches("lora.").to_string(), ..t }
+            HostTensor { name: n.trim_start_matches(prefix).to_string(), ..t }
         };
         let tensors: Vec<HostTensor> = names.map(own).collect();
         let alpha = format!("{{\"{network}.lora_alpha\": {}}}", self.metadata("lora_alpha"));
-        write_tensors(path, &tensors, &[("lora_adapter_metadata", alpha)]).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("adapter.safetensors");
+        write_tensors(&file, &tensors, &[("lora_adapter_metadata", alpha)]).unwrap();
+        load(&file, linears).unwrap()
     }
 
     /// The trained steps, which have to have the dump's weights.
@@ -179,7 +184,7 @@ impl Dump {
 }
 
 /// The gradient of every matrix.
-type Gradients = Vec<HostTensor>;
+pub type Gradients = Vec<HostTensor>;
 
 /// Replays a dump.
 fn replay(case: &Case, how: Replay) -> Gradients {
@@ -187,10 +192,7 @@ fn replay(case: &Case, how: Replay) -> Gradients {
     let dump = Dump::open(case.name);
     let family = Family::of(&case.model).unwrap();
     let net = family.load(&case.model, &compute.burn, how.storage).unwrap();
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("adapter.safetensors");
-    dump.write_adapter(&file, family.network());
-    let adapter = load(&file, &net.linears()).unwrap();
+    let adapter = dump.adapter("lora.", family.network(), &net.linears());
     let lora = adapter.to_device(&compute.burn);
     let trained = dump.trained(case);
     let shape = dump.file.shape("latents").unwrap().to_vec();
@@ -223,10 +225,11 @@ fn replay(case: &Case, how: Replay) -> Gradients {
             old_prediction: part(&old, s, first, n),
         };
         let batch = TrajectoryBatch {
-            images: first..first + n,
+            part: Part::of_images(0, first..first + n, trained.len()),
             noise: Noise { seed, first_image: first_image + first as u32 },
-            shape: [n, c, h, w],
+            latent: [c, h, w],
             transitions: (0..trained.len()).map(transition).collect(),
+            ends: Vec::new(),
         };
         let guidance = GuidanceMode::new(&*net, case.guidance);
         let policy = Policy { compute, net: &*net, lora: Some(&lora), guidance, prompts: &prompts };
@@ -243,7 +246,7 @@ fn replay(case: &Case, how: Replay) -> Gradients {
 }
 
 /// The largest error of a matrix, relative to the largest entry of what is expected.
-fn worst(name: &str, found: &Gradients, expected: impl Fn(&str) -> Vec<f32>) -> f64 {
+pub fn worst(name: &str, found: &Gradients, expected: impl Fn(&str) -> Vec<f32>) -> f64 {
     let mut worst = 0f64;
     let mut silent = 0;
     for HostTensor { name: key, values, .. } in found {
@@ -265,8 +268,8 @@ fn worst(name: &str, found: &Gradients, expected: impl Fn(&str) -> Vec<f32>) -> 
     worst
 }
 
-fn torch(case: &Case) -> impl Fn(&str) -> Vec<f32> {
-    let dump = Dump::open(&format!("{}-torch", case.name));
+pub fn torch(name: &str) -> impl Fn(&str) -> Vec<f32> {
+    let dump = Dump::open(&format!("{name}-torch"));
     move |key| dump.values(key)
 }
 
@@ -289,7 +292,7 @@ fn gradients_of_an_update_are_those_of_pytorch() {
             };
             for &rows_at_once in ways {
                 let found = replay(&case, Replay { rows_at_once, ..Replay::on(&compute) });
-                let worst = worst(case.name, &found, torch(&case));
+                let worst = worst(case.name, &found, torch(case.name));
                 let what = format!("{} on {}, {rows_at_once:?} rows", case.name, compute.name);
                 println!("{what}: {worst:.1e}");
                 assert!(worst < 1e-3, "{what}: off by {worst:e}");
@@ -320,7 +323,7 @@ fn gradients_through_f16_weights_are_those_of_pytorch() {
     for compute in [cpu(), gpu()] {
         let case = &cases()[1];
         let found = replay(case, Replay { storage: Storage::F16, ..Replay::on(&compute) });
-        let worst = worst(case.name, &found, torch(case));
+        let worst = worst(case.name, &found, torch(case.name));
         assert!(worst < 1e-3, "off by {worst:e} on {}", compute.name);
     }
 }
@@ -367,7 +370,7 @@ fn gradients_through_quantised_weights_are_those_of_the_rounded_weights() {
             let off = worst(case.name, &found, those_of(&expected));
             println!("{storage:?} on {}: {off:.1e}", compute.name);
             assert!(off < 1e-3, "{storage:?} on {}: off by {off:e}", compute.name);
-            let untouched = worst(case.name, &found, torch(case));
+            let untouched = worst(case.name, &found, torch(case.name));
             assert!(untouched > 1e-3, "{storage:?}: rounding changes the gradient ({untouched:e})");
         }
     }

@@ -1,8 +1,10 @@
 //! Training end to end.
 
+mod branching;
 mod collapse;
 mod control;
 mod diverge;
+mod forward;
 mod gpu;
 mod library;
 mod memory;

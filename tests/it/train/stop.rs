@@ -40,8 +40,6 @@ fn a_signal_stops_a_run_whose_reward_program_hangs() {
 #[cfg(unix)]
 #[test]
 fn a_stopped_run_keeps_its_updates_and_resumes_to_the_bit() {
-    let dir = tempfile::tempdir().unwrap();
-    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
     let many = [
         "--updates-per-epoch",
         "4",
@@ -52,7 +50,18 @@ fn a_stopped_run_keeps_its_updates_and_resumes_to_the_bit() {
         "--tracker-min-count",
         "4",
     ];
-    let job = [&["--device", "cpu", "--epochs", "2"], &SMALL[..10], &many].concat();
+    stops_and_resumes(&[&SMALL[..10], &many].concat());
+    let branches = ["--branch", "2,0,3", "--roots", "2", "--steps", "6", "--kl-beta", "0.01"];
+    let many = ["--anchor-steps", "2", "--updates-per-epoch", "4", "--inner-epochs", "2"];
+    stops_and_resumes(&[&branches[..], &many].concat());
+}
+
+/// The same of one job of eight updates an epoch.
+#[cfg(unix)]
+fn stops_and_resumes(job: &[&str]) {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, broken) = (dir.path().join("whole"), dir.path().join("broken"));
+    let job = [&["--device", "cpu", "--epochs", "2"], job].concat();
     run(&whole, &job);
     let mut child = start(&[&["train", "--out", broken.to_str().unwrap()][..], &job].concat());
     // The self-test's line comes in the first update.

@@ -1,0 +1,106 @@
+//! Layers of options: flags over a file over a recipe over an embedded model's job, and what a run
+//! that goes on may change.
+
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+
+use super::choices::{Objective, Preset};
+use super::options::Options;
+
+/// Keys in whose place branching comes.
+pub(super) const REPLACED: [&str; 8] = [
+    "images-per-epoch",
+    "group-size",
+    "train-steps",
+    "train-last-step",
+    "train-window",
+    "train-within",
+    "noise-only-trained",
+    "initial-noise",
+];
+
+impl Options {
+    /// Reads a TOML file.
+    ///
+    /// # Errors
+    /// Names the file and the key that is unknown or of the wrong type.
+    pub fn from_file(path: &Path) -> Result<Self> {
+        toml::from_str(&crate::io::read_text(path)?)
+            .with_context(|| format!("--config {}", path.display()))
+    }
+
+    /// What may change when a run goes on: what alters none of the numbers that it draws or learns.
+    pub(super) fn free_on_resume(&self) -> Self {
+        Self {
+            model: self.model.clone(),
+            epochs: self.epochs,
+            device: self.device.clone(),
+            memory: self.memory,
+            keep_every: self.keep_every,
+            keep_last: self.keep_last,
+            sample_every: self.sample_every,
+            reward_device: self.reward_device.clone(),
+            reward_timeout: self.reward_timeout,
+            eval_every: self.eval_every,
+            kl_budget: self.kl_budget,
+            collapse_bound: self.collapse_bound.clone(),
+            stop_on_collapse: self.stop_on_collapse,
+            tensorboard: self.tensorboard,
+            ..Default::default()
+        }
+    }
+
+    /// What may change when a run goes on, in words.
+    pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --keep-last, \
+                                      --sample-every, --eval-every, --kl-budget, --collapse-bound, \
+                                      --stop-on-collapse, --tensorboard, --reward-device, \
+                                      --reward-timeout and --model (the same model elsewhere)";
+
+    /// `self` where it says something, `base` elsewhere.
+    ///
+    /// # Errors
+    /// When a path is not UTF-8 or a number does not fit TOML's 63 bits.
+    pub fn over(&self, base: &Self) -> Result<Self> {
+        let (own, mut merged) = (self.table()?, base.table()?);
+        let says = |keys: &[&str]| keys.iter().any(|key| own.contains_key(*key));
+        let (trained, held_out) = (["prompt", "prompts"], ["eval-prompt", "eval-prompts"]);
+        // One word on the prompts replaces all of the other's: the held-out ones belong to them,
+        // and how many pictures each has.
+        if says(&trained) {
+            trained.iter().for_each(|key| drop(merged.remove(*key)));
+        }
+        if says(&trained) || says(&held_out) {
+            let all = held_out.iter().chain(&["eval-images"]);
+            all.for_each(|key| drop(merged.remove(*key)));
+        }
+        // How many images there are, and which of their steps are trained, is told by the branches.
+        if self.branches() {
+            REPLACED.iter().for_each(|key| drop(merged.remove(*key)));
+        }
+        merged.extend(own);
+        Ok(merged.try_into()?)
+    }
+
+    /// Whether these options themselves ask for branching.
+    pub(super) fn branches(&self) -> bool {
+        self.branch.is_some() || self.preset.is_some_and(Preset::branches)
+    }
+
+    /// Whether these options themselves ask for an objective of the forward process.
+    pub(super) fn forward(&self) -> bool {
+        self.objective.is_some_and(Objective::forward) || self.preset.is_some_and(Preset::forward)
+    }
+
+    pub(super) fn table(&self) -> Result<toml::Table> {
+        let unsaved = "a path that is not UTF-8 cannot be saved with the run";
+        let json = serde_json::to_value(self).context(unsaved)?;
+        for (key, value) in json.as_object().into_iter().flatten() {
+            ensure!(
+                value.as_u64().is_none_or(|n| i64::try_from(n).is_ok()),
+                "--{key} {value}: must be less than 2^63"
+            );
+        }
+        toml::Table::try_from(self).context(unsaved)
+    }
+}

@@ -1,0 +1,212 @@
+//! Branching (Reward Score Matching, arXiv 2604.17415): a few trajectories without noise, the
+//! roots, and images that branch off them by the noise of one step and end without more of it.
+//!
+//! The branches of a root at a step have one latent and one prompt. What the network says there is
+//! the root's own prediction in the rollout, and one call in the update, whose prediction serves
+//! the noise and the advantage of each.
+
+use std::ops::Range;
+
+use anyhow::Result;
+
+use super::plan::{EpochPlan, Part};
+use super::run::Run;
+use super::sampled::{Sampled, Tick, in_rollout};
+use super::update::TrajectoryBatch;
+use crate::device::tensor::read;
+use crate::lora::Adapter;
+use crate::ops::{self, Coefficients, Guidance, StepContext};
+use crate::sampling::generate::{Generated, ImageRequest, InitialLatent, Request, generate};
+use crate::sampling::parallel::batches;
+use crate::sampling::policy::Weighted;
+use crate::sampling::trajectory::Transition;
+use crate::schedule::Step;
+
+/// Draws the roots, and from them the branches.
+pub(super) fn sample(run: &Run, plan: &EpochPlan) -> Result<Sampled> {
+    let tree = Tree::new(run, plan);
+    in_rollout(run, tree.units(), &|tick| {
+        let roots = tree.roots(tick)?;
+        let batch = |part: &Part| TrajectoryBatch {
+            noise: part.noise(plan.noise),
+            latent: run.latent_shape(),
+            transitions: part.steps.clone().map(|at| roots.transition(at, part)).collect(),
+            ends: Vec::new(),
+            part: part.clone(),
+        };
+        let batches: Vec<TrajectoryBatch> = plan.parts.iter().map(batch).collect();
+        let mut calls = roots.calls;
+        let mut latents = vec![Vec::new(); plan.prompts.len()];
+        for at in 0..plan.policy_steps {
+            let own: Vec<&TrajectoryBatch> = tree.of_step(&batches, at).collect();
+            let ends = tree.branches(at, &own, tick)?;
+            calls += ends.calls;
+            let images = own.iter().flat_map(|batch| batch.part.images.clone());
+            images.zip(ends.latents).for_each(|(image, values)| latents[image] = values);
+        }
+        Ok(Sampled { batches, latents, calls })
+    })
+}
+
+/// What an epoch's trajectories are drawn with.
+struct Tree<'a> {
+    run: &'a Run<'a>,
+    plan: &'a EpochPlan,
+    /// All steps without noise.
+    quiet: Vec<Step>,
+    /// Steps of a root: it ends where nothing of it is needed any more.
+    length: usize,
+}
+
+/// What the roots leave.
+struct Roots {
+    /// At each of the plan's trained steps, of all roots.
+    transitions: Vec<Transition>,
+    number: usize,
+    calls: usize,
+}
+
+/// What branches leave.
+struct Ends {
+    /// Of each image.
+    latents: Vec<Vec<f32>>,
+    calls: usize,
+}
+
+impl Roots {
+    /// A part's own of the transitions at a trained step.
+    fn transition(&self, at: usize, part: &Part) -> Transition {
+        let own = |values: &[f32]| {
+            let size = values.len() / self.number;
+            values[part.trajectories.start * size..part.trajectories.end * size].to_vec()
+        };
+        let all = &self.transitions[at];
+        Transition { x: own(&all.x), old_prediction: own(&all.old_prediction) }
+    }
+}
+
+impl<'a> Tree<'a> {
+    fn new(run: &'a Run<'a>, plan: &'a EpochPlan) -> Self {
+        let quiet = plan.steps.iter().map(Step::without_noise).collect();
+        let length = plan.trained.iter().map(|step| step.index + 1).max().unwrap_or(0);
+        Self { run, plan, quiet, length }
+    }
+
+    /// Batches of rows that the network takes one call each for.
+    fn shares(&self, rows: usize) -> Vec<Range<usize>> {
+        batches(&self.run.first().compute, rows, self.run.settings.batch)
+    }
+
+    /// Steps of batches, over all of the rollout.
+    fn units(&self) -> usize {
+        let plan = self.plan;
+        let of_step = |(at, step): (usize, &Step)| {
+            let own = plan.parts.iter().filter(|part| part.steps.start == at);
+            let images = own.map(|part| part.images.len()).sum();
+            self.shares(images).len() * (plan.steps.len() - step.index - 1)
+        };
+        let branches = plan.trained[..plan.policy_steps].iter().enumerate().map(of_step);
+        self.shares(plan.starts.len()).len() * self.length + branches.sum::<usize>()
+    }
+
+    /// The batches that train one of the trained steps.
+    fn of_step<'b>(
+        &self,
+        batches: &'b [TrajectoryBatch],
+        at: usize,
+    ) -> impl Iterator<Item = &'b TrajectoryBatch> {
+        batches.iter().filter(move |batch| batch.part.steps.start == at)
+    }
+
+    /// A request without noise.
+    fn request<'b>(
+        &'b self,
+        images: &'b [ImageRequest],
+        batches: &'b [Range<usize>],
+        policies: &'b [Weighted<Option<&'b Adapter>>],
+        steps: &'b [Step],
+    ) -> Result<Request<'b>> {
+        Ok(Request {
+            images,
+            batches,
+            embeddings: &self.run.embeddings,
+            uncond: self.run.embeddings.row_of("")?,
+            policies,
+            guidance_scale: self.run.settings.guidance_scale,
+            steps,
+            keep: &[],
+            latent: self.run.latent_shape(),
+            noise: self.plan.noise,
+        })
+    }
+
+    fn roots(&self, tick: Tick) -> Result<Roots> {
+        let (run, plan) = (self.run, self.plan);
+        let keep: Vec<usize> = plan.trained.iter().map(|step| step.index).collect();
+        let (shares, policies) =
+            (self.shares(plan.starts.len()), [Weighted::whole(Some(&run.adapter))]);
+        let steps = &self.quiet[..self.length];
+        let request =
+            Request { keep: &keep, ..self.request(&plan.starts, &shares, &policies, steps)? };
+        let drawn = generate(&run.replicas, &request, tick, |_, drawn: Generated| {
+            Ok((drawn.transitions, drawn.calls))
+        })?;
+        let nothing = || Transition { x: Vec::new(), old_prediction: Vec::new() };
+        // A batch keeps its transitions in sampling order.
+        let mut order: Vec<usize> = (0..keep.len()).collect();
+        order.sort_by_key(|at| keep[*at]);
+        let mut transitions: Vec<Transition> = keep.iter().map(|_| nothing()).collect();
+        let mut calls = 0;
+        for (own, n) in drawn {
+            calls += n;
+            for (at, part) in order.iter().zip(own) {
+                transitions[*at].x.extend(part.x);
+                transitions[*at].old_prediction.extend(part.old_prediction);
+            }
+        }
+        Ok(Roots { transitions, number: plan.starts.len(), calls })
+    }
+
+    /// Where the branches of batches at a trained step end.
+    fn branches(&self, at: usize, own: &[&TrajectoryBatch], tick: Tick) -> Result<Ends> {
+        let (run, plan) = (self.run, self.plan);
+        let step = &plan.trained[at];
+        let mut images = Vec::new();
+        for batch in own {
+            let starts = &plan.starts[batch.part.trajectories.clone()];
+            let values = self.branch_off(step, batch)?;
+            let rows = values.chunks_exact(values.len() / batch.part.rows.len());
+            images.extend(rows.zip(batch.part.rows.of()).map(|(values, root)| ImageRequest {
+                prompt: starts[*root].prompt,
+                initial: InitialLatent::Values(values.to_vec()),
+            }));
+        }
+        let (shares, policies) = (self.shares(images.len()), [Weighted::whole(Some(&run.adapter))]);
+        let request = self.request(&images, &shares, &policies, &self.quiet[step.index + 1..])?;
+        let drawn = generate(&run.replicas, &request, tick, |_, drawn: Generated| {
+            Ok((drawn.images.len(), read(&drawn.latents)?, drawn.calls))
+        })?;
+        let mut ends = Ends { latents: Vec::new(), calls: 0 };
+        for (n, latents, calls) in drawn {
+            ends.calls += calls;
+            ends.latents.extend(latents.chunks_exact(latents.len() / n).map(<[f32]>::to_vec));
+        }
+        Ok(ends)
+    }
+
+    /// The latents of a batch's rows after their one step with noise, from the prediction that the
+    /// roots have made there.
+    fn branch_off(&self, step: &Step, batch: &TrajectoryBatch) -> Result<Vec<f32>> {
+        let compute = &self.run.first().compute;
+        let own = &batch.transitions[0];
+        let context = StepContext {
+            compute,
+            guidance: Guidance::Off,
+            coefficients: Coefficients::from(step),
+            key: batch.noise.at(step),
+        };
+        let (x, prediction) =
+            (batch.rows(&own.x, &compute.burn), batch.rows(&own.old_prediction, &compute.burn));
+        read(&ops::step(&context, &x, &prediction)?.x_prev)
+    }
+}
