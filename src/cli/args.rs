@@ -31,11 +31,16 @@ pub struct JobArgs {
 impl JobArgs {
     /// Flags over the file over the recipe, filled in and checked.
     pub fn resolve(&self) -> Result<Settings> {
+        self.layers()?.resolve()
+    }
+
+    /// Flags over the file over the recipe.
+    pub fn layers(&self) -> Result<Options> {
         let recipe = self.recipe.as_deref().map(|name| Recipe::find(name)?.options());
         let file = self.config.as_deref().map(Options::from_file);
         let below = file.transpose()?.unwrap_or_default();
         let below = below.over(&recipe.transpose()?.unwrap_or_default())?;
-        self.options.over(&below)?.resolve()
+        self.options.over(&below)
     }
 }
 

@@ -10,7 +10,8 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 use self::commands::{
-    bench, check, convert, credit, devices, embed, eval, plan, recipes, sample, score, serve, train,
+    bench, check, compare, convert, credit, devices, embed, eval, plan, recipes, sample, score,
+    serve, train,
 };
 
 /// Aligns text-to-image models with a reward by policy gradients (PCPO), on any GPU, without CUDA.
@@ -30,6 +31,10 @@ pub enum Command {
     /// Estimate the memory that a run needs, from shapes alone; takes the flags of train
     #[command(allow_negative_numbers = true)]
     Plan(Box<plan::PlanArgs>),
+    /// Train by several methods on several seeds, and hold them against each other; takes the flags
+    /// of train
+    #[command(allow_negative_numbers = true)]
+    Compare(Box<compare::CompareArgs>),
     /// List published settings that fit a card, for `--recipe`
     Recipes,
     /// Draw images from prompts
@@ -67,6 +72,7 @@ pub fn run(cli: Cli) -> Result<i32> {
     match cli.command {
         Command::Train(args) => train::run(*args),
         Command::Plan(args) => plan::run(&args),
+        Command::Compare(args) => compare::run(&args),
         Command::Recipes => recipes::run(),
         Command::Sample(args) => sample::run(&args),
         Command::Eval(args) => eval::run(&args),

@@ -14,6 +14,7 @@ pub const MOST_RANK: usize = 16_384;
 /// What a number may be.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Range {
+    Finite,
     Positive,
     NotNegative,
     /// Positive and less than this.
@@ -27,6 +28,7 @@ pub enum Range {
 pub fn number(flag: &str, value: f64, range: Range) -> Result<()> {
     ensure!(value.is_finite(), "{flag} {value}: must be a finite number");
     match range {
+        Range::Finite => {}
         Range::Positive => ensure!(value > 0.0, "{flag} {value}: must be a positive number"),
         Range::NotNegative => ensure!(value >= 0.0, "{flag} {value}: must be zero or positive"),
         Range::Below(most) => ensure!(

@@ -18,7 +18,16 @@ macro_rules! recipes {
 }
 
 /// All recipes, by what they need.
-pub const RECIPES: [Recipe; 4] = recipes!("sd15-6gb", "sd35m-12gb", "sd35m-16gb", "flux-24gb");
+pub const RECIPES: [Recipe; 8] = recipes!(
+    "sd15-6gb",
+    "sd15-branch-6gb",
+    "sd35m-12gb",
+    "sd35m-16gb",
+    "sd35m-branch-16gb",
+    "sd35m-nft-16gb",
+    "sd35m-awm-16gb",
+    "flux-24gb"
+);
 
 impl Recipe {
     /// The recipe of a name.

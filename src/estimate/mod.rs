@@ -175,7 +175,8 @@ fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: b
     let Batches { sampling, updating, .. } = batches;
     let parameters: f64 =
         shapes.targets.iter().map(|t| ((t.inputs + t.outputs) * s.rank) as f64).sum();
-    let transitions = 2.0 * 4.0 * shapes.latent * s.trained_steps() as f64;
+    let kept = if s.objective.forward() { 1 } else { 2 * s.trained_steps() };
+    let transitions = 4.0 * shapes.latent * kept as f64;
     let prompts = s.prompt.len().min(s.epochs.saturating_mul(s.groups())) as f64;
     let program = match (target.gpu, target.software) {
         (false, _) => PROGRAM,
@@ -194,11 +195,13 @@ fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: b
         program: program + cast,
         // On the host the values and two moments, now and at the last good epoch, and the sum of
         // gradients; on the device the values once; of each batch its gradient there and on the
-        // host, and of those that wait their turn the host's.
+        // host, and of those that wait their turn the host's. A running mean is on the host, now
+        // and then; an old policy on the device as well.
         adapter: 4.0
             * parameters
             * (8.0
                 + if s.ema.is_some() { 2.0 } else { 0.0 }
+                + if s.objective.forward() { 3.0 } else { 0.0 }
                 + 2.0 * updating
                 + if updating > 1.0 { updating } else { 0.0 }),
         kept: transitions * s.trajectories() as f64 + 4.0 * text.embedding * prompts,

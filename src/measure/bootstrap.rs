@@ -61,11 +61,50 @@ pub fn interval(per_prompt: &[f64], seed: u64) -> Option<Interval> {
 
 /// The mean of as many values as there are, drawn with replacement.
 fn resampled_mean(values: &[f64], seed: u64, resample: u32) -> f64 {
+    resampled(values, seed, resample).sum::<f64>() / values.len() as f64
+}
+
+/// As many values as there are, drawn with replacement.
+fn resampled(values: &[f64], seed: u64, resample: u32) -> impl Iterator<Item = f64> {
     let n = values.len();
-    let drawn = |word: u32| values[((u64::from(word) * n as u64) >> 32) as usize];
+    let drawn = move |word: u32| values[((u64::from(word) * n as u64) >> 32) as usize];
     let quads = 0..n.div_ceil(4) as u32;
-    let draws = quads.flat_map(|quad| words(seed, Stream::Bootstrap, resample, 0, quad));
-    draws.take(n).map(drawn).sum::<f64>() / n as f64
+    let draws = quads.flat_map(move |quad| words(seed, Stream::Bootstrap, resample, 0, quad));
+    draws.take(n).map(drawn)
+}
+
+/// The median; of an even number of values the mean of the two in the middle. None without values.
+pub fn median(values: &[f64]) -> Option<f64> {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    (!sorted.is_empty()).then(|| quantile(&sorted, 0.5))
+}
+
+/// Percentile bootstrap of the median, as [`interval`] has it of the mean. None with fewer than two
+/// values.
+pub fn median_bounds(values: &[f64], seed: u64) -> Option<Bounds> {
+    if values.len() < 2 || values.iter().any(|v| v.is_nan()) {
+        return None;
+    }
+    let one = |i: u32| median(&resampled(values, seed, i).collect::<Vec<f64>>());
+    let mut medians: Vec<f64> = (0..RESAMPLES).filter_map(one).collect();
+    medians.sort_by(f64::total_cmp);
+    let tail = (1.0 - COVERAGE) / 2.0;
+    Some(Bounds { low: quantile(&medians, tail), high: quantile(&medians, 1.0 - tail) })
+}
+
+/// Two-sided sign test (Arbuthnott; exact, binomial): how likely as one-sided a split of `better`
+/// and `worse` pairs is where either is as likely. Ties are left out by the caller.
+pub fn sign_test(better: usize, worse: usize) -> f64 {
+    let n = better + worse;
+    let least = better.min(worse);
+    let mut term = 0.5f64.powi(n as i32);
+    let mut tail = 0.0;
+    for k in 0..=least {
+        tail += term;
+        term *= (n - k) as f64 / (k + 1) as f64;
+    }
+    (2.0 * tail).min(1.0)
 }
 
 /// The quantile of ascending values, linear between neighbours; at least one value.
@@ -74,6 +113,10 @@ fn quantile(ascending: &[f64], share: f64) -> f64 {
     let below = place.floor() as usize;
     let above = (below + 1).min(ascending.len() - 1);
     let fraction = place - below as f64;
+    // Equal infinities have no difference.
+    if ascending[below] == ascending[above] {
+        return ascending[below];
+    }
     ascending[below] + fraction * (ascending[above] - ascending[below])
 }
 
@@ -91,6 +134,20 @@ pub fn standard_error(values: &[f64]) -> Option<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn medians_and_signs() {
+        assert_eq!(median(&[3.0, 1.0, f64::INFINITY, 2.0]), Some(2.5));
+        assert_eq!(median(&[]), None);
+        let bounds = median_bounds(&[1.0, 2.0, 3.0, 4.0, 5.0], 0).unwrap();
+        assert!(bounds.low >= 1.0 && bounds.low < 3.0 && bounds.high > 3.0 && bounds.high <= 5.0);
+        assert_eq!(median_bounds(&[1.0], 0), None);
+        // Five of five: 2 / 32; four of five: 12 / 32.
+        assert!((sign_test(5, 0) - 0.0625).abs() < 1e-15);
+        assert!((sign_test(1, 4) - 0.375).abs() < 1e-15);
+        assert_eq!(sign_test(2, 2), 1.0);
+        assert_eq!(sign_test(0, 0), 1.0);
+    }
 
     #[test]
     fn standard_error_is_of_the_sample() {

@@ -3,6 +3,7 @@
 pub mod bench;
 pub mod bench_kernels;
 pub mod check;
+pub mod compare;
 pub mod credit_table;
 pub mod draw;
 pub mod errors;

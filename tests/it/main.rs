@@ -3,6 +3,7 @@
 mod architecture;
 mod bad_input;
 mod command_line;
+mod compare;
 mod credit;
 mod damaged_models;
 mod eval;

@@ -154,7 +154,8 @@ fn recipes_are_runs_of_their_families() {
         let flags = Options { epochs: Some(3), ..own };
         let s = flags.over(&recipe.options().unwrap()).unwrap().resolve().unwrap();
         assert_eq!((s.epochs, s.resolution), (3, Some(512)), "{}", recipe.name);
-        assert!(s.learning_rate == 3e-4 && plain(&s).group_size >= 16, "{}", recipe.name);
+        let group = s.images_per_epoch() / s.groups();
+        assert!(s.learning_rate == 3e-4 && group >= 16, "{}", recipe.name);
         assert!(recipe.memory().ends_with(" GiB") && !recipe.title().contains('#'));
         let card: f64 =
             recipe.name.split('-').nth(1).unwrap()[..].replace("gb", "").parse().unwrap();

@@ -5,9 +5,9 @@ use anyhow::Result;
 use crate::config::recipe::RECIPES;
 
 pub fn run() -> Result<i32> {
-    println!("{:<12} {:>9}  what", "recipe", "memory");
+    println!("{:<18} {:>9}  what", "recipe", "memory");
     for recipe in &RECIPES {
-        println!("{:<12} {:>9}  {}", recipe.name, recipe.memory(), recipe.title());
+        println!("{:<18} {:>9}  {}", recipe.name, recipe.memory(), recipe.title());
     }
     println!(
         "\nmemory: by `pcpo-wgpu plan` for 48 prompts, without a reward model\n\

@@ -2,17 +2,17 @@
 //! network, and scripts only for the slider over the picture grids.
 
 mod bars;
-mod format;
+pub(super) mod format;
 mod heatmap;
 mod history;
 mod page;
 mod pictures;
-mod plot;
-mod rewards;
+pub(super) mod plot;
+pub(super) mod rewards;
 mod sections;
 mod settings;
 mod state;
-mod svg;
+pub(super) mod svg;
 mod table;
 mod view;
 
@@ -89,7 +89,11 @@ fn name(dir: &Path) -> String {
     last.unwrap_or_else(|| whole.display().to_string())
 }
 
-fn records(path: &Path) -> Result<Vec<Record>> {
+/// The records of a metrics.jsonl; a last line that is not whole is left out.
+///
+/// # Errors
+/// Names the line that is damaged.
+pub fn records(path: &Path) -> Result<Vec<Record>> {
     let text = io::read_text(path)?;
     let mut records = Vec::new();
     for (i, line) in text.split_inclusive('\n').enumerate() {

@@ -1,5 +1,7 @@
 //! Lines and points: a number against epochs, time, calls or another number.
 
+use std::borrow::Cow;
+
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -16,7 +18,7 @@ pub struct Point {
 /// Points that belong together, in their order.
 #[derive(Clone, Debug)]
 pub struct Series {
-    pub name: &'static str,
+    pub name: Cow<'static, str>,
     pub color: Ink,
     pub points: Vec<Point>,
     /// Whether each point has a dot.

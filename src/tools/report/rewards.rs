@@ -18,7 +18,7 @@ pub fn figure(title: &str, svg: &str, below: &str) -> String {
 
 /// What the colours of a plot mean.
 pub fn legend(series: &[Series]) -> String {
-    let name = |s: &Series| key(s.name, s.color);
+    let name = |s: &Series| key(&s.name, s.color);
     let names: String = series.iter().filter(|s| !s.points.is_empty()).map(name).collect();
     format!("<p class=\"legend\">{names}</p>")
 }
@@ -30,8 +30,8 @@ pub fn key(name: &str, ink: Ink) -> String {
 
 fn two(rollout: Vec<Point>, evaluation: Vec<Point>) -> [Series; 2] {
     [
-        Series { name: "rollouts", color: BLUE, points: rollout, dots: false },
-        Series { name: "evaluations", color: ORANGE, points: evaluation, dots: true },
+        Series { name: "rollouts".into(), color: BLUE, points: rollout, dots: false },
+        Series { name: "evaluations".into(), color: ORANGE, points: evaluation, dots: true },
     ]
 }
 

@@ -89,7 +89,7 @@ pub fn measures(run: &Run) -> Option<Section> {
             evaluations.iter().filter_map(|e| Some((e.epoch, measured(*of, e)?))).collect();
         let (Some(first), Some(last)) = (found.first(), found.last()) else { continue };
         let points = found.iter().map(|(x, y)| Point { x: *x as f64, y: *y }).collect();
-        let series = [Series { name: "evaluations", color: GREEN, points, dots: true }];
+        let series = [Series { name: "evaluations".into(), color: GREEN, points, dots: true }];
         let plot = Plot {
             size: SMALL,
             label: title,
@@ -125,7 +125,7 @@ pub fn trade_offs(run: &Run) -> Option<Section> {
         let [first, .., last] = &places[..] else { return None };
         let points = places.iter().map(|p| p.at).collect();
         let marks = [first.clone(), last.clone()];
-        let series = [Series { name: "evaluations", color: VIOLET, points, dots: true }];
+        let series = [Series { name: "evaluations".into(), color: VIOLET, points, dots: true }];
         let plot = Plot {
             size: LARGE,
             label: title,
@@ -216,7 +216,7 @@ pub fn credit(run: &Run) -> Option<Section> {
 }
 
 fn names(series: &[BarSeries]) -> String {
-    let names: String = series.iter().map(|s| key(s.name, s.color)).collect();
+    let names: String = series.iter().map(|s| key(&s.name, s.color)).collect();
     format!("<p class=\"legend\">{names}</p>")
 }
 
@@ -227,7 +227,7 @@ pub fn updates(run: &Run) -> Option<Section> {
     }
     let plot = |title: &str, of: fn(&UpdateRecord) -> f64| {
         let points = run.history.of_updates(of);
-        let series = [Series { name: "updates", color: BLUE, points, dots: false }];
+        let series = [Series { name: "updates".into(), color: BLUE, points, dots: false }];
         let plot = Plot {
             size: SMALL,
             label: title,
@@ -289,7 +289,7 @@ pub fn time(run: &Run) -> Option<Section> {
         last.epoch
     );
     let points = run.history.of_epochs(Clock::Epochs, |e| Some(e.images_per_second));
-    let rates = [Series { name: "images per second", color: BLUE, points, dots: false }];
+    let rates = [Series { name: "images per second".into(), color: BLUE, points, dots: false }];
     let rate = Plot {
         size: LARGE,
         label: "Images per second",

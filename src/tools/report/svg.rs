@@ -20,6 +20,12 @@ pub const BLUE: Ink = Ink { name: "blue", color: RGBColor(0x2f, 0x6f, 0xde) };
 pub const ORANGE: Ink = Ink { name: "orange", color: RGBColor(0xe0, 0x7b, 0x39) };
 pub const GREEN: Ink = Ink { name: "green", color: RGBColor(0x2e, 0x9e, 0x6b) };
 pub const VIOLET: Ink = Ink { name: "violet", color: RGBColor(0x8a, 0x5c, 0xd6) };
+pub const RED: Ink = Ink { name: "red", color: RGBColor(0xd6, 0x45, 0x45) };
+pub const TEAL: Ink = Ink { name: "teal", color: RGBColor(0x1f, 0x9a, 0xa8) };
+pub const GOLD: Ink = Ink { name: "gold", color: RGBColor(0xb8, 0x90, 0x1c) };
+pub const PINK: Ink = Ink { name: "pink", color: RGBColor(0xd6, 0x5a, 0xa5) };
+/// All colours of series, in the order in which they are taken.
+pub const INKS: [Ink; 8] = [BLUE, ORANGE, GREEN, VIOLET, RED, TEAL, GOLD, PINK];
 
 /// The colour of a series.
 #[derive(Clone, Copy, Debug)]

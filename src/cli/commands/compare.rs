@@ -1,0 +1,70 @@
+//! `compare`: methods side by side; exit code 1 where a run failed.
+
+use std::path::PathBuf;
+
+use anyhow::{Result, ensure};
+use clap::Args;
+
+use crate::cli::args::JobArgs;
+use crate::cli::console::catch_signals;
+use crate::cli::listeners::Listeners;
+use crate::config::numbers::{self, Range};
+use crate::tools::compare::{self, Comparison, MOST_SEEDS, Method, PAGE, TABLE, Tuned};
+
+#[derive(Args)]
+pub struct CompareArgs {
+    /// Methods: presets, or TOML files of train's keys; the first is what others are held against
+    #[arg(long, value_name = "NAME,FILE,..", value_delimiter = ',', required = true)]
+    methods: Vec<String>,
+    /// Runs of each method, by seeds from --seed on
+    #[arg(long, default_value_t = 3)]
+    seeds: u64,
+    /// A setting and the values that each method chooses from by a seed of its own; can be repeated
+    #[arg(long, value_name = "KEY=V,V,..")]
+    tune: Vec<Tuned>,
+    /// Reward that methods are compared at [default: the first's median at its end]
+    #[arg(long, value_name = "REWARD", allow_negative_numbers = true)]
+    target: Option<f64>,
+    /// Folder of the comparison; what is there of it is not done again
+    #[arg(long, value_name = "DIR")]
+    out: PathBuf,
+    #[command(flatten)]
+    job: JobArgs,
+}
+
+pub fn run(args: &CompareArgs) -> Result<i32> {
+    let mut methods: Vec<Method> = Vec::new();
+    for given in &args.methods {
+        let method = Method::parse(given)?;
+        ensure!(
+            methods.iter().all(|m| m.name != method.name),
+            "--methods {given}: a method of that name stands there twice; give it once"
+        );
+        methods.push(method);
+    }
+    numbers::count("--seeds", args.seeds as usize, MOST_SEEDS as usize)?;
+    numbers::optional("--target", args.target, Range::Finite)?;
+    for (i, tuned) in args.tune.iter().enumerate() {
+        ensure!(
+            tuned.key != "seed" && args.tune[..i].iter().all(|t| t.key != tuned.key),
+            "--tune {}: stands there twice, or is the seed; give each setting once",
+            tuned.key
+        );
+    }
+    let options = args.job.layers()?;
+    let comparison = Comparison { methods, seeds: args.seeds, tune: args.tune.clone(), options };
+    catch_signals();
+    let listeners = Listeners::new(false);
+    let tell = |text: &str| println!("\n== {text}");
+    let done = compare::compare(&comparison, args.target, &args.out, &listeners, &tell)?;
+    println!("\n{}", done.table);
+    let out = args.out.display();
+    println!("result: {out} ({PAGE}, {TABLE}, records)");
+    for failed in &done.failed {
+        eprintln!("warning: {failed}");
+    }
+    if !done.failed.is_empty() {
+        eprintln!("warning: the same command tries again what failed");
+    }
+    Ok(i32::from(!done.failed.is_empty()))
+}

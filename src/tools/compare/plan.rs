@@ -1,0 +1,207 @@
+//! Which runs a comparison has: methods, seeds, and what is tuned.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, anyhow, ensure};
+use clap::ValueEnum;
+
+use super::record::RunName;
+use crate::choice::name;
+use crate::config::{Options, Preset, Settings};
+
+/// A method by its name.
+#[derive(Clone, Debug)]
+pub struct Method {
+    pub name: String,
+    options: Options,
+}
+
+impl Method {
+    /// A preset, or a TOML file of options, whose name is the file's.
+    ///
+    /// # Errors
+    /// Names what is neither.
+    pub fn parse(given: &str) -> Result<Self> {
+        if let Ok(preset) = Preset::from_str(given, false) {
+            let options = Options { preset: Some(preset), ..Default::default() };
+            return Ok(Self { name: given.into(), options });
+        }
+        let path = Path::new(given);
+        let presets = || Preset::value_variants().iter().map(|p| name(*p)).collect::<Vec<_>>();
+        ensure!(
+            path.extension().is_some_and(|e| e == "toml"),
+            "--methods {given}: is no preset ({}) and no TOML file",
+            presets().join(", ")
+        );
+        let stem = path.file_stem().and_then(|s| s.to_str());
+        let own = stem.ok_or_else(|| anyhow!("--methods {given}: has a name that is not UTF-8"))?;
+        let options = Options::from_file(path).with_context(|| format!("--methods {given}"))?;
+        Ok(Self { name: own.into(), options })
+    }
+}
+
+/// A setting and the values that each method has to choose from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tuned {
+    pub key: String,
+    pub values: Vec<String>,
+}
+
+impl std::str::FromStr for Tuned {
+    type Err = anyhow::Error;
+
+    fn from_str(given: &str) -> Result<Self> {
+        let (key, values) = given.split_once('=').ok_or_else(|| {
+            anyhow!("--tune {given}: give KEY=VALUE,VALUE,.. such as learning-rate=1e-3,3e-3")
+        })?;
+        let values: Vec<String> = values.split(',').map(|v| v.trim().to_string()).collect();
+        ensure!(
+            values.iter().all(|v| !v.is_empty()),
+            "--tune {given}: has an empty value; give KEY=VALUE,VALUE,.."
+        );
+        let key = key.trim().trim_start_matches("--").to_string();
+        let tuned = Self { key, values };
+        tuned.values.iter().try_for_each(|v| tuned.option(v).map(drop))?;
+        Ok(tuned)
+    }
+}
+
+impl Tuned {
+    /// The options that a value makes.
+    fn option(&self, value: &str) -> Result<Options> {
+        let parse = |text: String| toml::from_str::<Options>(&text);
+        let own = parse(format!("{} = {value}", self.key))
+            .or_else(|_| parse(format!("{} = {value:?}", self.key)));
+        own.map_err(|e| {
+            let why = e.message().to_string();
+            anyhow!("--tune {}={value}: is not a setting of train: {why}", self.key)
+        })
+    }
+}
+
+/// A run to be done.
+#[derive(Clone, Debug)]
+pub struct PlannedRun {
+    pub name: RunName,
+    /// Below `runs` and, as a record, below `records`.
+    pub place: PathBuf,
+    pub settings: Settings,
+}
+
+/// A comparison.
+#[derive(Clone, Debug)]
+pub struct Comparison {
+    pub methods: Vec<Method>,
+    pub seeds: u64,
+    pub tune: Vec<Tuned>,
+    /// What all runs are told; a method's own options win.
+    pub options: Options,
+}
+
+/// Distance of the tuning's seed from the first.
+const TUNING: u64 = 1000;
+/// Seeds at most, so that no one of them is the tuning's.
+pub const MOST_SEEDS: u64 = TUNING;
+
+impl Comparison {
+    fn run(
+        &self,
+        method: &Method,
+        seed: u64,
+        folder: String,
+        tuned: &BTreeMap<String, String>,
+    ) -> Result<PlannedRun> {
+        let mut options = method.options.over(&self.options)?;
+        for (key, value) in tuned {
+            let own = Tuned { key: key.clone(), values: Vec::new() }.option(value)?;
+            options = own.over(&options)?;
+        }
+        let options = Options { seed: Some(seed), ..options };
+        let settings = options.resolve().with_context(|| format!("method {}", method.name))?;
+        Ok(PlannedRun {
+            name: RunName { method: method.name.clone(), seed, tuned: tuned.clone() },
+            place: Path::new(&method.name).join(folder),
+            settings,
+        })
+    }
+
+    fn first_seed(&self) -> u64 {
+        self.options.seed.unwrap_or(0)
+    }
+
+    /// The runs by which a method finds what is tuned: none where nothing is.
+    ///
+    /// # Errors
+    /// When a method's settings do not fit.
+    pub fn tuning(&self, method: &Method) -> Result<Vec<PlannedRun>> {
+        if self.tune.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut choices: Vec<BTreeMap<String, String>> = vec![BTreeMap::new()];
+        for tuned in &self.tune {
+            let with = |choice: &BTreeMap<String, String>| {
+                tuned
+                    .values
+                    .iter()
+                    .map(|value| {
+                        let mut more = choice.clone();
+                        more.insert(tuned.key.clone(), value.clone());
+                        more
+                    })
+                    .collect::<Vec<_>>()
+            };
+            choices = choices.iter().flat_map(with).collect();
+        }
+        let run = |choice: &BTreeMap<String, String>| {
+            let parts: Vec<String> = choice.iter().map(|(k, v)| format!("{k}={v}")).collect();
+            let folder = format!("tune-{}", parts.join(","));
+            self.run(method, self.first_seed() + TUNING, folder, choice)
+        };
+        choices.iter().map(run).collect()
+    }
+
+    /// Whether all methods can be run, and are evaluated on the same prompts.
+    ///
+    /// # Errors
+    /// Names the method or the flag that does not fit.
+    pub fn check(&self) -> Result<()> {
+        let mut first: Option<PlannedRun> = None;
+        for method in &self.methods {
+            self.tuning(method)?;
+            for run in self.runs(method, &BTreeMap::new())? {
+                let Some(first) = &first else {
+                    first = Some(run);
+                    continue;
+                };
+                let (own, others) =
+                    (run.settings.evaluation_prompts(), first.settings.evaluation_prompts());
+                let same = own.len() == others.len()
+                    && own.iter().zip(others).all(|(a, b)| a.text == b.text)
+                    && run.settings.eval_images == first.settings.eval_images;
+                ensure!(
+                    same,
+                    "--methods {}, {}: are evaluated on other pictures; give --eval-prompts FILE \
+                     and --eval-images",
+                    first.name.method,
+                    method.name
+                );
+            }
+        }
+        Ok(())
+    }
+
+    /// A method's runs with what was found for it.
+    ///
+    /// # Errors
+    /// When its settings do not fit.
+    pub fn runs(
+        &self,
+        method: &Method,
+        tuned: &BTreeMap<String, String>,
+    ) -> Result<Vec<PlannedRun>> {
+        let first = self.first_seed();
+        let seeds = (0..self.seeds).map(|i| first + i);
+        seeds.map(|seed| self.run(method, seed, format!("seed-{seed}"), tuned)).collect()
+    }
+}

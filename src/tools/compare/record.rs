@@ -1,0 +1,145 @@
+//! What is kept of a run: enough for every table and plot, in a file of its own, so that a
+//! comparison goes on where it stopped and is drawn again without its runs.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::io;
+use crate::train::metrics::{EvaluationRecord, Record, UpdateRecord};
+
+/// A run of a method, complete or diverged.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunRecord {
+    pub method: String,
+    pub seed: u64,
+    /// What was tuned, as it was set.
+    pub tuned: BTreeMap<String, String>,
+    /// Everything that the run was told, as its settings.toml.
+    pub settings: String,
+    /// Why it ended before its last epoch, where it did.
+    pub diverged: Option<String>,
+    pub epochs: Vec<EpochPoint>,
+    pub evaluations: Vec<EvaluationRecord>,
+    pub steps: Vec<StepSummary>,
+}
+
+/// What an epoch cost.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct EpochPoint {
+    pub epoch: usize,
+    pub reward_mean: f64,
+    pub images: usize,
+    pub calls: usize,
+    /// Without evaluations.
+    pub seconds: f64,
+    pub clip_frac: Option<f64>,
+}
+
+/// A timestep over all updates.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct StepSummary {
+    pub t: f64,
+    pub updates: usize,
+    pub clip_frac: f64,
+    /// How much the step adds to the gradient: mean over updates, and their variance.
+    pub gradient_mean: f64,
+    pub gradient_variance: f64,
+    /// Mean of log rho^2 / 2, by which 1 + log rho is below rho.
+    pub log_ratio_error: f64,
+}
+
+impl RunRecord {
+    /// Of a run's records; `images` is how many an epoch has.
+    pub fn new(run: RunName, settings: String, images: usize, records: &[Record]) -> Self {
+        let (mut epochs, mut evaluations, mut updates) = (Vec::new(), Vec::new(), Vec::new());
+        for record in records {
+            match record {
+                Record::Epoch(e) => epochs.push(EpochPoint {
+                    epoch: e.epoch,
+                    reward_mean: e.reward_mean,
+                    images,
+                    calls: e.rollout_calls + e.update_calls,
+                    seconds: e.seconds,
+                    clip_frac: Some(e.clip_frac).filter(|c| c.is_finite()),
+                }),
+                Record::Evaluation(e) => evaluations.push(e.clone()),
+                Record::Update(u) => updates.push(u),
+                Record::Suspended(_) => {}
+            }
+        }
+        let RunName { method, seed, tuned } = run;
+        let steps = steps(&updates);
+        Self { method, seed, tuned, settings, diverged: None, epochs, evaluations, steps }
+    }
+
+    /// Reads a record.
+    ///
+    /// # Errors
+    /// Names the file that is damaged.
+    pub fn read(path: &Path) -> Result<Self> {
+        let value = io::read_json(path)?;
+        serde_json::from_value(value).with_context(|| format!("{}: is damaged", path.display()))
+    }
+
+    /// Whether it is of a run with these settings.
+    ///
+    /// # Errors
+    /// Names the file and what to do.
+    pub fn check(&self, path: &Path, settings: &str) -> Result<()> {
+        ensure!(
+            self.settings == settings,
+            "{}: is the record of a run with other settings; give another --out, or remove it",
+            path.display()
+        );
+        Ok(())
+    }
+
+    /// The last evaluation's reward.
+    pub fn final_reward(&self) -> Option<f64> {
+        self.diverged.is_none().then(|| self.evaluations.last().map(|e| e.reward_mean)).flatten()
+    }
+}
+
+/// Which run of a comparison.
+#[derive(Clone, Debug, PartialEq)]
+pub struct RunName {
+    pub method: String,
+    pub seed: u64,
+    pub tuned: BTreeMap<String, String>,
+}
+
+/// Sums of a timestep.
+#[derive(Default)]
+struct Sums {
+    n: f64,
+    clip: f64,
+    gradient: f64,
+    square: f64,
+    error: f64,
+}
+
+fn steps(updates: &[&UpdateRecord]) -> Vec<StepSummary> {
+    // Keyed by the timestep in thousandths, the noisiest first.
+    let mut all: BTreeMap<i64, (f64, Sums)> = BTreeMap::new();
+    for step in updates.iter().filter(|u| !u.skipped).flat_map(|u| &u.steps) {
+        let key = -(step.t * 1000.0).round() as i64;
+        let (_, sums) = all.entry(key).or_insert_with(|| (step.t, Sums::default()));
+        sums.n += 1.0;
+        sums.clip += step.clip_frac;
+        sums.gradient += step.contribution;
+        sums.square += step.contribution.powi(2);
+        sums.error += step.approx_kl;
+    }
+    let summary = |(t, s): (f64, Sums)| StepSummary {
+        t,
+        updates: s.n as usize,
+        clip_frac: s.clip / s.n,
+        gradient_mean: s.gradient / s.n,
+        gradient_variance: (s.square / s.n - (s.gradient / s.n).powi(2)).max(0.0),
+        log_ratio_error: s.error / s.n,
+    };
+    all.into_values().map(summary).collect()
+}

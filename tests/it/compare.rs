@@ -1,0 +1,131 @@
+//! `compare`: matched runs, kept records, one that fails beside others.
+
+use std::path::Path;
+
+use crate::command_line::program;
+use crate::support::error_of;
+
+const SMALL: [&str; 18] = [
+    "--model",
+    "emoji-flow",
+    "--device",
+    "cpu",
+    "--steps",
+    "4",
+    "--images-per-epoch",
+    "8",
+    "--group-size",
+    "4",
+    "--train-steps",
+    "2",
+    "--epochs",
+    "2",
+    "--eval-prompt",
+    "owl on a white background",
+    "--eval-images",
+    "2",
+];
+
+fn compare(out: &Path, args: &[&str]) -> std::process::Output {
+    program(&[&["compare", "--out", out.to_str().unwrap()], &SMALL[..], args].concat())
+}
+
+fn record(out: &Path, name: &str) -> serde_json::Value {
+    let text = std::fs::read_to_string(out.join("records").join(name)).unwrap();
+    serde_json::from_str(&text).unwrap()
+}
+
+#[test]
+fn methods_are_tuned_and_compared_on_the_same_pictures() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("all");
+    let own = dir.path().join("wide.toml");
+    std::fs::write(&own, "preset = \"pcpo\"\nclip-range = 0.01\n").unwrap();
+    let methods = format!("grpo,branch,nft,{}", own.display());
+    let args =
+        ["--methods", &methods, "--seeds", "2", "--tune", "learning-rate=1e-3,8e-3", "--seed", "7"];
+    let output = compare(&out, &args);
+    assert!(output.status.success(), "{}", error_of(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let table = std::fs::read_to_string(out.join("report.md")).unwrap();
+    assert!(text.contains(table.trim()), "the table is printed");
+    for method in ["grpo", "branch", "nft", "wide"] {
+        assert!(table.lines().any(|l| l.starts_with(&format!("| {method} | learning-rate"))));
+        let trial = record(&out, &format!("{method}/tune-learning-rate=8e-3.json"));
+        assert_eq!(
+            (&trial["seed"], &trial["tuned"]["learning-rate"]),
+            (&1007.into(), &"8e-3".into())
+        );
+        for seed in [7, 8] {
+            let run = record(&out, &format!("{method}/seed-{seed}.json"));
+            assert_eq!(run["epochs"].as_array().unwrap().len(), 2, "{method}");
+            assert!(run["epochs"][0]["calls"].as_u64().unwrap() > 0);
+            assert_eq!(run["evaluations"].as_array().unwrap().len(), 3);
+            // The same pictures before anything is learnt.
+            let other = record(&out, &format!("grpo/seed-{seed}.json"));
+            assert_eq!(
+                run["evaluations"][0]["reward_mean"],
+                other["evaluations"][0]["reward_mean"]
+            );
+        }
+    }
+    let page = std::fs::read_to_string(out.join("report.html")).unwrap();
+    assert!(page.matches("<svg").count() >= 6 && page.contains("wide") && !page.contains("NaN"));
+
+    // What is there is not done again, with its runs gone too; more seeds are.
+    std::fs::remove_dir_all(out.join("runs")).unwrap();
+    let more = ["--methods", &methods, "--seeds", "3", "--tune", "learning-rate=1e-3,8e-3"];
+    let output = compare(&out, &[&more[..], &["--seed", "7"]].concat());
+    assert!(output.status.success(), "{}", error_of(&output));
+    let done = std::fs::read_dir(out.join("runs/grpo")).unwrap().count();
+    assert_eq!(done, 1, "the third seed alone");
+    // A record of other settings is not taken for this one.
+    let output = compare(&out, &[&args[..], &["--rank", "2"]].concat());
+    let error = error_of(&output);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("other settings") && error.contains(".json"), "{error}");
+}
+
+/// One run's failure costs neither the others nor the table; a later call tries it again.
+#[cfg(unix)]
+#[test]
+fn a_run_that_fails_does_not_lose_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("all");
+    let flag = dir.path().join("works");
+    let bad = dir.path().join("bad.toml");
+    let program =
+        format!("command:test -e {} || exit 1; while read line; do echo 0.5; done", flag.display());
+    let text = format!("preset = \"pcpo\"\nreward = {program:?}\nadvantage = \"global\"\n");
+    std::fs::write(&bad, text).unwrap();
+    let methods = format!("{},grpo", bad.display());
+    let output = compare(&out, &["--methods", &methods, "--seeds", "1"]);
+    let error = error_of(&output);
+    assert_eq!(output.status.code(), Some(1), "{error}");
+    assert!(error.contains("bad/seed-0") && error.contains("tries again"), "{error}");
+    assert!(out.join("records/grpo/seed-0.json").is_file());
+    assert!(!out.join("records/bad/seed-0.json").exists());
+    assert!(std::fs::read_to_string(out.join("report.md")).unwrap().contains("| grpo |"));
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("all");
+    let refused = |args: &[&str], words: &[&str]| {
+        let output = compare(&out, args);
+        let error = error_of(&output);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+        assert!(words.iter().all(|word| error.contains(word)), "{args:?}: {error}");
+        assert!(!out.exists(), "{args:?}");
+    };
+    refused(&["--methods", "sgd"], &["--methods sgd", "pcpo", "TOML"]);
+    refused(&["--methods", "missing.toml"], &["--methods missing.toml"]);
+    refused(&["--methods", "pcpo,pcpo"], &["twice"]);
+    refused(&["--methods", "pcpo", "--seeds", "0"], &["--seeds 0"]);
+    refused(&["--methods", "pcpo", "--target", "nan"], &["--target NaN"]);
+    refused(&["--methods", "pcpo", "--tune", "learning-rate"], &["learning-rate", "KEY=VALUE"]);
+    refused(&["--methods", "pcpo", "--tune", "speed=1,2"], &["--tune speed=1", "not a setting"]);
+    refused(&["--methods", "pcpo", "--tune", "learning-rate=1,x"], &["learning-rate=x"]);
+    refused(&["--methods", "pcpo", "--tune", "learning-rate=-1"], &["--learning-rate -1"]);
+}
