@@ -57,13 +57,8 @@ impl Canvas {
     /// that a strength divides beta, and that a sum of adapters is for the sum of their rewards;
     /// docs/METHOD.md, section 10.
     pub fn policies(&self) -> Vec<Weighted<Option<&Adapter>>> {
-        let given = self.adapters.iter().filter(|a| a.weight != 0.0);
-        let own = given.map(|a| Weighted { weight: a.weight, value: Some(&a.value) });
-        let own: Vec<Weighted<Option<&Adapter>>> = own.collect();
-        let rest = 1.0 - own.iter().map(|a| a.weight).sum::<f64>();
-        // What rounding leaves of strengths that add up to 1 is not worth a network's call.
-        let base = (rest.abs() > 1e-12).then_some(Weighted { weight: rest, value: None });
-        base.into_iter().chain(own).collect()
+        let own = self.adapters.iter().map(|a| Weighted { weight: a.weight, value: &a.value });
+        with_base(own.collect())
     }
 
     /// Number of pictures.
@@ -151,4 +146,45 @@ pub fn given_latents(file: &Path, total: usize, channels: usize) -> Result<HostT
         t.shape
     );
     Ok(t)
+}
+
+/// What `base + sum of weight_k (value_k - base)` is a sum of; the base is `None`.
+fn with_base<T>(given: Vec<Weighted<T>>) -> Vec<Weighted<Option<T>>> {
+    let given = given.into_iter().filter(|a| a.weight != 0.0);
+    let own = given.map(|a| Weighted { weight: a.weight, value: Some(a.value) });
+    let own: Vec<Weighted<Option<T>>> = own.collect();
+    let rest = 1.0 - own.iter().map(|a| a.weight).sum::<f64>();
+    // What rounding leaves of strengths that add up to 1 is not worth a network's call.
+    let base = (rest.abs() > 1e-12).then_some(Weighted { weight: rest, value: None });
+    base.into_iter().chain(own).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// METHOD2 9.13: the networks of Gaussians are known. Rewards that are linear add up exactly;
+    /// for one that narrows the distribution the sum is not the tilt.
+    #[test]
+    fn strengths_mix_gaussians_as_the_formula_says() {
+        let (alpha_bar, x): (f64, f64) = (0.3, 0.37);
+        // eps of N(mean, variance) at the noise level of alpha_bar.
+        let eps = |mean: f64, variance: f64| {
+            let off = x - alpha_bar.sqrt() * mean;
+            (1.0 - alpha_bar).sqrt() * off / (alpha_bar * variance + 1.0 - alpha_bar)
+        };
+        let mixed = |given: Vec<Weighted<f64>>| {
+            let parts = with_base(given).into_iter();
+            parts.map(|p| p.weight * p.value.unwrap_or(eps(0.0, 1.0))).sum::<f64>()
+        };
+        let one = |weight, value| Weighted { weight, value };
+        let two = mixed(vec![one(0.7, eps(1.5, 1.0)), one(-2.0, eps(0.4, 1.0))]);
+        assert!((two - eps(0.7 * 1.5 - 2.0 * 0.4, 1.0)).abs() < 1e-12);
+        let narrowed = mixed(vec![one(2.0, eps(0.0, 0.25))]);
+        assert!((narrowed - 0.489_311_17).abs() < 1e-8, "{narrowed}");
+        assert!((eps(0.0, 1.0 / 7.0) - 0.416_721_05).abs() < 1e-8);
+        // The other's network is not called.
+        assert_eq!(with_base(vec![one(1.0, 5.0)]), [Weighted::whole(Some(5.0))]);
+        assert_eq!(with_base(vec![one(0.0, 5.0)]), [Weighted::whole(None)]);
+    }
 }

@@ -177,7 +177,10 @@ fn trainable(s: &Settings, plain: &Plain, steps: &[Step]) -> Result<Vec<usize>> 
         let fits = match s.objective {
             Objective::Nft => steps[*i].can_be_noised_to(),
             // The first time after the noise, and every second one, as published.
-            Objective::Awm => steps[*i].can_be_noised_to() && (*i == 1 || *i > 1 && *i % 2 == 0),
+            Objective::Awm => {
+                let published = *i == 1 || *i > 1 && i.is_multiple_of(2);
+                steps[*i].can_be_noised_to() && published
+            }
             Objective::PpoClip | Objective::LogRatio | Objective::LogHinge => steps[*i].trainable(),
         };
         fits && *i < within && (*i != last || plain.train_last_step)

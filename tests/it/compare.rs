@@ -51,18 +51,23 @@ fn methods_are_tuned_and_compared_on_the_same_pictures() {
     assert!(text.contains(table.trim()), "the table is printed");
     for method in ["grpo", "branch", "nft", "wide"] {
         assert!(table.lines().any(|l| l.starts_with(&format!("| {method} | learning-rate"))));
-        let trial = record(&out, &format!("{method}/tune-learning-rate=8e-3.json"));
+        let trial = record(&out, &format!("{method}/learning-rate=8e-3/seed-1007.json"));
         assert_eq!(
             (&trial["seed"], &trial["tuned"]["learning-rate"]),
             (&1007.into(), &"8e-3".into())
         );
         for seed in [7, 8] {
-            let run = record(&out, &format!("{method}/seed-{seed}.json"));
+            let chosen = |method: &str| {
+                let line = table.lines().find(|l| l.starts_with(&format!("| {method} | learn")));
+                let rate = line.unwrap().split(" | ").nth(1).unwrap().replace(' ', "=");
+                record(&out, &format!("{method}/{rate}/seed-{seed}.json"))
+            };
+            let run = chosen(method);
             assert_eq!(run["epochs"].as_array().unwrap().len(), 2, "{method}");
             assert!(run["epochs"][0]["calls"].as_u64().unwrap() > 0);
             assert_eq!(run["evaluations"].as_array().unwrap().len(), 3);
             // The same pictures before anything is learnt.
-            let other = record(&out, &format!("grpo/seed-{seed}.json"));
+            let other = chosen("grpo");
             assert_eq!(
                 run["evaluations"][0]["reward_mean"],
                 other["evaluations"][0]["reward_mean"]
@@ -77,8 +82,9 @@ fn methods_are_tuned_and_compared_on_the_same_pictures() {
     let more = ["--methods", &methods, "--seeds", "3", "--tune", "learning-rate=1e-3,8e-3"];
     let output = compare(&out, &[&more[..], &["--seed", "7"]].concat());
     assert!(output.status.success(), "{}", error_of(&output));
-    let done = std::fs::read_dir(out.join("runs/grpo")).unwrap().count();
-    assert_eq!(done, 1, "the third seed alone");
+    let choice = std::fs::read_dir(out.join("runs/grpo")).unwrap().next().unwrap().unwrap();
+    let done = std::fs::read_dir(choice.path()).unwrap().map(|run| run.unwrap().file_name());
+    assert!(done.eq(["seed-9"]), "the third seed alone");
     // A record of other settings is not taken for this one.
     let output = compare(&out, &[&args[..], &["--rank", "2"]].concat());
     let error = error_of(&output);
@@ -123,6 +129,7 @@ fn what_cannot_be_compared_is_refused() {
     refused(&["--methods", "missing.toml"], &["--methods missing.toml"]);
     refused(&["--methods", "pcpo,pcpo"], &["twice"]);
     refused(&["--methods", "pcpo", "--seeds", "0"], &["--seeds 0"]);
+    refused(&["--methods", "pcpo", "--tune-seeds", "0"], &["--tune-seeds 0"]);
     refused(&["--methods", "pcpo", "--target", "nan"], &["--target NaN"]);
     refused(&["--methods", "pcpo", "--tune", "learning-rate"], &["learning-rate", "KEY=VALUE"]);
     refused(&["--methods", "pcpo", "--tune", "speed=1,2"], &["--tune speed=1", "not a setting"]);

@@ -264,6 +264,19 @@ fn flow_samplers_lead_to_the_ode_as_noise_goes_to_zero() {
             assert_eq!(q.without_noise().b, o.b);
         }
     }
+    // METHOD2 9.6.
+    let published = schedule.steps(&flow_sampling(Sampler::Cps, 10, 0.8, 3.0)).unwrap();
+    let weights = [
+        0.03894305, 0.07288823, 0.11366054, 0.16383603, 0.22768612, 0.31306841, 0.43689607,
+        0.6464443, 1.1662116,
+    ];
+    for (step, w) in published.iter().zip(weights) {
+        assert!((step.w_native - w).abs() < 1e-7, "{} at {}, not {w}", step.w_native, step.t);
+    }
+    for (i, credit) in [(0, 0.06550644), (5, 0.25170937), (8, 0.13185604)] {
+        let found = 2.0 * published[i].sigma.powi(2) * published[i].w_native;
+        assert!((found - credit).abs() < 1e-7, "{found}, not {credit}");
+    }
     // CPS has no noise in its last step, so that step is never trained.
     let cps = schedule.steps(&flow_sampling(Sampler::Cps, 10, 0.7, 3.0)).unwrap();
     assert!(cps[..9].iter().all(Step::trainable) && !cps[9].trainable());

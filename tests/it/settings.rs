@@ -157,8 +157,7 @@ fn recipes_are_runs_of_their_families() {
         let group = s.images_per_epoch() / s.groups();
         assert!(s.learning_rate == 3e-4 && group >= 16, "{}", recipe.name);
         assert!(recipe.memory().ends_with(" GiB") && !recipe.title().contains('#'));
-        let card: f64 =
-            recipe.name.split('-').nth(1).unwrap()[..].replace("gb", "").parse().unwrap();
+        let card: f64 = recipe.name.rsplit('-').next().unwrap().replace("gb", "").parse().unwrap();
         let memory: f64 = recipe.memory().trim_end_matches(" GiB").parse().unwrap();
         assert!(memory < card, "{} needs {memory}", recipe.name);
     }

@@ -22,6 +22,9 @@ pub struct CompareArgs {
     /// A setting and the values that each method chooses from by a seed of its own; can be repeated
     #[arg(long, value_name = "KEY=V,V,..")]
     tune: Vec<Tuned>,
+    /// Seeds by which a method chooses what is tuned
+    #[arg(long, default_value_t = 1)]
+    tune_seeds: u64,
     /// Reward that methods are compared at [default: the first's median at its end]
     #[arg(long, value_name = "REWARD", allow_negative_numbers = true)]
     target: Option<f64>,
@@ -43,6 +46,7 @@ pub fn run(args: &CompareArgs) -> Result<i32> {
         methods.push(method);
     }
     numbers::count("--seeds", args.seeds as usize, MOST_SEEDS as usize)?;
+    numbers::count("--tune-seeds", args.tune_seeds as usize, MOST_SEEDS as usize)?;
     numbers::optional("--target", args.target, Range::Finite)?;
     for (i, tuned) in args.tune.iter().enumerate() {
         ensure!(
@@ -52,7 +56,13 @@ pub fn run(args: &CompareArgs) -> Result<i32> {
         );
     }
     let options = args.job.layers()?;
-    let comparison = Comparison { methods, seeds: args.seeds, tune: args.tune.clone(), options };
+    let comparison = Comparison {
+        methods,
+        seeds: args.seeds,
+        tune: args.tune.clone(),
+        tune_seeds: args.tune_seeds,
+        options,
+    };
     catch_signals();
     let listeners = Listeners::new(false);
     let tell = |text: &str| println!("\n== {text}");

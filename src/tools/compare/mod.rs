@@ -14,7 +14,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-use self::plan::PlannedRun;
+use self::plan::{Choice, PlannedRun};
 pub use self::plan::{Comparison, MOST_SEEDS, Method, Tuned};
 use self::record::RunRecord;
 use self::summary::{Found, Summary};
@@ -60,13 +60,9 @@ pub fn compare(
         for run in comparison.tuning(method)? {
             trials.extend(once(&run, out, observer, tell, &mut failed)?);
         }
-        let best = trials.iter().filter(|r| r.final_reward().is_some()).max_by(|a, b| {
-            a.final_reward().unwrap_or(f64::NAN).total_cmp(&b.final_reward().unwrap_or(f64::NAN))
-        });
-        if let Some(best) = best {
-            own.tuned.clone_from(&best.tuned);
-        }
+        let best = best(&trials);
         let untuned = !comparison.tune.is_empty() && best.is_none();
+        own.tuned = best.unwrap_or_default();
         own.trials = trials;
         if untuned {
             failed.push(format!("{}: no trial of the tuning came to its end", method.name));
@@ -82,6 +78,23 @@ pub fn compare(
     let summary = Summary::new(&found, target);
     write(&summary, out)?;
     Ok(Compared { table: table::markdown(&summary), failed })
+}
+
+/// The choice whose trials end with the largest mean reward; one of whose pictures have collapsed,
+/// or which has diverged, only where all have: a reward is no gain that the pictures paid for.
+fn best(trials: &[RunRecord]) -> Option<Choice> {
+    let mut choices: Vec<&Choice> = trials.iter().map(|trial| &trial.tuned).collect();
+    choices.dedup();
+    let worth = |choice: &&Choice| {
+        let own: Vec<&RunRecord> = trials.iter().filter(|t| t.tuned == **choice).collect();
+        let rewards: Vec<f64> = own.iter().filter_map(|t| t.final_reward()).collect();
+        let whole = rewards.len() == own.len() && own.iter().all(|t| !t.collapsed());
+        let mean = rewards.iter().sum::<f64>() / rewards.len() as f64;
+        (!rewards.is_empty()).then_some((whole, mean))
+    };
+    let known = choices.iter().filter_map(|choice| Some((worth(choice)?, *choice)));
+    let order = |a: &(bool, f64), b: &(bool, f64)| a.0.cmp(&b.0).then(a.1.total_cmp(&b.1));
+    known.max_by(|(a, _), (b, _)| order(a, b)).map(|(_, choice)| choice.clone())
 }
 
 fn write(summary: &Summary, out: &Path) -> Result<()> {

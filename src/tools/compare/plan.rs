@@ -80,6 +80,9 @@ impl Tuned {
     }
 }
 
+/// One value of each setting that is tuned.
+pub type Choice = BTreeMap<String, String>;
+
 /// A run to be done.
 #[derive(Clone, Debug)]
 pub struct PlannedRun {
@@ -95,6 +98,8 @@ pub struct Comparison {
     pub methods: Vec<Method>,
     pub seeds: u64,
     pub tune: Vec<Tuned>,
+    /// Seeds by which a method chooses, apart from the others.
+    pub tune_seeds: u64,
     /// What all runs are told; a method's own options win.
     pub options: Options,
 }
@@ -105,60 +110,61 @@ const TUNING: u64 = 1000;
 pub const MOST_SEEDS: u64 = TUNING;
 
 impl Comparison {
-    fn run(
-        &self,
-        method: &Method,
-        seed: u64,
-        folder: String,
-        tuned: &BTreeMap<String, String>,
-    ) -> Result<PlannedRun> {
+    /// A method's run with one choice of what is tuned.
+    fn run(&self, method: &Method, seed: u64, choice: &Choice) -> Result<PlannedRun> {
         let mut options = method.options.over(&self.options)?;
-        for (key, value) in tuned {
+        for (key, value) in choice {
             let own = Tuned { key: key.clone(), values: Vec::new() }.option(value)?;
             options = own.over(&options)?;
         }
         let options = Options { seed: Some(seed), ..options };
         let settings = options.resolve().with_context(|| format!("method {}", method.name))?;
-        Ok(PlannedRun {
-            name: RunName { method: method.name.clone(), seed, tuned: tuned.clone() },
-            place: Path::new(&method.name).join(folder),
-            settings,
-        })
+        let parts: Vec<String> = choice.iter().map(|(k, v)| format!("{k}={v}")).collect();
+        let mut place = PathBuf::from(&method.name);
+        if !parts.is_empty() {
+            place.push(parts.join(","));
+        }
+        place.push(format!("seed-{seed}"));
+        let name = RunName { method: method.name.clone(), seed, tuned: choice.clone() };
+        Ok(PlannedRun { name, place, settings })
     }
 
     fn first_seed(&self) -> u64 {
         self.options.seed.unwrap_or(0)
     }
 
-    /// The runs by which a method finds what is tuned: none where nothing is.
+    /// All choices of what is tuned; none where nothing is.
+    fn choices(&self) -> Vec<Choice> {
+        if self.tune.is_empty() {
+            return Vec::new();
+        }
+        let mut choices = vec![Choice::new()];
+        for tuned in &self.tune {
+            let with = |choice: &Choice| {
+                let one = |value: &String| {
+                    let mut more = choice.clone();
+                    more.insert(tuned.key.clone(), value.clone());
+                    more
+                };
+                tuned.values.iter().map(one).collect::<Vec<_>>()
+            };
+            choices = choices.iter().flat_map(with).collect();
+        }
+        choices
+    }
+
+    /// The runs by which a method chooses: of each choice one a seed of the tuning.
     ///
     /// # Errors
     /// When a method's settings do not fit.
     pub fn tuning(&self, method: &Method) -> Result<Vec<PlannedRun>> {
-        if self.tune.is_empty() {
-            return Ok(Vec::new());
-        }
-        let mut choices: Vec<BTreeMap<String, String>> = vec![BTreeMap::new()];
-        for tuned in &self.tune {
-            let with = |choice: &BTreeMap<String, String>| {
-                tuned
-                    .values
-                    .iter()
-                    .map(|value| {
-                        let mut more = choice.clone();
-                        more.insert(tuned.key.clone(), value.clone());
-                        more
-                    })
-                    .collect::<Vec<_>>()
-            };
-            choices = choices.iter().flat_map(with).collect();
-        }
-        let run = |choice: &BTreeMap<String, String>| {
-            let parts: Vec<String> = choice.iter().map(|(k, v)| format!("{k}={v}")).collect();
-            let folder = format!("tune-{}", parts.join(","));
-            self.run(method, self.first_seed() + TUNING, folder, choice)
+        let first = self.first_seed() + TUNING;
+        let all = |choice: &Choice| {
+            let seeds = (0..self.tune_seeds).map(|i| self.run(method, first + i, choice));
+            seeds.collect::<Result<Vec<_>>>()
         };
-        choices.iter().map(run).collect()
+        let runs: Vec<Vec<PlannedRun>> = self.choices().iter().map(all).collect::<Result<_>>()?;
+        Ok(runs.concat())
     }
 
     /// Whether all methods can be run, and are evaluated on the same prompts.
@@ -169,7 +175,7 @@ impl Comparison {
         let mut first: Option<PlannedRun> = None;
         for method in &self.methods {
             self.tuning(method)?;
-            for run in self.runs(method, &BTreeMap::new())? {
+            for run in self.runs(method, &Choice::new())? {
                 let Some(first) = &first else {
                     first = Some(run);
                     continue;
@@ -195,13 +201,8 @@ impl Comparison {
     ///
     /// # Errors
     /// When its settings do not fit.
-    pub fn runs(
-        &self,
-        method: &Method,
-        tuned: &BTreeMap<String, String>,
-    ) -> Result<Vec<PlannedRun>> {
+    pub fn runs(&self, method: &Method, choice: &Choice) -> Result<Vec<PlannedRun>> {
         let first = self.first_seed();
-        let seeds = (0..self.seeds).map(|i| first + i);
-        seeds.map(|seed| self.run(method, seed, format!("seed-{seed}"), tuned)).collect()
+        (0..self.seeds).map(|i| self.run(method, first + i, choice)).collect()
     }
 }

@@ -97,6 +97,12 @@ impl RunRecord {
         Ok(())
     }
 
+    /// Whether its last pictures have collapsed: a signal of the watch stands beyond the bound that
+    /// stops, twice in a row.
+    pub fn collapsed(&self) -> bool {
+        self.evaluations.last().is_some_and(|e| e.reason_to_stop().is_some())
+    }
+
     /// The last evaluation's reward.
     pub fn final_reward(&self) -> Option<f64> {
         self.diverged.is_none().then(|| self.evaluations.last().map(|e| e.reward_mean)).flatten()

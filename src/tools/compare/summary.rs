@@ -80,6 +80,8 @@ pub struct Row {
     pub method: String,
     pub seeds: usize,
     pub diverged: usize,
+    /// Seeds whose last pictures had collapsed.
+    pub collapsed: usize,
     /// Reward of the evaluation after the last epoch.
     pub reward: Option<Spread>,
     /// What it took to the target; infinite where more than half of the seeds never came there.
@@ -194,6 +196,7 @@ fn row(own: &Found, first: &Found, target: Option<f64>) -> Row {
         method: own.method.clone(),
         seeds: own.runs.len(),
         diverged: own.runs.iter().filter(|r| r.diverged.is_some()).count(),
+        collapsed: own.runs.iter().filter(|r| r.collapsed()).count(),
         reward: Spread::of(&rewards),
         to_target,
         of_first,

@@ -45,10 +45,10 @@ fn methods(s: &Summary) -> Table {
     head.extend(texts(&["epochs, of the first's", "calls, of the first's"]));
     head.extend(texts(&["reward at the first's calls", "better : worse (p)"]));
     let row = |(row, found): (&Row, &Found)| {
-        let seeds = match row.diverged {
-            0 => row.seeds.to_string(),
-            n => format!("{} ({n} diverged)", row.seeds),
-        };
+        let mut seeds = row.seeds.to_string();
+        for (n, what) in [(row.diverged, "diverged"), (row.collapsed, "collapsed")] {
+            seeds += &if n > 0 { format!(", {n} {what}") } else { String::new() };
+        }
         let mut cells = vec![row.method.clone(), tuned(&found.tuned), seeds];
         cells.push(spread(row.reward.as_ref()));
         cells.extend(Clock::ALL.map(|clock| spread(row.to_target.get(&clock))));
@@ -123,18 +123,19 @@ fn timesteps(s: &Summary) -> Vec<Table> {
 fn trials(s: &Summary) -> Option<Table> {
     let row = |found: &Found| {
         let rows = found.trials.iter().map(|trial| {
-            let reward = trial.final_reward().map_or_else(|| "diverged".into(), short);
-            vec![found.method.clone(), tuned(&trial.tuned), reward]
+            let mut reward = trial.final_reward().map_or_else(|| "diverged".into(), short);
+            reward += if trial.collapsed() { ", collapsed" } else { "" };
+            vec![found.method.clone(), tuned(&trial.tuned), trial.seed.to_string(), reward]
         });
         rows.collect::<Vec<_>>()
     };
     let rows: Vec<Vec<String>> = s.found.iter().flat_map(row).collect();
     (!rows.is_empty()).then(|| Table {
         title: "Tuning".into(),
-        how: "Each method's last reward with each choice, on one seed of its own; the best is \
-              taken."
+        how: "Each method's last reward with each choice, on seeds of its own. The best mean is \
+              taken, of the choices whose pictures have not collapsed where there are any."
             .into(),
-        head: texts(&["method", "choice", "last reward"]),
+        head: texts(&["method", "choice", "seed", "last reward"]),
         rows,
     })
 }

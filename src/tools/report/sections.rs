@@ -216,7 +216,7 @@ pub fn credit(run: &Run) -> Option<Section> {
 }
 
 fn names(series: &[BarSeries]) -> String {
-    let names: String = series.iter().map(|s| key(&s.name, s.color)).collect();
+    let names: String = series.iter().map(|s| key(s.name, s.color)).collect();
     format!("<p class=\"legend\">{names}</p>")
 }
 
