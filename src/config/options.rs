@@ -88,7 +88,8 @@ pub struct Options {
     /// What a judge's answer is read for [default: number]
     #[arg(long, value_enum, help_heading = "Prompts and reward")]
     pub judge_answer: Option<JudgeAnswer>,
-    /// Method whose settings are the defaults [default: pcpo]
+    /// Method whose settings are the defaults [default: pcpo; for flow models branch, unless
+    /// numbers of images, trained steps or parts of a method are named]
     #[arg(long, value_enum, help_heading = "Method")]
     pub preset: Option<Preset>,
     /// Surrogate objective

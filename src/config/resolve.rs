@@ -27,6 +27,10 @@ fn specs(flag: &'static str, given: &[String]) -> Result<Vec<RewardSpec>> {
     given.iter().map(|given| RewardSpec::parse(flag, given)).collect()
 }
 
+/// Keys of a method's parts: who names one has a method in mind.
+const METHOD: [&str; 7] =
+    ["objective", "credit", "credit-total", "zeta", "clip-range", "advantage", "branch"];
+
 /// What a preset stands for.
 struct Method {
     objective: Objective,
@@ -80,36 +84,39 @@ impl Options {
     /// # Errors
     /// Names the flag, its value and the way out.
     pub fn resolve(&self) -> Result<Settings> {
+        let embedded = embedded(self.model.as_deref())?;
+        let model = match &embedded {
+            Some((_, folder)) => folder.clone(),
+            None => self.model.clone().expect("a model that is not embedded was named"),
+        };
+        let family = Family::of(&model)?;
+        let mut said = self.clone();
+        said.preset = self.preset.or_else(|| self.default_preset(family.is_flow()));
         let with_job;
-        let (o, model) = match embedded(self.model.as_deref())? {
-            None => (self, self.model.clone().expect("a model that is not embedded was named")),
-            Some((job, folder)) => {
+        let o = match embedded {
+            None => &said,
+            Some((job, _)) => {
                 let mut job: Self = toml::from_str(job)
-                    .with_context(|| format!("the job of {}", folder.display()))?;
-                if self.branches() || self.forward() {
+                    .with_context(|| format!("the job of {}", model.display()))?;
+                if said.branches() || said.forward() {
                     // It is for the job's images; roots may be another number.
                     job.updates_per_epoch = None;
                 }
-                if self.forward() {
+                if said.forward() {
                     // Those of an objective of trajectories are no good for one of ends.
                     (job.clip_range, job.kl_beta, job.train_steps) = (None, None, None);
                 }
-                with_job = self.over(&job)?;
-                (&with_job, folder)
+                with_job = said.over(&job)?;
+                &with_job
             }
         };
-        let family = Family::of(&model)?;
         ensure!(
             o.grid.is_none() || family.is_flow(),
             "--grid: is for flow models; {} is one of diffusion; leave it out",
             model.display()
         );
         let sampler = o.sampler.unwrap_or(Sampler::of_trainers(family.is_flow()));
-        let preset = o.preset.unwrap_or(match o.objective {
-            Some(Objective::Nft) => Preset::Nft,
-            Some(Objective::Awm) => Preset::Awm,
-            _ => Preset::Pcpo,
-        });
+        let preset = o.preset.unwrap_or(Preset::Pcpo);
         let method = preset.method();
         let (rank, alpha) = self.adapter_size(o)?;
         let prompt = prompts(o)?;
@@ -217,6 +224,20 @@ impl Options {
         };
         settings.check()?;
         Ok(settings)
+    }
+
+    /// The preset where none is named, which docs/RESULTS.md chose for each family: PCPO for
+    /// diffusion and, for a flow, branching where nothing is said of images, steps or the method's
+    /// parts. None for an embedded job to choose.
+    fn default_preset(&self, flow: bool) -> Option<Preset> {
+        match self.objective {
+            Some(Objective::Nft) => return Some(Preset::Nft),
+            Some(Objective::Awm) => return Some(Preset::Awm),
+            Some(Objective::PpoClip | Objective::LogRatio | Objective::LogHinge) | None => {}
+        }
+        let own = self.table().unwrap_or_default();
+        let parts = REPLACED.iter().chain(&METHOD).any(|key| own.contains_key(*key));
+        (flow && !parts).then_some(Preset::Branch)
     }
 
     /// Images with trajectories of their own, of so many prompts.

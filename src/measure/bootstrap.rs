@@ -113,8 +113,8 @@ fn quantile(ascending: &[f64], share: f64) -> f64 {
     let below = place.floor() as usize;
     let above = (below + 1).min(ascending.len() - 1);
     let fraction = place - below as f64;
-    // Equal infinities have no difference.
-    if ascending[below] == ascending[above] {
+    // Infinities have no difference, and no part of one.
+    if fraction == 0.0 || ascending[below] == ascending[above] {
         return ascending[below];
     }
     ascending[below] + fraction * (ascending[above] - ascending[below])
@@ -138,6 +138,10 @@ mod tests {
     #[test]
     fn medians_and_signs() {
         assert_eq!(median(&[3.0, 1.0, f64::INFINITY, 2.0]), Some(2.5));
+        assert_eq!(median(&[1.0, f64::INFINITY, 2.0]), Some(2.0));
+        let never = [1.0, f64::INFINITY, f64::INFINITY];
+        assert_eq!(median(&never), Some(f64::INFINITY));
+        assert_eq!(median_bounds(&never, 0).unwrap().high, f64::INFINITY);
         assert_eq!(median(&[]), None);
         let bounds = median_bounds(&[1.0, 2.0, 3.0, 4.0, 5.0], 0).unwrap();
         assert!(bounds.low >= 1.0 && bounds.low < 3.0 && bounds.high > 3.0 && bounds.high <= 5.0);

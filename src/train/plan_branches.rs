@@ -5,6 +5,7 @@ use anyhow::Result;
 use super::plan::{EpochPlan, Part, PlanContext, chosen, with_own_total};
 use crate::config::{BranchGroup, Branching, Settings};
 use crate::model::row_map::RowMap;
+use crate::ops::advantage::Advantage;
 use crate::philox::{self, Stream};
 use crate::reward::Prompt;
 use crate::sampling::generate::{ImageRequest, InitialLatent};
@@ -44,9 +45,11 @@ pub(super) fn plan_branches(
                 let begin = prompts.len();
                 for root in trajectories.clone() {
                     let prompt = prompt(root);
-                    let group = match b.branch_group {
-                        BranchGroup::Root => format!("{}\n{step} {root}", prompt.text),
-                        BranchGroup::Prompt => format!("{}\n{step}", prompt.text),
+                    let group = match (s.advantage, b.branch_group) {
+                        // What an epoch compares with is the prompt's rewards of earlier ones.
+                        (Advantage::PerPrompt, _) => prompt.text.clone(),
+                        (_, BranchGroup::Root) => format!("{}\n{step} {root}", prompt.text),
+                        (_, BranchGroup::Prompt) => format!("{}\n{step}", prompt.text),
                     };
                     prompts.extend(std::iter::repeat_n(prompt.clone(), k));
                     groups.extend(std::iter::repeat_n(group, k));

@@ -59,6 +59,33 @@ fn presets_are_those_of_the_papers() {
     assert_eq!(toml::to_string(&resolve(None)).unwrap(), toml::to_string(&pcpo).unwrap());
 }
 
+/// docs/RESULTS.md chose: PCPO for diffusion, branching for a flow whose user has said nothing of
+/// images, steps or the method.
+#[test]
+fn each_family_has_its_own_default() {
+    let flow = Options { model: Some(golden("sd3")), ..options() };
+    let preset = |o: &Options| o.resolve().unwrap().preset;
+    assert_eq!(preset(&options()), Preset::Pcpo);
+    assert_eq!(preset(&flow), Preset::Branch);
+    let whole = flow.resolve().unwrap();
+    assert_eq!(whole.images_per_epoch(), 30, "one prompt, one root");
+    for named in [
+        Options { group_size: Some(4), ..flow.clone() },
+        Options { train_steps: Some(2), ..flow.clone() },
+        Options { credit: Some(Credit::Guard), ..flow.clone() },
+        Options { preset: Some(Preset::Pcpo), ..flow.clone() },
+    ] {
+        assert_eq!(preset(&named), Preset::Pcpo, "{named:?}");
+    }
+    let nft = Options { objective: Some(Objective::Nft), ..flow };
+    assert_eq!(preset(&nft), Preset::Nft);
+    // An embedded job's numbers of images are nobody's words.
+    let embedded = Options { model: Some("emoji-flow".into()), ..Default::default() };
+    assert_eq!(preset(&embedded), Preset::Branch);
+    let plain = Options { preset: Some(Preset::Grpo), ..embedded };
+    assert_eq!(plain.resolve().unwrap().images_per_epoch(), 32);
+}
+
 #[test]
 fn flags_win_over_the_file_which_wins_over_the_preset() {
     let file = Options {
