@@ -180,6 +180,12 @@ impl Settings {
              use more, or --branch-group prompt with more --roots"
         );
         ensure!(
+            b.anchor_steps <= self.steps - b.steps().count(),
+            "--anchor-steps {}: only {} steps have no branches; lower it",
+            b.anchor_steps,
+            self.steps - b.steps().count()
+        );
+        ensure!(
             b.anchor_steps == 0 || self.kl_beta > 0.0,
             "--anchor-steps {}: holds the roots by the KL, which needs --kl-beta; give both",
             b.anchor_steps

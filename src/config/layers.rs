@@ -20,6 +20,22 @@ pub(super) const REPLACED: [&str; 8] = [
     "initial-noise",
 ];
 
+/// Keys of branching.
+const BRANCHING: [&str; 4] = ["branch", "roots", "branch-group", "anchor-steps"];
+
+/// Keys in whose place an objective of the forward process has values of its own.
+const OF_TRAJECTORIES: [&str; 9] = [
+    "objective",
+    "credit",
+    "advantage",
+    "clip-range",
+    "kl-beta",
+    "train-steps",
+    "train-window",
+    "noise-only-trained",
+    "updates-per-epoch",
+];
+
 impl Options {
     /// Reads a TOML file.
     ///
@@ -77,6 +93,13 @@ impl Options {
         // How many images there are, and which of their steps are trained, is told by the branches.
         if self.branches() {
             REPLACED.iter().for_each(|key| drop(merged.remove(*key)));
+        } else if self.preset.is_some() || self.forward() {
+            BRANCHING.iter().for_each(|key| drop(merged.remove(*key)));
+        }
+        // Those of an objective of trajectories are no good for one of ends.
+        let was_forward = base.forward();
+        if self.forward() && !was_forward {
+            OF_TRAJECTORIES.iter().for_each(|key| drop(merged.remove(*key)));
         }
         merged.extend(own);
         Ok(merged.try_into()?)

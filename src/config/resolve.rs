@@ -9,6 +9,7 @@ use super::choices::{
     BranchGroup, Checkpointing, InitialNoise, LrScheduler, Objective, OldDecay, Preset,
 };
 use super::layers::REPLACED;
+use super::numbers::{self, MOST};
 use super::options::Options;
 use super::prompts::{embedded, held_out, prompts};
 use super::rollout::{Branching, Plain, Rollout};
@@ -28,8 +29,7 @@ fn specs(flag: &'static str, given: &[String]) -> Result<Vec<RewardSpec>> {
 }
 
 /// Keys of a method's parts: who names one has a method in mind.
-const METHOD: [&str; 7] =
-    ["objective", "credit", "credit-total", "zeta", "clip-range", "advantage", "branch"];
+const METHOD: [&str; 5] = ["objective", "credit", "credit-total", "zeta", "branch"];
 
 /// What a preset stands for.
 struct Method {
@@ -98,13 +98,9 @@ impl Options {
             Some((job, _)) => {
                 let mut job: Self = toml::from_str(job)
                     .with_context(|| format!("the job of {}", model.display()))?;
-                if said.branches() || said.forward() {
+                if said.branches() {
                     // It is for the job's images; roots may be another number.
                     job.updates_per_epoch = None;
-                }
-                if said.forward() {
-                    // Those of an objective of trajectories are no good for one of ends.
-                    (job.clip_range, job.kl_beta, job.train_steps) = (None, None, None);
                 }
                 with_job = said.over(&job)?;
                 &with_job
@@ -117,10 +113,17 @@ impl Options {
         );
         let sampler = o.sampler.unwrap_or(Sampler::of_trainers(family.is_flow()));
         let preset = o.preset.unwrap_or(Preset::Pcpo);
-        let method = preset.method();
+        let method = match o.objective {
+            Some(Objective::Nft) => Preset::Nft.method(),
+            Some(Objective::Awm) => Preset::Awm.method(),
+            Some(Objective::PpoClip | Objective::LogRatio | Objective::LogHinge) | None => {
+                preset.method()
+            }
+        };
         let (rank, alpha) = self.adapter_size(o)?;
         let prompt = prompts(o)?;
         let steps = o.steps.unwrap_or(sampler.default_steps());
+        numbers::count("--steps", steps, MOST)?;
         let branches = || Branching::published(family.is_flow(), steps);
         let branch = o.branch.clone().or_else(|| preset.branches().then(branches));
         let rollout = match branch {

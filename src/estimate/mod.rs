@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 
 pub use self::shapes::Shapes;
 use crate::choice::name;
-use crate::config::{Checkpointing, Settings};
+use crate::config::{Checkpointing, Rollout, Settings};
 use crate::device::system::memory_text;
 use crate::device::{Compute, rows_at_a_time};
 use crate::model::Storage;
@@ -126,8 +126,10 @@ impl Target {
 
 /// What a run's batches are like on a device.
 struct Batches {
-    /// Rows of the network in a batch, guidance's second among them.
+    /// Rows of the network in a batch of an update, guidance's second among them.
     rows: f64,
+    /// The same of a rollout.
+    drawn: f64,
     /// Images in a batch.
     images: f64,
     /// Batches that a rollout and an update run at once.
@@ -140,11 +142,20 @@ impl Batches {
         let guided = !shapes.distilled && Guidance::new(s.guidance_scale) != Guidance::Off;
         // Branches of a root are one row of the network in an update.
         let batch = rows_at_a_time(target.threads, s.trajectories_per_update(), s.batch);
+        let drawn = match &s.rollout {
+            Rollout::Plain(_) => batch,
+            // Branches end as images of their own.
+            Rollout::Branching(b) => {
+                let most = b.branch.iter().max().map_or(1, |k| k * s.trajectories());
+                rows_at_a_time(target.threads, most, s.batch).max(batch)
+            }
+        };
         // An update runs its own share of the batches, a rollout all of them.
         let per_update = s.trajectories_per_update().div_ceil(batch);
         let at_once = |batches: usize| target.threads.min(batches).max(1) as f64;
         Self {
             rows: (batch * if guided { 2 } else { 1 }) as f64,
+            drawn: (drawn * if guided { 2 } else { 1 }) as f64,
             images: batch as f64,
             sampling: at_once(per_update * s.updates_per_epoch),
             updating: at_once(per_update),
@@ -225,7 +236,7 @@ fn largest(blocks: &[BlockShape], f: impl Fn(&BlockShape) -> f64) -> f64 {
 
 /// Activations of one batch of a rollout.
 fn rollout(shapes: &Shapes, batches: &Batches) -> f64 {
-    let rows = batches.rows;
+    let rows = batches.drawn;
     largest(&shapes.blocks, |b| {
         INFERENCE.bytes(b, rows) + 4.0 * rows * (b.input - b.stream).max(0.0)
     })

@@ -217,6 +217,11 @@ fn embeddings(u: &Update) -> Result<Vec<HostTensor>> {
 }
 
 fn metadata(u: &Update) -> Vec<(&'static str, String)> {
+    // Of branches it is a mean over more rows.
+    let kl_beta = match u.loss {
+        Loss::Policy(surrogate) => f64::from(surrogate.beta),
+        Loss::Forward(surrogate) => f64::from(surrogate.kl_beta),
+    };
     let prediction = match u.run.first().pipeline.schedule.prediction() {
         Prediction::Epsilon => "epsilon",
         Prediction::V => "v_prediction",
@@ -233,7 +238,7 @@ fn metadata(u: &Update) -> Vec<(&'static str, String)> {
         ("guidance_scale", u.run.settings.guidance_scale.to_string()),
         // What the loss is a mean over.
         ("entries", u.state.entries(u.run.settings, u.batches).to_string()),
-        ("kl_beta", u.run.settings.kl_beta.to_string()),
+        ("kl_beta", kl_beta.to_string()),
         ("guidance_gradient", name(u.run.settings.guidance_gradient)),
         ("prediction_type", prediction.to_string()),
         ("lora_rank", u.run.adapter.rank.to_string()),

@@ -86,22 +86,24 @@ impl EpochState {
         self.advantages[part.images.clone()].to_vec()
     }
 
-    /// What an update's loss is a mean over: its (image, step) pairs. Of branches only those that
-    /// have an advantage count, as published.
-    pub fn entries(&self, s: &Settings, batches: &[&TrajectoryBatch]) -> usize {
+    /// What an update's loss is a mean over: its pairs of an image and a step or time.
+    pub fn rows(&self, batches: &[&TrajectoryBatch]) -> usize {
         let parts = batches.iter().map(|batch| &batch.part);
+        if self.plan.times.is_empty() {
+            return parts.map(|part| part.images.len() * part.steps.len()).sum();
+        }
+        let images = parts.flat_map(|part| part.images.clone());
+        images.map(|image| self.plan.times[image].len()).sum()
+    }
+
+    /// The same but for the KL: of branches only those count that have an advantage, as published,
+    /// where any has.
+    pub fn entries(&self, s: &Settings, batches: &[&TrajectoryBatch]) -> usize {
+        let images = || batches.iter().flat_map(|batch| batch.part.images.clone());
+        let moved = images().filter(|image| self.advantages[*image] != 0.0).count();
         match s.rollout {
-            Rollout::Plain(_) if self.plan.times.is_empty() => {
-                parts.map(|part| part.images.len() * part.steps.len()).sum()
-            }
-            Rollout::Plain(_) => {
-                let images = parts.flat_map(|part| part.images.clone());
-                images.map(|image| self.plan.times[image].len()).sum()
-            }
-            Rollout::Branching(_) => {
-                let images = parts.flat_map(|part| part.images.clone());
-                images.filter(|image| self.advantages[*image] != 0.0).count().max(1)
-            }
+            Rollout::Branching(_) if moved > 0 => moved,
+            Rollout::Branching(_) | Rollout::Plain(_) => self.rows(batches),
         }
     }
 

@@ -144,7 +144,9 @@ fn time_gradient(
     let (surrogate, advantage) = (options.surrogate, &given.advantage);
     let mut done = forward_objective(surrogate, &time, &x, &given.x0, &predictions, advantage)?;
     if options.test {
-        let off = (now - of(policy.lora)).abs().reshape([rows as i32, -1]).max_dim(1);
+        // As a part of the prediction's largest value, which guidance makes large.
+        let most = |values: Tensor<4>| values.abs().reshape([rows as i32, -1]).max_dim(1);
+        let off = most(now.clone() - of(policy.lora)) / most(now).clamp_min(1.0);
         let rest = done.stats.clone().narrow(1, 1, done.stats.dims()[1] - 1);
         done.stats = Tensor::cat(vec![off, rest], 1);
     }

@@ -27,14 +27,14 @@ pub(super) enum Loss {
 }
 
 impl Loss {
-    /// A mean over so many pairs of an image and a step or time.
-    pub fn new(s: &Settings, entries: usize) -> Self {
+    /// A mean over so many pairs of an image and a step or time; the KL's over `rows` of them.
+    pub fn new(s: &Settings, entries: usize, rows: usize) -> Self {
         let scale = 1.0 / entries as f32;
         let policy = |objective| {
             Self::Policy(Surrogate {
                 objective,
                 clip_range: s.clip_range as f32,
-                beta: s.kl_beta as f32,
+                beta: (s.kl_beta * (entries as f64 / rows as f64)) as f32,
                 guidance_gradient: s.guidance_gradient,
                 scale,
             })

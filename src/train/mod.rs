@@ -185,7 +185,7 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
     let own = |b: &&TrajectoryBatch| b.part.update == share;
     let batches: Vec<&TrajectoryBatch> = state.batches.iter().filter(own).collect();
     let trained = &state.plan.trained[..state.plan.policy_steps];
-    let loss = Loss::new(s, state.entries(s, &batches));
+    let loss = Loss::new(s, state.entries(s, &batches), state.rows(&batches));
     if let Loss::Policy(surrogate) = &loss
         && state.restored
         && !run.tested

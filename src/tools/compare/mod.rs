@@ -23,6 +23,7 @@ use crate::io;
 use crate::sampling::trajectory::NotFinite;
 use crate::stop;
 use crate::tools::report;
+use crate::train::metrics::Record;
 use crate::train::run_folder::{METRICS, SETTINGS};
 use crate::train::{Job, Observer, train};
 
@@ -124,7 +125,11 @@ fn once(
     let dir = out.join("runs").join(&run.place);
     let diverged = match train_in(&dir, &run.settings, observer) {
         Ok(()) => None,
-        Err(e) if e.is::<NotFinite>() => Some(format!("{e:#}")),
+        // Before anything was learnt it is the device or the model that overflows.
+        Err(e) if e.is::<NotFinite>() && learnt(&dir)? => {
+            tell(&format!("{place}: {e:#}"));
+            Some(format!("{e:#}"))
+        }
         Err(e) if stop::requested() => return Err(e),
         Err(e) => {
             failed.push(format!("{place}: {e:#}"));
@@ -139,6 +144,13 @@ fn once(
         RunRecord { diverged, ..RunRecord::new(run.name.clone(), settings, images, &records) };
     io::write(&file, serde_json::to_string(&record)?.as_bytes())?;
     Ok(Some(record))
+}
+
+/// Whether a run's folder has an update on record.
+fn learnt(dir: &Path) -> Result<bool> {
+    let metrics = dir.join(METRICS);
+    let records = if metrics.exists() { report::records(&metrics)? } else { Vec::new() };
+    Ok(records.iter().any(|record| matches!(record, Record::Update(_))))
 }
 
 /// Begins or continues a run in its folder.

@@ -37,6 +37,10 @@ impl Method {
         let stem = path.file_stem().and_then(|s| s.to_str());
         let own = stem.ok_or_else(|| anyhow!("--methods {given}: has a name that is not UTF-8"))?;
         let options = Options::from_file(path).with_context(|| format!("--methods {given}"))?;
+        ensure!(
+            options.seed.is_none(),
+            "--methods {given}: has a seed, and seeds are the comparison's; leave it out"
+        );
         Ok(Self { name: own.into(), options })
     }
 }
@@ -185,6 +189,16 @@ impl Comparison {
                 let same = own.len() == others.len()
                     && own.iter().zip(others).all(|(a, b)| a.text == b.text)
                     && run.settings.eval_images == first.settings.eval_images;
+                let rewards = |run: &PlannedRun| {
+                    let all = run.settings.reward.iter().map(|r| r.given.clone());
+                    (all.collect::<Vec<_>>(), run.settings.mix)
+                };
+                ensure!(
+                    rewards(&run) == rewards(first),
+                    "--methods {}, {}: are trained on other rewards, which cannot be compared",
+                    first.name.method,
+                    method.name
+                );
                 ensure!(
                     same,
                     "--methods {}, {}: are evaluated on other pictures; give --eval-prompts FILE \

@@ -174,7 +174,11 @@ fn row(own: &Found, first: &Found, target: Option<f64>) -> Row {
         of_first.extend(Spread::of(&ratios).map(|s| (clock, s)));
     }
     let at_calls = |run: &RunRecord| {
-        let whole = curve(pair(run)?, Clock::Calls).last()?.0;
+        let other = pair(run).filter(|other| other.diverged.is_none())?;
+        if run.diverged.is_some() {
+            return None;
+        }
+        let whole = curve(other, Clock::Calls).last()?.0;
         let own = curve(run, Clock::Calls);
         // A run that makes fewer calls has its last reward by then.
         height(&own, whole).or_else(|| own.last().filter(|(x, _)| *x <= whole).map(|(_, y)| *y))
