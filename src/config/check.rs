@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
 
-use super::choices::{BranchGroup, Objective};
+use super::choices::Objective;
 use super::numbers::{self, MOST, MOST_RANK, Range};
 use super::rollout::{Branching, Plain, Rollout};
 use super::settings::Settings;
@@ -170,12 +170,9 @@ impl Settings {
             self.groups(),
             b.roots
         );
-        let together = match b.branch_group {
-            BranchGroup::Root => 1,
-            BranchGroup::Prompt => b.roots,
-        };
         ensure!(
-            self.advantage != Advantage::Group || b.steps().all(|(_, k)| k * together > 1),
+            self.advantage != Advantage::Group
+                || b.steps().all(|(_, k)| k * b.roots_compared() > 1),
             "--branch {given}: group advantages need at least 2 branches at a step that has any; \
              use more, or --branch-group prompt with more --roots"
         );

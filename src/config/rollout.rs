@@ -74,6 +74,14 @@ impl Branching {
         self.branch.iter().fold(0, |sum: usize, k| sum.saturating_add(*k))
     }
 
+    /// Roots whose branches' rewards are compared at a step.
+    pub fn roots_compared(&self) -> usize {
+        match self.branch_group {
+            BranchGroup::Root => 1,
+            BranchGroup::Prompt => self.roots,
+        }
+    }
+
     /// The steps with branches, with their number.
     pub fn steps(&self) -> impl Iterator<Item = (usize, usize)> {
         self.branch.iter().copied().enumerate().filter(|(_, k)| *k > 0)

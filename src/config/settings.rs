@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::{Serialize, Serializer};
 
-use super::choices::{BranchGroup, Checkpointing, LrScheduler, Objective, OldDecay, Preset};
+use super::choices::{Checkpointing, LrScheduler, Objective, OldDecay, Preset};
 use super::rollout::{Branching, Plain, Rollout};
 use crate::device::{self, Compute, ComputeType};
 use crate::measure::collapse::Bounds;
@@ -183,11 +183,8 @@ impl Settings {
         match &self.rollout {
             Rollout::Plain(plain) => plain.group_size,
             Rollout::Branching(b) => {
-                let roots = match b.branch_group {
-                    BranchGroup::Root => 1,
-                    BranchGroup::Prompt => b.roots,
-                };
-                b.branch.iter().copied().max().unwrap_or(0).saturating_mul(roots)
+                let most = b.branch.iter().copied().max().unwrap_or(0);
+                most.saturating_mul(b.roots_compared())
             }
         }
     }
@@ -196,7 +193,7 @@ impl Settings {
     pub fn trained_steps(&self) -> usize {
         match &self.rollout {
             Rollout::Plain(plain) => {
-                plain.train_steps.unwrap_or(self.steps - usize::from(!plain.train_last_step))
+                self.steps_of(plain, self.steps - usize::from(!plain.train_last_step))
             }
             Rollout::Branching(b) => b.steps().count() + b.anchor_steps,
         }

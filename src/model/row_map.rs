@@ -84,8 +84,7 @@ impl RowMap {
         if self.is_identity() {
             return all;
         }
-        let firsts = index(&self.firsts(), &all);
-        all.select(0, firsts)
+        rows_of(&all, &self.firsts())
     }
 
     /// All rows, `[len, ..]`, from the few, `[few, ..]`.
@@ -93,8 +92,7 @@ impl RowMap {
         if self.is_identity() {
             return few;
         }
-        let of = index(&self.of, &few);
-        few.select(0, of)
+        rows_of(&few, &self.of)
     }
 
     /// What arrives at the few, `[few, ..]`, by what arrives at all rows: the gradient of
@@ -110,6 +108,12 @@ impl RowMap {
         };
         Tensor::cat((0..self.few).map(sum).collect(), 0)
     }
+}
+
+/// Some of a tensor's rows, in the order of `rows`.
+pub fn rows_of<const D: usize>(all: &Tensor<D>, rows: &[usize]) -> Tensor<D> {
+    let rows = index(rows, all);
+    all.clone().select(0, rows)
 }
 
 fn index<const D: usize>(rows: &[usize], like: &Tensor<D>) -> Tensor<1, Int> {

@@ -1,5 +1,6 @@
 //! What every operation of the hot path is told: guidance, a step's numbers, its noise.
 
+use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
 use crate::device::compute::Compute;
@@ -41,6 +42,30 @@ impl Guidance {
         match self {
             Self::Off => cond,
             Self::Scale(g) => uncond + g * (cond - uncond),
+        }
+    }
+
+    /// The prediction `[B, ..]` from the network's output `[B or 2B, ..]`.
+    pub fn prediction(self, out: &Tensor<4>) -> Tensor<4> {
+        match self {
+            Self::Off => out.clone(),
+            Self::Scale(g) => {
+                let n = out.dims()[0] / 2;
+                let (u, c) = (out.clone().narrow(0, 0, n), out.clone().narrow(0, n, n));
+                u.clone() + (c - u) * g
+            }
+        }
+    }
+
+    /// The gradient of the network's output from that of the prediction; `through_uncond` is the
+    /// factor of the unconditional rows.
+    pub fn gradient(self, prediction: Tensor<4>, through_uncond: f32) -> Tensor<4> {
+        match self {
+            Self::Off => prediction,
+            Self::Scale(g) => {
+                let uncond = prediction.clone() * ((1.0 - g) * through_uncond);
+                Tensor::cat(vec![uncond, prediction * g], 0)
+            }
         }
     }
 

@@ -18,7 +18,7 @@
 //! exact.
 
 use anyhow::Result;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::Tensor;
 
 use super::policy_objective::STATS;
 use crate::device::tensor::upload;
@@ -84,11 +84,6 @@ impl ForwardTime {
     pub fn noised(&self, x0: &Tensor<4>, z: &Tensor<4>) -> Tensor<4> {
         x0.clone() * self.signal + z.clone() * self.noise
     }
-
-    /// x_t's part of an image, less the image: `x0_x x_t - x0`.
-    fn rest(&self, x: &Tensor<4>, x0: &Tensor<4>) -> Tensor<4> {
-        x.clone() * self.x0_x - x0.clone()
-    }
 }
 
 /// Predictions after guidance at a time, `[B, C, H, W]`.
@@ -129,9 +124,11 @@ pub fn forward_objective(
     let dim = shape[1..].iter().product::<usize>() as f32;
     let share: Vec<f32> = advantage.iter().map(|a| a / surrogate.clamp).collect();
     let share = upload(&share, [shape[0], 1, 1, 1], &x.device());
+    // x_t's part of an image, less the image.
+    let rest = x.clone() * time.x0_x - x0.clone();
     let done = match surrogate.objective {
-        ForwardObjective::Nft { beta } => nft(surrogate.clamp, beta, time, x, x0, p, share),
-        ForwardObjective::Awm { clip_range } => awm(clip_range, time, x, x0, p, share),
+        ForwardObjective::Nft { beta } => nft(surrogate.clamp, beta, time, rest, p, share),
+        ForwardObjective::Awm { clip_range } => awm(clip_range, time, rest, p, share),
     };
     let Parts { mut gradient, mut loss, log_rho, clipped, push } = done;
     let away = p.now.clone() - p.old.clone();
@@ -175,12 +172,10 @@ fn nft(
     clamp: f32,
     beta: f32,
     time: &ForwardTime,
-    x: &Tensor<4>,
-    x0: &Tensor<4>,
+    rest: Tensor<4>,
     p: &ForwardPredictions,
     share: Tensor<4>,
 ) -> Parts {
-    let rest = time.rest(x, x0);
     let moved = (p.now.clone() - p.old.clone()) * beta;
     // The error of the prediction that goes a part b of the way, and of its mirror image.
     let error = |mixed: Tensor<4>| {
@@ -201,12 +196,11 @@ fn nft(
 fn awm(
     clip_range: f32,
     time: &ForwardTime,
-    x: &Tensor<4>,
-    x0: &Tensor<4>,
+    rest: Tensor<4>,
     p: &ForwardPredictions,
     share: Tensor<4>,
 ) -> Parts {
-    let target = time.rest(x, x0) / time.x0_p;
+    let target = rest / time.x0_p;
     let log_prob = |prediction: &Tensor<4>| {
         let off = prediction.clone() - target.clone();
         let m = mean(off.clone() * off.clone()) + TINY;
@@ -229,12 +223,4 @@ fn awm(
     let gradient = off * (slope.clone() * by_m * 2.0);
     let clipped = bounded.not_equal(rho).float();
     Parts { gradient, loss, log_rho, clipped, push: slope.abs() }
-}
-
-/// Rows of a batch on its device, by their places in it.
-pub fn select(values: &Tensor<4>, rows: &[usize], device: &Device) -> Tensor<4> {
-    use burn::tensor::{Int, TensorData};
-    let rows: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
-    let n = rows.len();
-    values.clone().select(0, Tensor::<1, Int>::from_data(TensorData::new(rows, [n]), device))
 }

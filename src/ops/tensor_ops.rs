@@ -5,19 +5,8 @@
 use burn::tensor::{Distribution, Tensor};
 
 use super::context::{Coefficients, Guidance};
-use super::policy_objective::{GuidanceGradient, Objective, Surrogate};
+use super::policy_objective::{Objective, Surrogate};
 use super::sampler_step::Stepped;
-
-fn combine(out: &Tensor<4>, guidance: Guidance) -> Tensor<4> {
-    match guidance {
-        Guidance::Off => out.clone(),
-        Guidance::Scale(g) => {
-            let n = out.dims()[0] / 2;
-            let (u, c) = (out.clone().narrow(0, 0, n), out.clone().narrow(0, n, n));
-            u.clone() + (c - u) * g
-        }
-    }
-}
 
 fn sample_mean(x: Tensor<4>) -> Tensor<1> {
     let b = x.dims()[0];
@@ -32,7 +21,7 @@ pub fn sampler_step(
     guidance: Guidance,
     c: &Coefficients,
 ) -> Stepped {
-    let p = combine(out, guidance);
+    let p = guidance.prediction(out);
     let mean = x.clone() * c.a - p.clone() * c.b;
     let z = z.cloned().unwrap_or_else(|| x.random_like(Distribution::Normal(0.0, 1.0)));
     let x_prev = mean.clone() + z * c.sigma;
@@ -60,7 +49,7 @@ pub fn log_ratio(
     guidance: Guidance,
     c: &Coefficients,
 ) -> Tensor<1> {
-    let wd = (combine(out, guidance) - old.clone()) * c.w;
+    let wd = (guidance.prediction(out) - old.clone()) * c.w;
     -sample_mean(wd.clone() * z.clone() + wd.square() * 0.5)
 }
 
@@ -99,17 +88,8 @@ pub fn policy_objective(
         Objective::LogRatio => clipped(lr + 1.0, advantage, s.clip_range, |_| -advantage.clone()),
     };
     let dim = old.dims()[1..].iter().product::<usize>() as f32;
-    let d = combine(out, guidance) - old.clone();
+    let d = guidance.prediction(out) - old.clone();
     let b = push.dims()[0];
     let g = (z.clone() * c.w + d * (c.w * c.w)) * push.reshape([b, 1, 1, 1]) * (-s.scale / dim);
-    match guidance {
-        Guidance::Off => g,
-        Guidance::Scale(scale) => {
-            let through = match s.guidance_gradient {
-                GuidanceGradient::Both => 1.0 - scale,
-                GuidanceGradient::Conditional => 0.0,
-            };
-            Tensor::cat(vec![g.clone() * through, g * scale], 0)
-        }
-    }
+    guidance.gradient(g, s.guidance_gradient.through_uncond())
 }

@@ -5,6 +5,7 @@
 
 use burn::tensor::{Gradients, Tensor};
 
+use crate::device::Compute;
 use crate::lora::{Adapter, Lora};
 use crate::model::denoiser::Hidden;
 use crate::model::{Denoiser, Inputs};
@@ -30,7 +31,8 @@ pub struct GradientAccumulator<'a> {
 
 impl<'a> GradientAccumulator<'a> {
     /// `tracked` is the adapter on a device, with gradients.
-    pub fn new(adapter: &'a Adapter, tracked: &'a Lora, half: bool) -> Self {
+    pub fn new(adapter: &'a Adapter, tracked: &'a Lora, compute: &Compute) -> Self {
+        let half = compute.gpu.as_ref().is_some_and(|gpu| gpu.kernels.half);
         let sums = vec![None; 2 * adapter.layers.len()];
         Self { adapter, tracked, sums, half, scale: None }
     }

@@ -13,6 +13,7 @@ use super::update::{TrajectoryBatch, UpdateGradient};
 use crate::choice::name;
 use crate::device::tensor::read;
 use crate::io::tensors::{HostTensor, write_tensors};
+use crate::lora::Adapter;
 use crate::lora::formats::{self, Format};
 use crate::model::Conditioning;
 use crate::ops::forward_objective::ForwardTime;
@@ -45,10 +46,15 @@ pub(crate) fn write(u: &Update, request: &DumpRequest) -> Result<()> {
     gradient.parameters_mut().zip(&u.gradient.gradients).for_each(|(p, g)| p.clone_from(g));
     let network = u.run.first().pipeline.family.network();
     for (prefix, adapter) in [("lora", &u.run.adapter), ("grad", &gradient)] {
-        let named = formats::tensors(adapter, Format::Diffusers, network).into_iter();
-        tensors.extend(named.map(|t| HostTensor { name: format!("{prefix}.{}", t.name), ..t }));
+        tensors.extend(prefixed(prefix, adapter, network));
     }
     write_tensors(&request.file, &tensors, &metadata(u))
+}
+
+/// An adapter's tensors, with a word before their names.
+fn prefixed(prefix: &str, adapter: &Adapter, network: &str) -> impl Iterator<Item = HostTensor> {
+    let named = formats::tensors(adapter, Format::Diffusers, network).into_iter();
+    named.map(move |t| HostTensor { name: format!("{prefix}.{}", t.name), ..t })
 }
 
 /// Where the rows of batches stand in the dump: the images in their order, and behind them the
@@ -156,9 +162,7 @@ fn ends(u: &Update) -> Result<Vec<HostTensor>> {
     let adapters =
         [("old", u.run.followers.old.as_ref()), ("sampled", sampled.map(|g| &g.adapter))];
     for (prefix, adapter) in adapters {
-        let named = adapter.map(|a| formats::tensors(a, Format::Diffusers, network));
-        let named = named.into_iter().flatten();
-        tensors.extend(named.map(|t| HostTensor { name: format!("{prefix}.{}", t.name), ..t }));
+        tensors.extend(adapter.into_iter().flat_map(|a| prefixed(prefix, a, network)));
     }
     Ok(tensors)
 }

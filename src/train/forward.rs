@@ -8,13 +8,13 @@ use super::backward::{Forward, GradientAccumulator, LoraPair};
 use super::update::{BatchGradient, TrajectoryBatch, read_gradient};
 use crate::device::tensor::upload;
 use crate::lora::{Adapter, Lora};
-use crate::model::row_map::RowMap;
+use crate::model::row_map::{RowMap, rows_of};
+use crate::ops::NoiseKey;
 use crate::ops::forward_objective::{
-    ForwardPredictions, ForwardSurrogate, ForwardTime, forward_objective, select,
+    ForwardPredictions, ForwardSurrogate, ForwardTime, forward_objective,
 };
 use crate::ops::philox_noise::philox_noise;
 use crate::ops::policy_objective::GuidanceGradient;
-use crate::ops::{Guidance, NoiseKey};
 use crate::sampling::policy::{Branch, Policy, PromptPair};
 use crate::schedule::Step;
 
@@ -59,11 +59,10 @@ pub fn forward_gradient(
     let frozen = policy.lora.expect("a policy that is trained has an adapter");
     let tracked = &frozen.tracked();
     let lora = LoraPair { tracked, frozen };
-    let half = policy.compute.gpu.as_ref().is_some_and(|gpu| gpu.kernels.half);
-    let mut sums = GradientAccumulator::new(adapter, tracked, half);
+    let mut sums = GradientAccumulator::new(adapter, tracked, policy.compute);
     let [c, h, w] = batch.latent;
     let x0 = upload(&batch.ends, [batch.part.images.len(), c, h, w], &policy.compute.burn);
-    let (mut stats, mut rows_of, mut calls) = (Vec::new(), Vec::new(), 0);
+    let (mut stats, mut counts, mut calls) = (Vec::new(), Vec::new(), 0);
     for at in batch.part.steps.clone() {
         let chosen = |row: &usize| options.times[*row].contains(&at);
         let rows: Vec<usize> = (0..batch.part.images.len()).filter(chosen).collect();
@@ -73,22 +72,19 @@ pub fn forward_gradient(
             let own = Policy { prompts: &prompts, ..*policy };
             let key = noise_key(batch, &trained[at], options.pass);
             let all = philox_noise(policy.compute, [batch.part.images.len(), c, h, w], key)?;
-            let (x0, z) = (
-                select(&x0, &rows, &policy.compute.burn),
-                select(&all, &rows, &policy.compute.burn),
-            );
+            let (x0, z) = (rows_of(&x0, &rows), rows_of(&all, &rows));
             let advantage: Vec<f32> = rows.iter().map(|row| options.advantage[*row]).collect();
             let given = Rows { x0, z, advantage };
             let done = time_gradient(&own, &trained[at], &given, options, lora, &mut sums)?;
             stats.push(done.stats);
             calls += done.calls;
-            rows_of.push((at, rows.len()));
+            counts.push((at, rows.len()));
         }
         tick();
     }
     let (gradients, all) = read_gradient(sums, adapter, Tensor::cat(stats, 0))?;
     let mut all = all.into_iter();
-    let own = rows_of.into_iter().map(|(at, n)| (at, all.by_ref().take(n).collect()));
+    let own = counts.into_iter().map(|(at, n)| (at, all.by_ref().take(n).collect()));
     Ok(BatchGradient { gradients, stats: own.collect(), calls })
 }
 
@@ -131,11 +127,11 @@ fn time_gradient(
     let forward = pass.run(&x, step.t, |x, inputs| {
         Forward::run(policy.net, x, inputs, lora, options.rows_at_once)
     });
-    let guided = |output: Tensor<4>| guided(policy.guidance.combine, output, rows);
+    let guidance = policy.guidance.combine;
     let of = |lora: Option<&Lora>| {
-        guided(Policy { lora, ..*policy }.pass(Branch::All, &each).output(&x, step.t))
+        guidance.prediction(&Policy { lora, ..*policy }.pass(Branch::All, &each).output(&x, step.t))
     };
-    let now = guided(pass.spread(forward.output()));
+    let now = guidance.prediction(&pass.spread(forward.output()));
     let old = of(Some(options.old));
     let sampled = options.sampled.map(|lora| of(Some(lora)));
     let base = (options.surrogate.kl_beta > 0.0).then(|| of(None));
@@ -151,25 +147,8 @@ fn time_gradient(
         done.stats = Tensor::cat(vec![off, rest], 1);
     }
     let through_uncond = options.guidance_gradient.through_uncond();
-    let gradient = match policy.guidance.combine {
-        Guidance::Off => done.gradient,
-        Guidance::Scale(scale) => {
-            let uncond = done.gradient.clone() * ((1.0 - scale) * through_uncond);
-            Tensor::cat(vec![uncond, done.gradient * scale], 0)
-        }
-    };
+    let gradient = guidance.gradient(done.gradient, through_uncond);
     forward.backward(pass.sum(gradient), sums);
     let calls = rows * (2 + usize::from(sampled.is_some()));
     Ok(TimeGradient { stats: done.stats, calls })
-}
-
-/// The prediction of `rows` rows after guidance, from the network's output.
-fn guided(guidance: Guidance, output: Tensor<4>, rows: usize) -> Tensor<4> {
-    match guidance {
-        Guidance::Off => output,
-        Guidance::Scale(scale) => {
-            let (uncond, cond) = (output.clone().narrow(0, 0, rows), output.narrow(0, rows, rows));
-            uncond.clone() + (cond - uncond) * scale
-        }
-    }
 }

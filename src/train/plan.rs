@@ -10,6 +10,7 @@ use crate::model::text::embeddings::PromptEmbeddings;
 use crate::philox::{self, Stream};
 use crate::reward::Prompt;
 use crate::sampling::generate::ImageRequest;
+use crate::sampling::parallel::batches;
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
 use crate::schedule::credit::{self, Credit, Total};
@@ -91,6 +92,14 @@ pub(crate) struct PlanContext<'a> {
     pub steps: &'a [Step],
     /// Indices of those that may be trained.
     pub trainable: &'a [usize],
+}
+
+/// The batches of an update, as ranges of the epoch's trajectories.
+pub(super) fn shares(s: &Settings, compute: &Compute, update: usize) -> Vec<Range<usize>> {
+    let each = s.trajectories_per_update();
+    let first = update * each;
+    let all = batches(compute, each, s.batch).into_iter();
+    all.map(|share| first + share.start..first + share.end).collect()
 }
 
 /// Where the total credit is that of the trained steps, which only the epoch knows.

@@ -2,14 +2,13 @@
 
 use anyhow::Result;
 
-use super::plan::{EpochPlan, Part, PlanContext, chosen, with_own_total};
+use super::plan::{EpochPlan, Part, PlanContext, chosen, shares, with_own_total};
 use crate::config::{BranchGroup, Branching, Settings};
 use crate::model::row_map::RowMap;
 use crate::ops::advantage::Advantage;
 use crate::philox::{self, Stream};
 use crate::reward::Prompt;
 use crate::sampling::generate::{ImageRequest, InitialLatent};
-use crate::sampling::parallel::batches;
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
 
@@ -24,8 +23,7 @@ pub(super) fn plan_branches(
     context: &PlanContext,
 ) -> Result<EpochPlan> {
     let PlanContext { epoch, compute, embeddings, steps, .. } = *context;
-    let (of_epoch, roots, per_update) =
-        (chosen(s, epoch), s.trajectories(), s.trajectories_per_update());
+    let (of_epoch, roots) = (chosen(s, epoch), s.trajectories());
     let prompt = |root: usize| &s.prompt[of_epoch[root % of_epoch.len()]];
     let start = |root: usize| {
         let number = (epoch * roots + root) as u32;
@@ -35,13 +33,9 @@ pub(super) fn plan_branches(
     let (trained, policy_steps) = trained_steps(s, b, context);
     let (mut prompts, mut groups, mut parts) = (Vec::<Prompt>::new(), Vec::new(), Vec::new());
     for update in 0..s.updates_per_epoch {
-        let first = update * per_update;
-        let shares = || {
-            let all = batches(compute, per_update, s.batch).into_iter();
-            all.map(move |share| first + share.start..first + share.end)
-        };
+        let shares = shares(s, compute, update);
         for (at, (step, k)) in b.steps().enumerate() {
-            for trajectories in shares() {
+            for trajectories in shares.iter().cloned() {
                 let begin = prompts.len();
                 for root in trajectories.clone() {
                     let prompt = prompt(root);
@@ -65,7 +59,7 @@ pub(super) fn plan_branches(
             }
         }
         for at in policy_steps..trained.len() {
-            parts.extend(shares().map(|trajectories| Part {
+            parts.extend(shares.iter().cloned().map(|trajectories| Part {
                 update,
                 images: 0..0,
                 steps: at..at + 1,

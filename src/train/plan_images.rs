@@ -2,12 +2,11 @@
 
 use anyhow::Result;
 
-use super::plan::{EpochPlan, Part, PlanContext, chosen, with_own_total};
+use super::plan::{EpochPlan, Part, PlanContext, chosen, shares, with_own_total};
 use crate::config::{InitialNoise, Plain, Settings};
 use crate::philox::{self, Stream};
 use crate::reward::Prompt;
 use crate::sampling::generate::{ImageRequest, InitialLatent};
-use crate::sampling::parallel::batches;
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
 
@@ -17,7 +16,7 @@ use crate::schedule::Step;
 /// When a prompt has no embedding.
 pub(super) fn plan_images(s: &Settings, plain: &Plain, context: &PlanContext) -> Result<EpochPlan> {
     let PlanContext { epoch, compute, embeddings, steps, .. } = *context;
-    let (groups, total, per_update) = (s.groups(), plain.images_per_epoch, s.images_per_update());
+    let (groups, total) = (s.groups(), plain.images_per_epoch);
     let chosen = chosen(s, epoch);
     let first = (epoch * total) as u32;
     let prompts: Vec<Prompt> = (0..total).map(|i| s.prompt[chosen[i % groups]].clone()).collect();
@@ -41,10 +40,8 @@ pub(super) fn plan_images(s: &Settings, plain: &Plain, context: &PlanContext) ->
         philox::choose(s.seed, Stream::TrainSteps, number, trained.len(), k)
     };
     let of_update = |update: usize| {
-        let start = update * per_update;
-        let all = batches(compute, per_update, s.batch).into_iter();
-        let steps = trained.len();
-        all.map(move |b| Part::of_images(update, start + b.start..start + b.end, steps))
+        let (all, steps) = (shares(s, compute, update).into_iter(), trained.len());
+        all.map(move |images| Part::of_images(update, images, steps))
     };
     Ok(EpochPlan {
         starts: prompts.iter().enumerate().map(image).collect::<Result<_>>()?,

@@ -93,8 +93,7 @@ pub fn batch_gradient(
     let frozen = policy.lora.expect("a policy that is trained has an adapter");
     let tracked = &frozen.tracked();
     let lora = LoraPair { tracked, frozen };
-    let half = policy.compute.gpu.as_ref().is_some_and(|gpu| gpu.kernels.half);
-    let mut sums = GradientAccumulator::new(adapter, tracked, half);
+    let mut sums = GradientAccumulator::new(adapter, tracked, policy.compute);
     let steps = batch.part.steps.clone();
     let (mut stats, mut calls) = (Vec::with_capacity(steps.len()), 0);
     for (step, transition) in trained[steps.clone()].iter().zip(&batch.transitions) {
@@ -233,16 +232,19 @@ pub fn credit_table(
     trained: &[Step],
     sum: &UpdateGradient,
 ) -> Result<Vec<(Step, StepStats)>> {
-    let of_step = |(i, step): (usize, &Step)| {
-        let stats = sum.stats_of(i);
-        let weight = Coefficients::from(step).w;
-        let shape = [1, stats.len(), STATS];
-        (!stats.is_empty()).then(|| {
-            let table = upload(bytemuck::cast_slice(&stats), shape, &compute.burn);
-            Ok((*step, credit_reduce(compute, &table, &[weight])?[0]))
-        })
-    };
-    trained.iter().enumerate().filter_map(of_step).collect()
+    let steps = trained.iter().enumerate().map(|(i, step)| (*step, sum.stats_of(i)));
+    let steps: Vec<(Step, Vec<SampleStats>)> = steps.filter(|(_, s)| !s.is_empty()).collect();
+    let mut table = Vec::with_capacity(steps.len());
+    // Steps with as many rows as each other are one visit to the device.
+    for alike in steps.chunk_by(|(_, a), (_, b)| a.len() == b.len()) {
+        let weights: Vec<f32> = alike.iter().map(|(step, _)| Coefficients::from(step).w).collect();
+        let stats: Vec<SampleStats> = alike.iter().flat_map(|(_, s)| s.iter().copied()).collect();
+        let shape = [alike.len(), alike[0].1.len(), STATS];
+        let stats = upload(bytemuck::cast_slice(&stats), shape, &compute.burn);
+        let reduced = credit_reduce(compute, &stats, &weights)?;
+        table.extend(alike.iter().map(|(step, _)| *step).zip(reduced));
+    }
+    Ok(table)
 }
 
 #[cfg(test)]

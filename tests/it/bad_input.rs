@@ -7,7 +7,7 @@ use crate::command_line::program;
 use crate::support::{answers, error_of, for_every_line, golden};
 
 /// Runs `train` with a new folder; the error must hold all `words`, and no folder may be left.
-fn refused(args: &[&str], words: &[&str]) {
+pub fn refused(args: &[&str], words: &[&str]) {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let mut all = vec!["train", "--device", "cpu", "--out", out.to_str().unwrap()];

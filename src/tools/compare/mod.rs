@@ -76,9 +76,7 @@ pub fn compare(
         // As it stands: a long comparison is read before its end.
         write(&Summary::new(&found, target), out)?;
     }
-    let summary = Summary::new(&found, target);
-    write(&summary, out)?;
-    Ok(Compared { table: table::markdown(&summary), failed })
+    Ok(Compared { table: table::markdown(&Summary::new(&found, target)), failed })
 }
 
 /// The choice whose trials end with the largest mean reward; one of whose pictures have collapsed,
@@ -123,10 +121,15 @@ fn once(
     stop::check()?;
     tell(&format!("{place}"));
     let dir = out.join("runs").join(&run.place);
-    let diverged = match train_in(&dir, &run.settings, observer) {
+    let ended = train_in(&dir, &run.settings, observer);
+    // A run that has never saved anything has no records.
+    let metrics = dir.join(METRICS);
+    let records = if metrics.exists() { report::records(&metrics)? } else { Vec::new() };
+    let learnt = records.iter().any(|record| matches!(record, Record::Update(_)));
+    let diverged = match ended {
         Ok(()) => None,
         // Before anything was learnt it is the device or the model that overflows.
-        Err(e) if e.is::<NotFinite>() && learnt(&dir)? => {
+        Err(e) if e.is::<NotFinite>() && learnt => {
             tell(&format!("{place}: {e:#}"));
             Some(format!("{e:#}"))
         }
@@ -136,21 +139,11 @@ fn once(
             return Ok(None);
         }
     };
-    // A run that has never saved anything has no records.
-    let metrics = dir.join(METRICS);
-    let records = if metrics.exists() { report::records(&metrics)? } else { Vec::new() };
     let images = run.settings.images_per_epoch();
     let record =
         RunRecord { diverged, ..RunRecord::new(run.name.clone(), settings, images, &records) };
     io::write(&file, serde_json::to_string(&record)?.as_bytes())?;
     Ok(Some(record))
-}
-
-/// Whether a run's folder has an update on record.
-fn learnt(dir: &Path) -> Result<bool> {
-    let metrics = dir.join(METRICS);
-    let records = if metrics.exists() { report::records(&metrics)? } else { Vec::new() };
-    Ok(records.iter().any(|record| matches!(record, Record::Update(_))))
 }
 
 /// Begins or continues a run in its folder.

@@ -2,7 +2,7 @@
 
 use super::summary::{Clock, Found, MEASURES, Summary, median_curve};
 use super::table::{Table, tables};
-use crate::tools::report::STYLE;
+use crate::tools::report::document;
 use crate::tools::report::format::{escape, short};
 use crate::tools::report::plot::{Plot, Point, Series};
 use crate::tools::report::rewards::{figure, legend};
@@ -19,13 +19,7 @@ pub fn page(s: &Summary) -> String {
                 what a method pays for it.";
     body += &section("Against reward", &measures(s), paid);
     tables(s).iter().for_each(|t| body += &section(&escape(&t.title), &html(t), &escape(&t.how)));
-    format!(
-        "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
-         <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
-         <meta name=\"color-scheme\" content=\"light dark\">\n\
-         <title>{title} \u{b7} comparison</title>\n<link rel=\"icon\" href=\"data:,\">\n\
-         <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n</body>\n</html>\n"
-    )
+    document(&title, "comparison", &body, "")
 }
 
 fn section(title: &str, content: &str, how: &str) -> String {

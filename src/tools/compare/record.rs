@@ -109,6 +109,11 @@ impl RunRecord {
     }
 }
 
+/// The place of a timestep among others: in thousandths, the noisiest first.
+pub fn place(t: f64) -> i64 {
+    -(t * 1000.0).round() as i64
+}
+
 /// Which run of a comparison.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RunName {
@@ -128,11 +133,9 @@ struct Sums {
 }
 
 fn steps(updates: &[&UpdateRecord]) -> Vec<StepSummary> {
-    // Keyed by the timestep in thousandths, the noisiest first.
     let mut all: BTreeMap<i64, (f64, Sums)> = BTreeMap::new();
     for step in updates.iter().filter(|u| !u.skipped).flat_map(|u| &u.steps) {
-        let key = -(step.t * 1000.0).round() as i64;
-        let (_, sums) = all.entry(key).or_insert_with(|| (step.t, Sums::default()));
+        let (_, sums) = all.entry(place(step.t)).or_insert_with(|| (step.t, Sums::default()));
         sums.n += 1.0;
         sums.clip += step.clip_frac;
         sums.gradient += step.contribution;

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::record::{EpochPoint, RunRecord, StepSummary};
+use super::record::{EpochPoint, RunRecord, StepSummary, place};
 use crate::measure::bootstrap::{Bounds, median, median_bounds, sign_test};
 use crate::train::metrics::{EvaluationRecord, Measures};
 
@@ -239,7 +239,7 @@ pub fn median_curve(found: &Found, clock: Clock) -> Vec<(f64, f64)> {
 pub fn median_steps(found: &Found) -> Vec<StepSummary> {
     let mut all: BTreeMap<i64, Vec<&StepSummary>> = BTreeMap::new();
     for step in found.runs.iter().flat_map(|run| &run.steps) {
-        all.entry(-(step.t * 1000.0).round() as i64).or_default().push(step);
+        all.entry(place(step.t)).or_default().push(step);
     }
     let summary = |steps: Vec<&StepSummary>| {
         let of = |f: fn(&StepSummary) -> f64| {

@@ -25,7 +25,7 @@ use crate::io;
 use crate::train::metrics::Record;
 use crate::train::run_folder::{ABOUT, METRICS, SETTINGS, read_record};
 
-pub use self::page::{SCRIPT, STYLE, body, page};
+pub use self::page::{SCRIPT, STYLE, body, document, page};
 pub use self::view::{Picture, RunView};
 
 /// The page's name in a run's folder.

@@ -13,16 +13,21 @@ pub const SCRIPT: &str = include_str!("slider.js");
 
 /// The whole document.
 pub fn page(view: &RunView) -> String {
-    let title = escape(&view.title);
-    let body = body(view);
+    let script = format!("<script>\n{SCRIPT}</script>\n");
+    document(&escape(&view.title), "training run", &body(view), &script)
+}
+
+/// A document that needs no network: its title in HTML and what it is, what stands in `<main>`, and
+/// what follows.
+pub fn document(title: &str, what: &str, main: &str, after: &str) -> String {
     // An empty icon, or browsers ask a server for one.
     format!(
         "<!doctype html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta name=\"color-scheme\" content=\"light dark\">\n\
-         <title>{title} \u{b7} training run</title>\n<link rel=\"icon\" href=\"data:,\">\n\
-         <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n\
-         <script>\n{SCRIPT}</script>\n</body>\n</html>\n"
+         <title>{title} \u{b7} {what}</title>\n<link rel=\"icon\" href=\"data:,\">\n\
+         <style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{main}</main>\n{after}</body>\n\
+         </html>\n"
     )
 }
 

@@ -3,6 +3,7 @@
 use pcpo_wgpu::config::{BranchGroup, Branching};
 
 use super::{of, run};
+use crate::bad_input::refused;
 use crate::command_line::program;
 use crate::support::error_of;
 
@@ -90,16 +91,6 @@ fn anchors_hold_the_roots() {
 
 #[test]
 fn what_cannot_branch_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("run");
-    let refused = |args: &[&str], words: &[&str]| {
-        let own = [&["train", "--device", "cpu", "--out", out.to_str().unwrap()], args].concat();
-        let output = program(&own);
-        let error = error_of(&output);
-        assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
-        assert!(words.iter().all(|word| error.contains(word)), "{args:?}: {error}");
-        assert!(!out.exists(), "{args:?}");
-    };
     let flow = ["--model", "emoji-flow"];
     refused(&["--branch", "4,4", "--group-size", "4"], &["--group-size 4", "--branch", "leave"]);
     refused(&["--preset", "branch", "--train-steps", "2"], &["--train-steps 2", "--preset branch"]);

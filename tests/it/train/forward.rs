@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use super::{of, run};
+use crate::bad_input::refused;
 use crate::command_line::program;
 use crate::support::error_of;
 
@@ -60,16 +61,6 @@ fn runs_of_the_forward_process_count_their_calls_and_resume_to_the_bit() {
 
 #[test]
 fn what_has_no_trajectory_is_refused() {
-    let dir = tempfile::tempdir().unwrap();
-    let out = dir.path().join("run");
-    let refused = |args: &[&str], words: &[&str]| {
-        let own = [&["train", "--device", "cpu", "--out", out.to_str().unwrap()], args].concat();
-        let output = program(&own);
-        let error = error_of(&output);
-        assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
-        assert!(words.iter().all(|word| error.contains(word)), "{args:?}: {error}");
-        assert!(!out.exists(), "{args:?}");
-    };
     refused(&["--preset", "nft", "--credit", "proportionate"], &["--credit", "nft"]);
     refused(&["--preset", "nft", "--branch", "4,4"], &["--objective nft", "branches"]);
     refused(&["--preset", "awm", "--noise-only-trained", "true"], &["--noise-only-trained", "awm"]);
