@@ -1,7 +1,8 @@
 """Writes reference tensors of a diffusers folder: DIR/reference.safetensors and DIR/reference.json.
 
-A folder with a `transformer` (Stable Diffusion 3, FLUX.1) goes to reference_flow.py, which lists
-its tensors. Of a StableDiffusion folder they are as follows. Everything runs on the CPU in f32 and
+A folder with a `transformer` (Stable Diffusion 3, FLUX.1) goes to reference_flow.py, one whose UNet
+takes a pooled text embedding (SDXL) to reference_sdxl.py; these list their tensors. Of a
+StableDiffusion folder they are as follows. Everything runs on the CPU in f32 and
 in eval mode; all tensors are f32 (B images, H x W latents, T tokens of width D):
 
     in.latents                [B, C, H, W]  standard normal
@@ -71,6 +72,13 @@ def is_flow(folder):
         "_class_name", ""
     )
     return lone or (folder / "transformer").is_dir()
+
+
+def is_sdxl(folder):
+    """Whether a folder's UNet takes a pooled text embedding and time ids."""
+    config = Path(folder) / "unet" / "config.json"
+    fields = json.loads(config.read_text()) if config.is_file() else {}
+    return fields.get("addition_embed_type") == "text_time"
 
 
 def load_scheduler(folder):
@@ -189,6 +197,8 @@ def write_reference(folder, out, **options):
     make = make_reference
     if is_flow(folder):
         from reference_flow import make_reference as make  # not at the top: it imports from here
+    elif is_sdxl(folder):
+        from reference_sdxl import make_reference as make
     tensors, record = make(folder, **options)
     save_tensors(Path(out) / "reference.safetensors", tensors)
     if record:

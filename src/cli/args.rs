@@ -11,9 +11,9 @@ use crate::config::prompts::model_folder;
 use crate::config::recipe::Recipe;
 use crate::config::{Options, Settings};
 use crate::device::{self, Compute, ComputeType};
-use crate::model::{Family, Storage};
+use crate::model::{Family, ModelFiles, ModelSpec, Storage};
 use crate::reward::{self, JudgeAnswer, RemoteOptions, RewardSpec};
-use crate::schedule::{Grid, Sampler};
+use crate::schedule::{Grid, PredictionType, Sampler};
 
 /// A job of training.
 #[derive(Args)]
@@ -47,15 +47,53 @@ impl JobArgs {
 /// A model folder.
 #[derive(Args)]
 pub struct ModelArg {
-    /// Model folder, or emoji or emoji-flow [default: emoji]
-    #[arg(long, value_name = "DIR")]
+    /// Model: a folder in diffusers' layout, one .safetensors file, or emoji or emoji-flow [default:
+    /// emoji]
+    #[arg(long, value_name = "DIR|FILE")]
     pub model: Option<PathBuf>,
+    #[command(flatten)]
+    pub parts: PartArgs,
 }
 
 impl ModelArg {
-    /// The folder that is meant.
-    pub fn folder(&self) -> Result<PathBuf> {
-        model_folder(self.model.as_deref())
+    /// The files that are meant.
+    pub fn files(&self) -> Result<ModelFiles> {
+        self.parts.files(model_folder(self.model.as_deref())?)
+    }
+}
+
+/// What supplies or replaces parts of a model.
+#[derive(Args)]
+pub struct PartArgs {
+    /// Configurations in diffusers' layout, for what a model that is one file cannot say
+    #[arg(long, value_name = "DIR")]
+    pub model_config: Option<PathBuf>,
+    /// VAE in place of the model's
+    #[arg(long, value_name = "DIR|FILE")]
+    pub vae: Option<PathBuf>,
+    /// Text encoder in place of the model's; can be repeated, in the order of the model's
+    #[arg(long, value_name = "DIR|FILE")]
+    pub text_encoder: Vec<PathBuf>,
+    /// What a model of diffusion predicts, where its file does not say it
+    #[arg(long, value_enum)]
+    pub prediction_type: Option<PredictionType>,
+}
+
+impl PartArgs {
+    /// What these say of a model.
+    pub fn spec(&self, model: PathBuf) -> ModelSpec {
+        ModelSpec {
+            model,
+            config: self.model_config.clone(),
+            vae: self.vae.clone(),
+            text_encoder: self.text_encoder.clone(),
+            prediction: self.prediction_type,
+        }
+    }
+
+    /// The files of a model.
+    pub fn files(&self, model: PathBuf) -> Result<ModelFiles> {
+        ModelFiles::open(&self.spec(model))
     }
 }
 

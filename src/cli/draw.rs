@@ -11,8 +11,9 @@ use crate::device::Compute;
 use crate::io;
 use crate::io::tensors::{HostTensor, write_tensors};
 use crate::lora::formats;
-use crate::model::pipeline::{TextFrom, embed};
-use crate::model::{Family, Pipeline};
+use crate::model::conditioning::MicroConditioning;
+use crate::model::pipeline::{TextFrom, Texts, embed};
+use crate::model::{Pipeline, Resolution};
 use crate::sampling::Replica;
 use crate::sampling::policy::Weighted;
 use crate::schedule::{Sampler, Sampling, Step};
@@ -47,9 +48,19 @@ pub struct DrawArgs {
     /// Seed of the latents and of the steps' noise
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
-    /// Side of the images in pixels [default: the model's own]
+    /// What guidance leads away from [default: the empty prompt; zeros, where SDXL has them]
+    #[arg(long, value_name = "TEXT")]
+    pub negative_prompt: Option<String>,
+    /// Side of the images in pixels, or HEIGHTxWIDTH [default: the model's own]
     #[arg(long, value_name = "PIXELS")]
-    pub resolution: Option<usize>,
+    pub resolution: Option<Resolution>,
+    /// What SDXL is told of sizes: original height and width, top and left of the crop, height and
+    /// width that are wanted [default: the images' own, uncropped]
+    #[arg(long, value_name = "H,W,TOP,LEFT,H,W", value_delimiter = ',')]
+    pub time_ids: Option<Vec<f64>>,
+    /// The same for the negative prompt [default: --time-ids]
+    #[arg(long, value_name = "H,W,TOP,LEFT,H,W", value_delimiter = ',')]
+    pub negative_time_ids: Option<Vec<f64>>,
     /// Text embeddings that `pcpo-wgpu embed` wrote: no text encoder is loaded
     #[arg(long, value_name = "FILE")]
     pub embeddings: Option<PathBuf>,
@@ -72,7 +83,7 @@ impl DrawArgs {
     pub fn check(&self) -> Result<()> {
         numbers::number("--eta", self.eta, Range::NotNegative)?;
         numbers::optional("--guidance", self.guidance, Range::NotNegative)?;
-        numbers::resolution(self.resolution)?;
+        self.micro()?;
         let (strengths, adapters) = (&self.reward_guidance, self.lora.len());
         for strength in strengths {
             ensure!(strength.is_finite(), "--reward-guidance {strength}: must be a finite number");
@@ -83,6 +94,10 @@ impl DrawArgs {
             strengths.len()
         );
         self.steps.check()
+    }
+
+    fn micro(&self) -> Result<MicroConditioning> {
+        numbers::micro(self.time_ids.as_deref(), self.negative_time_ids.as_deref())
     }
 
     /// The strength of an adapter.
@@ -101,17 +116,18 @@ impl DrawArgs {
         prompts: Vec<String>,
         per_prompt: usize,
     ) -> Result<Canvas> {
-        let model = self.model.folder()?;
-        let family = Family::of(&model)?;
+        let files = self.model.files()?;
+        let family = files.family;
         let length = self.sequence.length(family)?;
         let from = match &self.embeddings {
             Some(file) => TextFrom::File(file),
             None => TextFrom::Encoders(length),
         };
-        let all = [&[String::new()], &prompts[..]].concat();
         let storage = self.storage.storage;
-        let embeddings = embed(&model, &all, from, &compute.burn, storage)?;
-        let pipeline = Pipeline::load(&model, &compute.burn, storage, self.resolution)?;
+        let texts = Texts { prompts: &prompts, negative: self.negative_prompt.as_deref() };
+        let embeddings = embed(&files, texts, from, &compute.burn, storage)?;
+        let (device, pixels) = (&compute.burn, self.resolution);
+        let pipeline = Pipeline::load(&files, device, storage, pixels, self.micro()?)?;
         let linears = pipeline.net.linears();
         let adapter = |(i, file): (usize, &PathBuf)| {
             let value = formats::load(file, &linears).context("--lora")?;

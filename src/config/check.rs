@@ -59,7 +59,7 @@ impl Settings {
             self.updates()
         );
         numbers::count("--rank", self.rank, MOST_RANK)?;
-        numbers::resolution(self.resolution)?;
+        self.micro()?;
         numbers::sequence_length(self.max_sequence_length)?;
         for (flag, value, range) in [
             ("--clip-range", self.clip_range, self.clip_ranges()),

@@ -1,13 +1,12 @@
 //! The numbers that flags take: every command checks them here, whether a flag or a file said them.
 
-use anyhow::{Result, ensure};
+use anyhow::{Result, bail, ensure};
 
+use crate::model::conditioning::{MicroConditioning, TIME_IDS, TimeIds};
 use crate::model::text::tokenizer::MOST_TOKENS;
 
 /// More images, steps or epochs than anybody means; far below what would overflow.
 pub const MOST: usize = 1_000_000;
-/// More pixels along a side than any model draws.
-pub const MOST_PIXELS: usize = 16_384;
 /// A larger rank than any layer has use for.
 pub const MOST_RANK: usize = 16_384;
 
@@ -57,12 +56,29 @@ pub fn count(flag: &str, value: usize, most: usize) -> Result<()> {
     Ok(())
 }
 
-/// Checks the side of images in pixels, where one is given.
+/// What SDXL is told of sizes, of `--time-ids` and `--negative-time-ids`.
 ///
 /// # Errors
-/// As [`count`].
-pub fn resolution(value: Option<usize>) -> Result<()> {
-    value.map_or(Ok(()), |v| count("--resolution", v, MOST_PIXELS))
+/// Names the flag whose numbers are not six, or not finite.
+pub fn micro(given: Option<&[f64]>, negative: Option<&[f64]>) -> Result<MicroConditioning> {
+    let ids = |flag: &str, values: Option<&[f64]>| {
+        let Some(values) = values else { return Ok(None) };
+        values.iter().try_for_each(|v| number(flag, *v, Range::Finite))?;
+        let ids: Vec<f32> = values.iter().map(|v| *v as f32).collect();
+        let ids: Result<TimeIds, _> = ids.try_into();
+        let Ok(ids) = ids else {
+            bail!(
+                "{flag}: {} numbers are given; give {TIME_IDS}: original height and width, top and \
+                 left of the crop, height and width that are wanted",
+                values.len()
+            )
+        };
+        anyhow::Ok(Some(ids))
+    };
+    Ok(MicroConditioning {
+        given: ids("--time-ids", given)?,
+        negative: ids("--negative-time-ids", negative)?,
+    })
 }
 
 /// Checks the number of T5 tokens, which may be none.

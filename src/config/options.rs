@@ -10,27 +10,49 @@ use super::choices::{
     BranchGroup, Checkpointing, InitialNoise, LrScheduler, Objective, OldDecay, Preset,
 };
 use crate::device::ComputeType;
-use crate::model::Storage;
+use crate::model::{Resolution, Storage};
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::GuidanceGradient;
 use crate::reward::{self, JudgeAnswer};
 use crate::schedule::credit::{Credit, Total};
-use crate::schedule::{Grid, Sampler};
+use crate::schedule::{Grid, PredictionType, Sampler};
 
 /// Flags of `train`, and the keys of its TOML file (without the dashes in front).
 #[derive(Args, Clone, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Options {
-    /// Model folder in diffusers' layout, or an embedded model with its job: emoji or emoji-flow
-    /// [default: emoji]
-    #[arg(long, value_name = "DIR", help_heading = "Model and device")]
+    /// Model: a folder in diffusers' layout, one .safetensors file, or an embedded model with its
+    /// job, emoji or emoji-flow [default: emoji]
+    #[arg(long, value_name = "DIR|FILE", help_heading = "Model and device")]
     pub model: Option<PathBuf>,
     /// Type that frozen weights are stored in; the LoRA is f32 [default: f32]
     #[arg(long, value_enum, help_heading = "Model and device")]
     pub storage: Option<Storage>,
-    /// Side of the images in pixels [default: the model's own]
+    /// Configurations in diffusers' layout, for what a model that is one file cannot say
+    #[arg(long, value_name = "DIR", help_heading = "Model and device")]
+    pub model_config: Option<PathBuf>,
+    /// VAE in place of the model's
+    #[arg(long, value_name = "DIR|FILE", help_heading = "Model and device")]
+    pub vae: Option<PathBuf>,
+    /// Text encoder in place of the model's; can be repeated, in the order of the model's
+    #[arg(long, value_name = "DIR|FILE", help_heading = "Model and device")]
+    pub text_encoder: Option<Vec<PathBuf>>,
+    /// What a model of diffusion predicts, where its file does not say it
+    #[arg(long, value_enum, help_heading = "Model and device")]
+    pub prediction_type: Option<PredictionType>,
+    /// Side of the images in pixels, or HEIGHTxWIDTH [default: the model's own]
     #[arg(long, value_name = "PIXELS", help_heading = "Model and device")]
-    pub resolution: Option<usize>,
+    pub resolution: Option<Resolution>,
+    /// What SDXL is told of sizes: original height and width, top and left of the crop, height and
+    /// width that are wanted [default: the images' own, uncropped]
+    #[arg(long, value_name = "H,W,TOP,LEFT,H,W", value_delimiter = ',', help_heading = "Sampling")]
+    pub time_ids: Option<Vec<f64>>,
+    /// The same for the negative prompt [default: --time-ids]
+    #[arg(long, value_name = "H,W,TOP,LEFT,H,W", value_delimiter = ',', help_heading = "Sampling")]
+    pub negative_time_ids: Option<Vec<f64>>,
+    /// What guidance leads away from [default: the empty prompt; zeros, where SDXL has them]
+    #[arg(long, value_name = "TEXT", help_heading = "Sampling")]
+    pub negative_prompt: Option<String>,
     /// Text embeddings that `pcpo-wgpu embed` wrote: no text encoder is loaded
     #[arg(long, value_name = "FILE", help_heading = "Model and device")]
     pub embeddings: Option<PathBuf>,

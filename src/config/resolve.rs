@@ -16,7 +16,7 @@ use super::rollout::{Branching, Plain, Rollout};
 use super::settings::Settings;
 use crate::choice::name;
 use crate::lora::formats;
-use crate::model::{Family, Storage};
+use crate::model::{ModelFiles, ModelSpec, Storage};
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::GuidanceGradient;
 use crate::reward::{self, DEFAULT_TIMEOUT, RewardSpec};
@@ -89,7 +89,7 @@ impl Options {
             Some((_, folder)) => folder.clone(),
             None => self.model.clone().expect("a model that is not embedded was named"),
         };
-        let family = Family::of(&model)?;
+        let family = self.files(&model)?.family;
         let mut said = self.clone();
         said.preset = self.preset.or_else(|| self.default_preset(family.is_flow()));
         let with_job;
@@ -167,7 +167,14 @@ impl Options {
             reward_timeout: o.reward_timeout.unwrap_or(DEFAULT_TIMEOUT as f64),
             judge_question: o.judge_question.clone(),
             judge_answer: o.judge_answer,
+            model_config: o.model_config.clone(),
+            vae: o.vae.clone(),
+            text_encoder: o.text_encoder.clone().unwrap_or_default(),
+            prediction_type: o.prediction_type,
             resolution: o.resolution,
+            time_ids: o.time_ids.clone(),
+            negative_time_ids: o.negative_time_ids.clone(),
+            negative_prompt: o.negative_prompt.clone(),
             embeddings: o.embeddings.clone(),
             max_sequence_length: o.max_sequence_length.unwrap_or(family.default_sequence()),
             prompt,
@@ -227,6 +234,11 @@ impl Options {
         };
         settings.check()?;
         Ok(settings)
+    }
+
+    /// The files of the model that is meant by these options and that path.
+    fn files(&self, model: &Path) -> Result<ModelFiles> {
+        ModelFiles::open(&ModelSpec { config: self.model_config.clone(), ..model.into() })
     }
 
     /// The preset where none is named, which docs/RESULTS.md chose for each family: PCPO for

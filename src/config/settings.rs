@@ -8,15 +8,17 @@ use anyhow::Result;
 use serde::{Serialize, Serializer};
 
 use super::choices::{Checkpointing, LrScheduler, Objective, OldDecay, Preset};
+use super::numbers;
 use super::rollout::{Branching, Plain, Rollout};
 use crate::device::{self, Compute, ComputeType};
 use crate::measure::collapse::Bounds;
-use crate::model::Storage;
+use crate::model::conditioning::MicroConditioning;
+use crate::model::{ModelFiles, ModelSpec, Resolution, Storage};
 use crate::ops::advantage::{Advantage, Mix};
 use crate::ops::policy_objective::GuidanceGradient;
 use crate::reward::{JudgeAnswer, Prompt, RemoteOptions, RewardSpec};
 use crate::schedule::credit::{Credit, Total};
-use crate::schedule::{Grid, Sampler, Sampling};
+use crate::schedule::{Grid, PredictionType, Sampler, Sampling};
 
 /// A checked run. Each field is the option of its name, see [`crate::Options`], with presets and
 /// defaults resolved.
@@ -43,7 +45,21 @@ pub struct Settings {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub judge_answer: Option<JudgeAnswer>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub resolution: Option<usize>,
+    pub model_config: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vae: Option<PathBuf>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub text_encoder: Vec<PathBuf>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prediction_type: Option<PredictionType>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub resolution: Option<Resolution>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub time_ids: Option<Vec<f64>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negative_time_ids: Option<Vec<f64>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub negative_prompt: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub embeddings: Option<PathBuf>,
     pub max_sequence_length: usize,
@@ -135,6 +151,28 @@ impl Settings {
     /// The device of the reward models, where it is not the training's.
     pub fn own_reward_device(&self) -> Option<&str> {
         self.reward_device.as_deref().filter(|name| *name != self.device)
+    }
+
+    /// The files of the model.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::open`].
+    pub fn files(&self) -> Result<ModelFiles> {
+        ModelFiles::open(&ModelSpec {
+            model: self.model.clone(),
+            config: self.model_config.clone(),
+            vae: self.vae.clone(),
+            text_encoder: self.text_encoder.clone(),
+            prediction: self.prediction_type,
+        })
+    }
+
+    /// What the network is told of sizes.
+    ///
+    /// # Errors
+    /// Names the flag whose numbers are not six, or not finite.
+    pub fn micro(&self) -> Result<MicroConditioning> {
+        numbers::micro(self.time_ids.as_deref(), self.negative_time_ids.as_deref())
     }
 
     /// How servers are asked for rewards.

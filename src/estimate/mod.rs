@@ -49,6 +49,12 @@ impl Factors {
     fn bytes(&self, b: &BlockShape, rows: f64) -> f64 {
         4.0 * rows * (self.stream * b.stream + self.wide * b.wide)
     }
+
+    /// What is held of all transformer layers of a block.
+    fn bytes_of_all(&self, b: &BlockShape, rows: f64) -> f64 {
+        let more = (b.depth - 1.0).max(0.0);
+        self.bytes(b, rows) + 4.0 * rows * more * (b.stream + self.wide * b.wide)
+    }
 }
 
 /// The estimate of a run, in bytes.
@@ -248,7 +254,7 @@ fn update(shapes: &Shapes, checkpointing: bool, batches: &Batches, target: Targe
     let unet = shapes.convolves;
     let tracked = if checkpointing { rows.min(rows_at_once(&shapes.blocks) as f64) } else { rows };
     let factors = if unet { SAVED_UNET } else { SAVED_TRANSFORMER };
-    let saved = |b: &BlockShape| factors.bytes(b, tracked);
+    let saved = |b: &BlockShape| factors.bytes_of_all(b, tracked);
     let backward = |b: &BlockShape| BACKWARD.bytes(b, tracked);
     if checkpointing {
         // Blocks share the tensors that only pass through them, so a block's input costs its

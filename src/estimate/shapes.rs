@@ -11,10 +11,9 @@ use crate::kernels::frozen_weight::BLOCK;
 use crate::lora::adapter::targeted;
 use crate::lora::formats;
 use crate::measure::features;
+use crate::model::ModelFiles;
 use crate::model::config::BlockShape;
-use crate::model::family::Family;
 use crate::model::loader::Storage;
-use crate::model::pipeline::latent_size;
 use crate::model::text::clip::ClipConfig;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::model::text::t5::T5Config;
@@ -65,16 +64,17 @@ pub struct Shapes {
 /// # Errors
 /// Names the file that is missing or the field that is not supported.
 pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
-    let family = Family::of(&s.model)?;
-    let network = family.config(&s.model)?;
-    let vae = VaeConfig::read(&s.model.join("vae"))?;
+    let files = s.files()?;
+    let family = files.family;
+    let network = family.config(&files.network()?.config)?;
+    let vae = VaeConfig::read(&files.component("vae")?.config)?;
     let [channels, height, width] = network.latent_shape();
     let size = match s.resolution {
-        Some(pixels) => latent_size(pixels, vae.factor())?,
+        Some(pixels) => pixels.latent(vae.factor())?,
         None => [height, width],
     };
     let clip = if s.embeddings.is_none() {
-        Some(ClipConfig::read(&s.model.join("text_encoder"))?)
+        Some(ClipConfig::read(&files.component("text_encoder")?.config)?)
     } else {
         None
     };
@@ -86,13 +86,14 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
         }
     };
     let text = match &clip {
-        Some(clip) => text_shape(s, family, clip, tokens * network.context()[0])?,
+        Some(clip) => text_shape(s, &files, clip, tokens * network.context()[0])?,
         None => TextShape::default(),
     };
     let (mut weights, mut largest, mut targets) = (0.0, 0f64, Vec::new());
     for part in [family.network(), "vae"] {
-        let files = Weights::open_dir(&s.model.join(part))?;
-        for (name, shape) in tensors(&files) {
+        let whole = if part == "vae" { files.component(part)? } else { files.network()? };
+        let weights_of = whole.weights()?;
+        for (name, shape) in tensors(&weights_of) {
             let elements = elements(shape);
             weights += elements * bytes_per_weight(name, shape, s.storage);
             if shape.len() >= 2 && !name.contains("embed") {
@@ -140,27 +141,26 @@ fn elements(shape: &[usize]) -> f64 {
 /// The text encoders of a folder; `embedding` is the number of values of a prompt's sequence.
 fn text_shape(
     s: &Settings,
-    family: Family,
+    files: &ModelFiles,
     clip: &ClipConfig,
     embedding: usize,
 ) -> Result<TextShape> {
-    let layout = family.text();
+    let layout = files.family.text();
     let mut text = TextShape { embedding: embedding as f64, ..Default::default() };
     for part in layout.held() {
-        let files = Weights::open_dir(&s.model.join(part))?;
-        text.weights += tensors(&files)
+        let weights = files.component(part)?.weights()?;
+        text.weights += tensors(&weights)
             .map(|(name, shape)| elements(shape) * bytes_per_weight(name, shape, s.storage))
             .sum::<f64>();
     }
     let rows = clip.max_tokens as f64;
     text.stream = rows * clip.inner as f64;
-    let Some(dir) = layout.streamed().map(|part| s.model.join(part)).filter(|d| d.is_dir()) else {
-        return Ok(text);
-    };
+    let Some(part) = layout.streamed().filter(|part| files.has(part)) else { return Ok(text) };
     // T5 is read layer by layer: one of them is held, beside the weights of CLIP.
-    let t5 = T5Config::read(&dir)?;
-    let files = Weights::open_dir(&dir)?;
-    let layer = tensors(&files)
+    let t5 = files.component(part)?;
+    let weights = t5.weights()?;
+    let t5 = T5Config::read(&t5.config)?;
+    let layer = tensors(&weights)
         .filter(|(name, _)| name.contains(".block.0."))
         .map(|(name, shape)| elements(shape) * bytes_per_weight(name, shape, s.storage));
     text.weights += layer.sum::<f64>();

@@ -2,6 +2,7 @@
 
 pub mod checkpoint;
 pub mod imports;
+pub mod layout;
 pub mod mapped;
 pub mod shards;
 pub mod tensors;

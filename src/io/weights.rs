@@ -1,11 +1,12 @@
 //! Reading weights: safetensors are mapped into memory and read when asked for, as one file, a
-//! sharded set with its index, or an fp16 variant; PyTorch's checkpoints tensor by tensor. f32, f16
-//! and bf16.
+//! sharded set with its index, or an fp16 variant; PyTorch's checkpoints tensor by tensor. f32, f16,
+//! bf16 and f8 (e4m3).
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use half::{bf16, f16};
@@ -13,46 +14,65 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
 use super::checkpoint;
+use super::layout::below;
 use super::mapped::map;
 use super::shards;
 use super::tensors::HostTensor;
 
 #[derive(Clone)]
-struct Entry {
+pub(super) struct Entry {
     dtype: Dtype,
-    shape: Vec<usize>,
+    pub(super) shape: Vec<usize>,
     place: Place,
     /// Its bytes there.
-    range: Range<usize>,
+    pub(super) range: Range<usize>,
     /// Whether its rows are read as columns.
-    transposed: bool,
+    pub(super) transposed: bool,
+    /// Whether the second half of its rows is read first.
+    pub(super) swapped: bool,
+}
+
+impl Entry {
+    fn new(dtype: Dtype, shape: Vec<usize>, place: Place, range: Range<usize>) -> Self {
+        Self { dtype, shape, place, range, transposed: false, swapped: false }
+    }
+
+    /// Whether its values are read in the order in which they lie.
+    pub(super) fn plain(&self) -> bool {
+        !self.transposed && !self.swapped
+    }
 }
 
 /// Where a tensor lies.
 #[derive(Clone)]
-enum Place {
+pub(super) enum Place {
     /// In one of the mapped files.
     Mapped(usize),
     /// In a checkpoint, which is read a whole tensor at a time.
     Checkpoint(pytorch_reader::Tensor),
 }
 
-/// The tensors of a file, or of a component's files, mapped into memory and read when asked for.
+/// The tensors of a file, or of a component's files, mapped into memory and read when asked for. A
+/// clone is another list of names over the same files.
+#[derive(Clone)]
 pub struct Weights {
-    files: Vec<(PathBuf, Mmap)>,
-    entries: BTreeMap<String, Entry>,
+    files: Arc<Vec<(PathBuf, Mmap)>>,
+    pub(super) entries: BTreeMap<String, Entry>,
     source: PathBuf,
     /// How often tensors were read, for tests.
     #[cfg(test)]
-    pub reads: std::sync::atomic::AtomicUsize,
+    pub reads: Arc<std::sync::atomic::AtomicUsize>,
 }
 
-/// The entries whose names begin with a prefix, without it.
-fn below(prefix: &str, entries: BTreeMap<String, Entry>) -> BTreeMap<String, Entry> {
-    let short = |(name, entry): (String, Entry)| {
-        name.strip_prefix(prefix).map(|short| (short.to_string(), entry))
-    };
-    entries.into_iter().filter_map(short).collect()
+/// A number of 8 bits, 4 of them its exponent and 3 its mantissa (`float8_e4m3fn`).
+fn e4m3(bits: u8) -> f32 {
+    let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
+    let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
+    sign * match (exponent, bits & 7) {
+        (15, 7) => f32::NAN,
+        (0, _) => mantissa * 2f32.powi(-9),
+        _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    }
 }
 
 impl Weights {
@@ -87,64 +107,23 @@ impl Weights {
             let Some(dtype) = checkpoint::dtype(tensor.dtype()) else { continue };
             let name = tensor.name.clone();
             let (shape, range) = (tensor.shape().to_vec(), 0..tensor.byte_len());
-            let place = Place::Checkpoint(tensor);
-            entries.insert(name, Entry { dtype, shape, place, range, transposed: false });
+            entries.insert(name, Entry::new(dtype, shape, Place::Checkpoint(tensor), range));
         }
         // An optimizer's state may lie beside it.
         if entries.keys().any(|name| name.starts_with("state_dict.")) {
-            entries = below("state_dict.", entries);
+            entries = below("state_dict.", &entries);
         }
         // Training on several devices puts a prefix before every name.
         if entries.keys().all(|name| name.starts_with("module.")) {
-            entries = below("module.", entries);
+            entries = below("module.", &entries);
         }
         Ok(Self {
-            files: Vec::new(),
+            files: Arc::default(),
             entries,
             source: file.to_path_buf(),
             #[cfg(test)]
             reads: Default::default(),
         })
-    }
-
-    /// Gives a tensor another name.
-    pub fn rename(&mut self, from: &str, to: &str) {
-        if let Some(entry) = self.entries.remove(from) {
-            self.entries.insert(to.to_string(), entry);
-        }
-    }
-
-    /// Reads a matrix transposed from now on.
-    pub fn transpose(&mut self, name: &str) {
-        if let Some(e) = self.entries.get_mut(name).filter(|e| e.shape.len() == 2) {
-            e.shape.swap(0, 1);
-            e.transposed = !e.transposed;
-        }
-    }
-
-    /// Splits a tensor along its first dimension into equal parts, which take its place.
-    ///
-    /// # Errors
-    /// When its rows cannot be dealt out evenly.
-    pub fn split(&mut self, name: &str, parts: &[String]) -> Result<()> {
-        let Some(entry) = self.entries.remove(name) else { return Ok(()) };
-        let rows = entry.shape.first().copied().unwrap_or_default();
-        ensure!(
-            rows > 0 && rows.is_multiple_of(parts.len()) && !entry.transposed,
-            "{}: tensor {name} has shape {:?}; its rows must be a multiple of {}",
-            self.source.display(),
-            entry.shape,
-            parts.len()
-        );
-        let bytes = entry.range.len() / parts.len();
-        for (i, part) in parts.iter().enumerate() {
-            let mut piece = entry.clone();
-            piece.shape[0] = rows / parts.len();
-            let start = entry.range.start + i * bytes;
-            piece.range = start..start + bytes;
-            self.entries.insert(part.clone(), piece);
-        }
-        Ok(())
     }
 
     fn open(paths: &[PathBuf], source: &Path) -> Result<Self> {
@@ -159,13 +138,12 @@ impl Weights {
                 let start = view.data().as_ptr() as usize - map.as_ptr() as usize;
                 let range = start..start + view.data().len();
                 let (dtype, shape) = (view.dtype(), view.shape().to_vec());
-                let place = Place::Mapped(i);
-                entries.insert(name, Entry { dtype, shape, place, range, transposed: false });
+                entries.insert(name, Entry::new(dtype, shape, Place::Mapped(i), range));
             }
             files.push((path.clone(), map));
         }
         Ok(Self {
-            files,
+            files: Arc::new(files),
             entries,
             source: source.to_path_buf(),
             #[cfg(test)]
@@ -201,7 +179,7 @@ impl Weights {
     pub fn add_to_hash(&self, hasher: &mut sha2::Sha256) {
         use sha2::Digest;
         const MIB: usize = 1 << 20;
-        for (_, map) in &self.files {
+        for (_, map) in self.files.iter() {
             if map.len() <= 4096 * MIB {
                 hasher.update(&map[..]);
                 continue;
@@ -269,6 +247,10 @@ impl Weights {
             let at = |i: usize| values[(i % columns) * rows + i / columns];
             values = (0..values.len()).map(at).collect();
         }
+        if e.swapped {
+            let half = values.len() / 2;
+            values.rotate_left(half);
+        }
         Ok(HostTensor::new(name, e.shape.clone(), values))
     }
 
@@ -290,7 +272,7 @@ impl Weights {
         ensure!(
             e.shape.first().is_some_and(|&n| rows.end <= n)
                 && &e.shape[1..] == shape
-                && !e.transposed,
+                && e.plain(),
             "{}: tensor {name} has shape {:?}; at least {} rows of {shape:?} are expected",
             self.source.display(),
             e.shape,
@@ -355,8 +337,10 @@ impl Weights {
                 let word = |b: &[u8]| f64::from_le_bytes(std::array::from_fn(|i| b[i])) as f32;
                 bytes.chunks_exact(8).map(word).collect()
             }
+            Dtype::F8_E4M3 => bytes.iter().map(|&b| e4m3(b)).collect(),
             other => bail!(
-                "{}: tensor {name} has type {other:?}; F64, F32, F16 and BF16 are supported",
+                "{}: tensor {name} has type {other:?}; F64, F32, F16, BF16 and F8_E4M3 are \
+                 supported",
                 self.path_of(e).display()
             ),
         };

@@ -15,6 +15,9 @@ use crate::philox::{self, Stream};
 pub struct LinearShape {
     /// Full module name, as in the weight file.
     pub name: String,
+    /// Its name in the layout of the model's authors, where files of adapters have that (SDXL's by
+    /// sd-scripts).
+    pub original: Option<String>,
     pub inputs: usize,
     pub outputs: usize,
 }
@@ -51,6 +54,8 @@ impl Lora {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layer {
     pub name: String,
+    /// See [`LinearShape::original`].
+    pub original: Option<String>,
     pub inputs: usize,
     pub outputs: usize,
     /// `[inputs, rank]`
@@ -100,7 +105,7 @@ impl Adapter {
             let mut a = philox::noise(seed, Stream::LoraInit, i as u32, 0, l.inputs * rank);
             a.iter_mut().for_each(|v| *v /= rank as f32);
             let b = vec![0.0; rank * l.outputs];
-            Layer { name: l.name.clone(), inputs: l.inputs, outputs: l.outputs, a, b }
+            Layer { name: l.name.clone(), original: l.original.clone(), inputs: l.inputs, outputs: l.outputs, a, b }
         });
         Ok(Self { rank, alpha, layers: layers.collect() })
     }

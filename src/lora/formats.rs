@@ -17,8 +17,11 @@ use crate::io::weights::Weights;
 pub enum Format {
     /// `unet.X.lora_A.weight`, for diffusers' `load_lora_weights`.
     Diffusers,
-    /// `lora_unet_X.lora_down.weight`, for A1111 and ComfyUI.
+    /// `lora_unet_X.lora_down.weight`, for A1111 and ComfyUI, as sd-scripts writes it: an SDXL
+    /// UNet's layers have its authors' names (`input_blocks_4_1_..`).
     Kohya,
+    /// The same with diffusers' names of all layers (`down_blocks_1_..`).
+    KohyaDiffusers,
 }
 
 fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
@@ -58,8 +61,12 @@ pub fn tensors(adapter: &Adapter, format: Format, network: &str) -> Vec<HostTens
                 out.push(HostTensor::new(key("A"), down_shape, down));
                 out.push(HostTensor::new(key("B"), up_shape, up));
             }
-            Format::Kohya => {
-                let name = format!("lora_{network}_{}", l.name.replace('.', "_"));
+            Format::Kohya | Format::KohyaDiffusers => {
+                let own = match format {
+                    Format::Kohya => l.original.as_ref().unwrap_or(&l.name),
+                    Format::Diffusers | Format::KohyaDiffusers => &l.name,
+                };
+                let name = format!("lora_{network}_{}", own.replace('.', "_"));
                 let key = |part: &str| format!("{name}.{part}");
                 out.push(HostTensor::new(key("lora_down.weight"), down_shape, down));
                 out.push(HostTensor::new(key("lora_up.weight"), up_shape, up));
@@ -80,7 +87,7 @@ pub fn save(adapter: &Adapter, path: &Path, format: Format, network: &str) -> Re
             ("format", "pt".to_string()),
             ("lora_adapter_metadata", diffusers_metadata(adapter, network)),
         ],
-        Format::Kohya => vec![
+        Format::Kohya | Format::KohyaDiffusers => vec![
             ("ss_network_module", "networks.lora".to_string()),
             ("ss_network_dim", adapter.rank.to_string()),
             ("ss_network_alpha", adapter.alpha.to_string()),
@@ -103,6 +110,9 @@ pub fn load(path: &Path, linears: &[LinearShape]) -> Result<Adapter> {
         linears.iter().enumerate().map(|(i, l)| (l.name.as_str(), i)).collect();
     adapter.layers.sort_by_key(|l| order.get(l.name.as_str()).copied().unwrap_or(usize::MAX));
     adapter.fits(linears).with_context(|| path.display().to_string())?;
+    for layer in &mut adapter.layers {
+        layer.original = order.get(layer.name.as_str()).and_then(|&i| linears[i].original.clone());
+    }
     Ok(adapter)
 }
 
@@ -161,10 +171,15 @@ struct Keys {
 
 impl Keys {
     fn of(file: &Weights, linears: &[LinearShape]) -> Result<Self> {
-        let flat = |l: &LinearShape| (l.name.replace('.', "_"), l.name.clone());
-        let kohya: BTreeMap<String, String> = linears.iter().map(flat).collect();
+        let mut kohya = BTreeMap::new();
+        for l in linears {
+            for name in [Some(&l.name), l.original.as_ref()].into_iter().flatten() {
+                kohya.insert(name.replace('.', "_"), l.name.clone());
+            }
+        }
         let mut keys = Self { matrices: BTreeMap::new(), alphas: Vec::new() };
         for key in file.names() {
+            refuse_key(file, key)?;
             let split = split_key(key);
             let (module, side) = split.ok_or_else(|| {
                 anyhow!("{}: key {key} is not that of a LoRA", file.source().display())
@@ -205,6 +220,7 @@ fn layer(path: &Path, module: &str, down: HostTensor, up: HostTensor) -> Result<
     );
     Ok(Layer {
         name: module.to_string(),
+        original: None,
         inputs: d[1],
         outputs: u[0],
         a: transpose(&down.values, d[0]),
@@ -259,6 +275,37 @@ fn refuse_variants(source: &str, field: impl Fn(&str) -> Value) -> Result<()> {
         pattern.is_null() || pattern.as_object().is_some_and(|o| o.is_empty()),
         "{source}: alpha_pattern = {pattern} is not supported; one alpha for all layers is"
     );
+    Ok(())
+}
+
+/// Parts of pipelines that are not the network, as keys begin with them.
+const ENCODERS: [&str; 5] =
+    ["lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder"];
+
+/// Kinds of adapters that are no LoRA, by how their keys end.
+const KINDS: [(&str, &str); 8] = [
+    (".dora_scale", "DoRA"),
+    (".lora_magnitude_vector", "DoRA"),
+    (".lora_magnitude_vector.weight", "DoRA"),
+    (".hada_w1_a", "LoHa"),
+    (".hada_w1_b", "LoHa"),
+    (".lokr_w1", "LoKr"),
+    (".lokr_w1_a", "LoKr"),
+    (".oft_blocks", "OFT"),
+];
+
+/// Refuses keys that are known, and no LoRA of a network.
+fn refuse_key(file: &Weights, key: &str) -> Result<()> {
+    let path = file.source().display();
+    ensure!(
+        !ENCODERS.iter().any(|encoder| key.starts_with(encoder)),
+        "{path}: key {key} is of a text encoder's LoRA; embeddings are made by the model's own \
+         encoders, and without that part the adapter would be another one; take a file of the \
+         network's layers alone"
+    );
+    if let Some((_, kind)) = KINDS.iter().find(|(end, _)| key.ends_with(end)) {
+        bail!("{path}: key {key} is of a {kind} file; LoRA is supported");
+    }
     Ok(())
 }
 

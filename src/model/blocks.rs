@@ -268,42 +268,60 @@ fn nearest(x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
     x.select(1, index(h, oh)).select(2, index(w, ow))
 }
 
-/// diffusers' `TimestepEmbedding` over `Timesteps`.
-pub struct TimeEmbedding {
-    linear_1: Linear,
-    linear_2: Linear,
-    width: usize,
-    flip: bool,
-    shift: f64,
+/// diffusers' `Timesteps`: sines and cosines of numbers.
+#[derive(Clone, Copy)]
+pub struct Waves {
+    pub width: usize,
+    /// flip_sin_to_cos: cosines first.
+    pub flip: bool,
+    /// freq_shift
+    pub shift: f64,
 }
 
-impl TimeEmbedding {
-    pub fn load(l: &Loader, width: usize, out: usize, flip: bool, shift: f64) -> Result<Self> {
-        Ok(Self {
-            linear_1: Linear::load(l, "linear_1", width, out)?,
-            linear_2: Linear::load(l, "linear_2", out, out)?,
-            width,
-            flip,
-            shift,
-        })
-    }
-
-    /// Timesteps, one for each row -> `[B, out]`. The angles are f32 products, as in PyTorch: at t
-    /// near 1000 another order of rounding would differ in the fifth digit.
-    pub fn forward(&self, timesteps: &[f32], device: &burn::tensor::Device) -> Tensor<2> {
+impl Waves {
+    /// Numbers -> `[count, width]`. The angles are f32 products, as in PyTorch: at t near 1000
+    /// another order of rounding would differ in the fifth digit.
+    pub fn of(&self, numbers: &[f32], device: &burn::tensor::Device) -> Tensor<2> {
         let half = self.width / 2;
         let freq = |i: usize| {
             (-(10000f64.ln()) as f32 * i as f32 / (half as f64 - self.shift) as f32).exp()
         };
-        let mut rows = Vec::with_capacity(timesteps.len() * self.width);
-        for t in timesteps {
+        let mut rows = Vec::with_capacity(numbers.len() * self.width);
+        for t in numbers {
             let angles: Vec<f32> = (0..half).map(|i| t * freq(i)).collect();
             let (sin, cos): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| a.sin_cos()).unzip();
             let (first, second) = if self.flip { (cos, sin) } else { (sin, cos) };
             rows.extend(first.into_iter().chain(second));
             rows.resize(rows.len() + self.width % 2, 0.0);
         }
-        let x = Tensor::from_data(TensorData::new(rows, [timesteps.len(), self.width]), device);
+        Tensor::from_data(TensorData::new(rows, [numbers.len(), self.width]), device)
+    }
+}
+
+/// diffusers' `TimestepEmbedding` over `Timesteps`.
+pub struct TimeEmbedding {
+    linear_1: Linear,
+    linear_2: Linear,
+    pub waves: Waves,
+}
+
+impl TimeEmbedding {
+    /// `inputs` are the waves of one number, unless there are those of several, or others beside.
+    pub fn load(l: &Loader, waves: Waves, inputs: usize, out: usize) -> Result<Self> {
+        Ok(Self {
+            linear_1: Linear::load(l, "linear_1", inputs, out)?,
+            linear_2: Linear::load(l, "linear_2", out, out)?,
+            waves,
+        })
+    }
+
+    /// Timesteps, one for each row -> `[B, out]`.
+    pub fn forward(&self, timesteps: &[f32], device: &burn::tensor::Device) -> Tensor<2> {
+        self.embed(self.waves.of(timesteps, device))
+    }
+
+    /// Sines and cosines, and what stands beside them, `[B, inputs]` -> `[B, out]`.
+    pub fn embed(&self, x: Tensor<2>) -> Tensor<2> {
         self.linear_2.forward(Activation::Silu.forward(self.linear_1.forward(x, None)), None)
     }
 }

@@ -7,6 +7,34 @@ use burn::tensor::Tensor;
 
 use super::row_map::RowMap;
 
+/// How many numbers SDXL is told of a picture: the original height and width, top and left of what
+/// was cut out of it, and the height and width that are wanted; all in pixels.
+pub const TIME_IDS: usize = 6;
+
+/// These numbers; diffusers calls them `add_time_ids`.
+pub type TimeIds = [f32; TIME_IDS];
+
+/// What SDXL is told of sizes, where it is not the size of the picture itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct MicroConditioning {
+    pub given: Option<TimeIds>,
+    /// Of the negative prompt; those of the prompt where nothing is given.
+    pub negative: Option<TimeIds>,
+}
+
+impl MicroConditioning {
+    /// What pictures of a height and width in pixels are told.
+    pub fn of(&self, [height, width]: [usize; 2]) -> TimeIds {
+        let (h, w) = (height as f32, width as f32);
+        self.given.unwrap_or([h, w, 0.0, 0.0, h, w])
+    }
+
+    /// What their negative prompt is told.
+    pub fn of_negative(&self, pixels: [usize; 2]) -> TimeIds {
+        self.negative.unwrap_or(self.of(pixels))
+    }
+}
+
 /// What a denoiser is conditioned on, for B images of P conditions: images of one prompt share one.
 #[derive(Clone)]
 pub struct Conditioning {
@@ -14,6 +42,8 @@ pub struct Conditioning {
     pub sequence: Tensor<3>,
     /// Pooled text embedding, `[P, W]`, of the families that have one.
     pub pooled: Option<Tensor<2>>,
+    /// Sizes in pixels, one for each of P, of the families that are told them.
+    pub time_ids: Vec<TimeIds>,
     /// The condition of each image.
     pub rows: RowMap,
     /// What layers made of the sequence, where it stays as it is from step to step.
@@ -30,7 +60,13 @@ impl Conditioning {
     /// When the rows are of another number of conditions.
     pub fn new(sequence: Tensor<3>, pooled: Option<Tensor<2>>, rows: RowMap) -> Self {
         assert_eq!(sequence.dims()[0], rows.few(), "a condition for each of the rows' kinds");
-        Self { sequence, pooled, rows, kept: None }
+        Self { sequence, pooled, time_ids: Vec::new(), rows, kept: None }
+    }
+
+    /// The same with sizes in pixels, those of all conditions.
+    pub fn with_time_ids(self, ids: TimeIds) -> Self {
+        let time_ids = vec![ids; self.rows.few()];
+        Self { time_ids, ..self }
     }
 
     /// One condition for each image.
@@ -65,6 +101,7 @@ impl Conditioning {
         Self {
             sequence: self.sequence.clone().narrow(0, from, few),
             pooled: self.pooled.clone().map(|p| p.narrow(0, from, few)),
+            time_ids: self.time_ids.iter().skip(from).take(few).copied().collect(),
             rows,
             kept: None,
         }
@@ -88,6 +125,7 @@ impl Conditioning {
         Self {
             sequence: Tensor::cat(vec![self.sequence, other.sequence], 0),
             pooled,
+            time_ids: [self.time_ids, other.time_ids].concat(),
             rows: self.rows.then(&other.rows),
             kept: None,
         }

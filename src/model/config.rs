@@ -278,6 +278,8 @@ pub struct BlockShape {
     pub wide: f64,
     /// Attention scores.
     pub scores: f64,
+    /// Transformer layers after one another, each with a stream and a feed-forward; 0 counts as one.
+    pub depth: f64,
 }
 
 /// Attention scores of all rows that a block is differentiated for at a time: 256 MiB a copy.
@@ -298,6 +300,11 @@ pub trait NetworkConfig {
     /// Widths of the sequence and of the pooled embedding (0 without one) that it is conditioned
     /// on.
     fn context(&self) -> [usize; 2];
+
+    /// Whether it is told sizes in pixels, as SDXL is.
+    fn takes_time_ids(&self) -> bool {
+        false
+    }
 
     /// Whether guidance was distilled into it: one pass replaces the two of classifier-free
     /// guidance.

@@ -168,7 +168,7 @@ pub fn forward_of_latents(
     );
     net.accepts([h, w]).with_context(|| format!("{path}: {name}"))?;
     let timesteps = inputs.values("in.timestep", rows)?;
-    let cond = inputs.conditioning(rows, net.context())?;
+    let cond = inputs.conditioning(rows, net.config())?;
     let y = net.forward(x, Inputs { timesteps: &timesteps, cond: &cond, guidance: &[] }, lora);
     Ok(HostTensor::new(name, y.dims(), read(&y)?))
 }

@@ -1,13 +1,12 @@
 //! The families of models: what is the same for all models of one. Adding a family begins with the
 //! enum; the compiler lists the rest.
 
-use std::path::Path;
-
-use anyhow::{Result, bail, ensure};
+use anyhow::Result;
 use burn::tensor::Device;
 use clap::ValueEnum;
 
-use super::config::NetworkConfig;
+use super::component::Component;
+use super::config::{Config, NetworkConfig};
 use super::denoiser::Denoiser;
 use super::loader::Storage;
 use super::text::TextLayout;
@@ -21,47 +20,43 @@ use crate::schedule::flow::Spacing;
 pub enum Family {
     /// Stable Diffusion 1 and 2: a UNet.
     StableDiffusion,
+    /// SDXL: a UNet that is told a pooled text and sizes in pixels.
+    StableDiffusionXl,
     StableDiffusion3,
     Flux,
 }
 
 impl Family {
-    /// The family of a model folder, or of the folder of its network alone.
+    /// The family of a network by its configuration.
     ///
     /// # Errors
-    /// When the folder holds no network of a known class.
-    pub fn of(dir: &Path) -> Result<Self> {
-        ensure!(dir.is_dir(), "--model {}: no such folder", dir.display());
-        if dir.join("unet").is_dir() {
-            return Ok(Self::StableDiffusion);
-        }
-        let places = [dir.join("transformer"), dir.to_path_buf()];
-        let path = places.into_iter().map(|d| d.join("config.json")).find(|p| p.is_file());
-        let Some(path) = path else {
-            bail!(
-                "--model {}: not a diffusers folder (there is no unet/ and no transformer/ in it); \
-                 give the folder that holds model_index.json",
-                dir.display()
-            );
-        };
-        let config: serde_json::Value = crate::io::read_json(&path)?;
-        let class = &config["_class_name"];
+    /// When it is of no known class.
+    pub fn of_network(config: &Config) -> Result<Self> {
+        let class = &config.json["_class_name"];
         let found = Self::value_variants().iter().find(|f| *class == f.class());
-        let classes: Vec<&str> = Self::value_variants().iter().map(|f| f.class()).collect();
+        // diffusers has one class for both.
+        let sdxl = !config.json["addition_embed_type"].is_null();
         match found {
+            Some(Self::StableDiffusion) if sdxl => Ok(Self::StableDiffusionXl),
             Some(family) => Ok(*family),
-            None => bail!(
-                "{}: _class_name = {class} is not supported; {} are",
-                path.display(),
-                classes.join(", ")
-            ),
+            None => Err(config.bad(
+                "_class_name",
+                &format!("is not supported; {} are", Self::classes().join(", ")),
+            )),
         }
+    }
+
+    /// The diffusers classes of networks.
+    fn classes() -> Vec<&'static str> {
+        let mut classes: Vec<_> = Self::value_variants().iter().map(|f| f.class()).collect();
+        classes.dedup();
+        classes
     }
 
     /// The diffusers class of the network.
     pub fn class(self) -> &'static str {
         match self {
-            Self::StableDiffusion => "UNet2DConditionModel",
+            Self::StableDiffusion | Self::StableDiffusionXl => "UNet2DConditionModel",
             Self::StableDiffusion3 => "SD3Transformer2DModel",
             Self::Flux => "FluxTransformer2DModel",
         }
@@ -70,7 +65,7 @@ impl Family {
     /// The network's folder in a model folder.
     pub fn network(self) -> &'static str {
         match self {
-            Self::StableDiffusion => "unet",
+            Self::StableDiffusion | Self::StableDiffusionXl => "unet",
             Self::StableDiffusion3 | Self::Flux => "transformer",
         }
     }
@@ -78,7 +73,7 @@ impl Family {
     /// Whether it predicts a velocity.
     pub fn is_flow(self) -> bool {
         match self {
-            Self::StableDiffusion => false,
+            Self::StableDiffusion | Self::StableDiffusionXl => false,
             Self::StableDiffusion3 | Self::Flux => true,
         }
     }
@@ -86,7 +81,7 @@ impl Family {
     /// The guidance scale of the family's published trainers.
     pub fn default_guidance(self) -> f64 {
         match self {
-            Self::StableDiffusion => 5.0,
+            Self::StableDiffusion | Self::StableDiffusionXl => 5.0,
             Self::StableDiffusion3 => 4.5,
             Self::Flux => 3.5,
         }
@@ -95,7 +90,7 @@ impl Family {
     /// T5 tokens that diffusers' pipeline takes unless told otherwise; 0 without a T5.
     pub fn default_sequence(self) -> usize {
         match self {
-            Self::StableDiffusion => 0,
+            Self::StableDiffusion | Self::StableDiffusionXl => 0,
             Self::StableDiffusion3 => 256,
             Self::Flux => 512,
         }
@@ -105,7 +100,7 @@ impl Family {
     pub fn default_targets(self) -> Vec<String> {
         let image = ["to_q", "to_k", "to_v", "to_out.0"];
         let text: &[&str] = match self {
-            Self::StableDiffusion => &[],
+            Self::StableDiffusion | Self::StableDiffusionXl => &[],
             Self::StableDiffusion3 | Self::Flux => {
                 &["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
             }
@@ -117,6 +112,7 @@ impl Family {
     pub fn text(self) -> TextLayout {
         match self {
             Self::StableDiffusion => TextLayout::Clip,
+            Self::StableDiffusionXl => TextLayout::TwoClips,
             Self::StableDiffusion3 => TextLayout::TwoClipsAndT5,
             Self::Flux => TextLayout::T5AndPooledClip,
         }
@@ -125,39 +121,41 @@ impl Family {
     /// How its pipeline spaces the times of diffusers' grid; diffusion has another grid.
     pub fn spacing(self) -> Spacing {
         match self {
-            Self::StableDiffusion | Self::StableDiffusion3 => Spacing::Scheduler,
+            Self::StableDiffusion | Self::StableDiffusionXl | Self::StableDiffusion3 => {
+                Spacing::Scheduler
+            },
             Self::Flux => Spacing::Pipeline,
         }
     }
 
-    /// The configuration of the network of a folder, its own or a model's.
+    /// The configuration of a network.
     ///
     /// # Errors
     /// Names the file and the field that is missing or not supported.
-    pub fn config(self, dir: &Path) -> Result<Box<dyn NetworkConfig>> {
-        let dir = &self.network_dir(dir);
+    pub fn config(self, config: &Config) -> Result<Box<dyn NetworkConfig>> {
         Ok(match self {
-            Self::StableDiffusion => Box::new(UNetConfig::read(dir)?),
-            Self::StableDiffusion3 => Box::new(Sd3Config::read(dir)?),
-            Self::Flux => Box::new(FluxConfig::read(dir)?),
+            Self::StableDiffusion | Self::StableDiffusionXl => Box::new(UNetConfig::read(config)?),
+            Self::StableDiffusion3 => Box::new(Sd3Config::read(config)?),
+            Self::Flux => Box::new(FluxConfig::read(config)?),
         })
     }
 
-    /// Loads the network of a folder, its own or a model's.
+    /// Loads a network.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, damaged or not supported.
-    pub fn load(self, dir: &Path, device: &Device, storage: Storage) -> Result<Box<dyn Denoiser>> {
-        let dir = &self.network_dir(dir);
+    pub fn load(
+        self,
+        network: &Component,
+        device: &Device,
+        storage: Storage,
+    ) -> Result<Box<dyn Denoiser>> {
         Ok(match self {
-            Self::StableDiffusion => Box::new(UNet::load(dir, device, storage)?),
-            Self::StableDiffusion3 => Box::new(Sd3::load(dir, device, storage)?),
-            Self::Flux => Box::new(Flux::load(dir, device, storage)?),
+            Self::StableDiffusion | Self::StableDiffusionXl => {
+                Box::new(UNet::load(network, device, storage)?)
+            }
+            Self::StableDiffusion3 => Box::new(Sd3::load(network, device, storage)?),
+            Self::Flux => Box::new(Flux::load(network, device, storage)?),
         })
-    }
-
-    fn network_dir(self, dir: &Path) -> std::path::PathBuf {
-        let below = dir.join(self.network());
-        if below.is_dir() { below } else { dir.to_path_buf() }
     }
 }

@@ -1,27 +1,35 @@
-//! Models from diffusers folders: the networks, their weights and their text encoders.
+//! Models from diffusers folders and single files: the networks, their weights and their text
+//! encoders.
 
 pub mod attention;
 pub mod blip;
 pub mod blocks;
 pub mod clip;
+pub mod component;
 pub mod conditioning;
 pub mod config;
 pub mod denoiser;
 pub mod family;
+pub mod files;
 pub mod loader;
 pub mod nn;
 pub mod picture;
 pub mod pipeline;
 pub mod reference;
 pub mod resize;
+pub mod resolution;
 pub mod row_map;
+pub mod single_file;
 pub mod text;
 pub mod transformer;
 pub mod unet;
 pub mod vae;
 
+pub use component::Component;
 pub use conditioning::Conditioning;
 pub use denoiser::{Denoiser, Inputs};
 pub use family::Family;
+pub use files::{ModelFiles, ModelSpec};
 pub use loader::Storage;
 pub use pipeline::Pipeline;
+pub use resolution::Resolution;

@@ -33,7 +33,7 @@ impl Linear {
         let weight = Arc::new(weight);
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
         let name = l.name("").trim_end_matches('.').to_string();
-        Ok(Self { shape: LinearShape { name, inputs, outputs }, weight, bias })
+        Ok(Self { shape: LinearShape { name, original: None, inputs, outputs }, weight, bias })
     }
 
     /// `[.., inputs] -> [.., outputs]`: x W + b, and + s (x A) B where `lora` has this layer.

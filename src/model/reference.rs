@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, Tensor};
 
-use super::conditioning::Conditioning;
+use super::conditioning::{Conditioning, TIME_IDS};
+use super::config::NetworkConfig;
 use crate::device::tensor::upload;
 use crate::io::tensors::HostTensor;
 use crate::io::weights::Weights;
@@ -66,11 +67,12 @@ impl ReferenceTensors {
     }
 
     /// What the network is conditioned on, for `rows` images: `in.encoder_hidden_states`, and
-    /// `in.pooled_projections` where the network takes a pooled embedding.
+    /// `in.pooled_projections` and `in.time_ids` where the network takes them.
     ///
     /// # Errors
     /// When one is missing or does not fit the network.
-    pub fn conditioning(&self, rows: usize, context: [usize; 2]) -> Result<Conditioning> {
+    pub fn conditioning(&self, rows: usize, network: &dyn NetworkConfig) -> Result<Conditioning> {
+        let context = network.context();
         let sequence = self.tensor::<3>("in.encoder_hidden_states")?;
         let pooled = (context[1] > 0).then(|| self.tensor::<2>("in.pooled_projections"));
         let pooled = pooled.transpose()?;
@@ -82,6 +84,11 @@ impl ReferenceTensors {
              network that takes {context:?}",
             self.path().display()
         );
-        Ok(Conditioning::of_each(sequence, pooled))
+        let mut cond = Conditioning::of_each(sequence, pooled);
+        if network.takes_time_ids() {
+            let ids = self.values("in.time_ids", rows * TIME_IDS)?;
+            cond.time_ids = ids.as_chunks().0.to_vec();
+        }
+        Ok(cond)
     }
 }

@@ -1,17 +1,15 @@
 //! diffusers' `AutoencoderKL`: decode for the images, encode for checks.
 
-use std::path::Path;
-
 use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Tensor};
 use serde_json::json;
 
 use super::attention::Attention;
 use super::blocks::{Downsample, Resnet, ResnetSpec, Upsample};
+use super::component::Component;
 use super::config::{BlockShape, Config};
 use super::loader::{Loader, Storage};
 use super::nn::{Activation, Conv2d, GroupNorm, channels_first, channels_last};
-use crate::io::weights::Weights;
 
 /// The numbers of an `AutoencoderKL`.
 #[derive(Clone, Debug)]
@@ -36,10 +34,9 @@ impl VaeConfig {
     ///
     /// # Errors
     /// Names the field that is not supported.
-    pub fn read(dir: &Path) -> Result<Self> {
+    pub fn read(c: &Config) -> Result<Self> {
         /// Each level halves the picture: more would leave nothing of any.
         const MOST_LEVELS: usize = 8;
-        let c = Config::open(dir)?;
         c.only(&[("latents_mean", json!(null)), ("latents_std", json!(null))])?;
         let blocks =
             [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")];
@@ -274,13 +271,13 @@ pub struct Vae {
 }
 
 impl Vae {
-    /// Loads a `vae` folder.
+    /// Loads a `vae`.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
-    pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
-        let c = VaeConfig::read(dir)?;
-        let weights = Weights::open_dir(dir)?;
+    pub fn load(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
+        let c = VaeConfig::read(&part.config)?;
+        let weights = part.weights()?;
         let root = Loader::new(&weights, device, storage);
         let latent = c.latent_channels;
         let one = |wanted: bool, part: &str, width: usize| {

@@ -40,8 +40,6 @@ pub struct Request<'a> {
     /// Which images are one batch.
     pub batches: &'a [Range<usize>],
     pub embeddings: &'a PromptEmbeddings,
-    /// The embeddings' row of the empty prompt.
-    pub uncond: usize,
     /// Whose outputs are added up, the model's own without an adapter.
     pub policies: &'a [Weighted<Option<&'a Adapter>>],
     pub guidance_scale: f64,
@@ -80,12 +78,8 @@ pub fn generate<R: Send>(
     let loras: Vec<Vec<Lora>> =
         request.policies.iter().map(|p| upload_adapter(replicas, p.value)).collect();
     map_batches(replicas, request.batches, |replica, images| {
-        let prompts = prompt_pair(
-            replica,
-            request.embeddings,
-            request.uncond,
-            &request.images[images.clone()],
-        )?;
+        let own = &request.images[images.clone()];
+        let prompts = prompt_pair(replica, request.embeddings, own, request.latent)?;
         let guidance = GuidanceMode::new(&*replica.pipeline.net, request.guidance_scale);
         let mut policies = Vec::new();
         for (given, loras) in request.policies.iter().zip(&loras) {
@@ -124,21 +118,26 @@ pub fn lora_of<'a>(loras: &'a [Lora], replicas: &[Replica], replica: &Replica) -
     loras.get(i.expect("work is given to one of the replicas"))
 }
 
-/// What images are conditioned on, on a replica's device.
+/// What images of a latent's shape `[C, H, W]` are conditioned on, on a replica's device.
 ///
 /// # Errors
 /// When an embedding is damaged.
 pub fn prompt_pair(
     replica: &Replica,
     embeddings: &PromptEmbeddings,
-    uncond: usize,
     images: &[ImageRequest],
+    [_, h, w]: [usize; 3],
 ) -> Result<PromptPair> {
-    let device = &replica.compute.burn;
+    let (device, pipeline) = (&replica.compute.burn, &replica.pipeline);
     let rows: Vec<usize> = images.iter().map(|i| i.prompt).collect();
+    let no_rows = vec![embeddings.uncond(); rows.len()];
+    let pixels = [h, w].map(|side| side * pipeline.vae.factor);
+    let micro = &pipeline.micro;
     Ok(PromptPair {
-        cond: embeddings.conditioning(&rows, device)?,
-        uncond: embeddings.conditioning(&vec![uncond; rows.len()], device)?,
+        cond: embeddings.conditioning(&rows, device)?.with_time_ids(micro.of(pixels)),
+        uncond: embeddings
+            .conditioning(&no_rows, device)?
+            .with_time_ids(micro.of_negative(pixels)),
     })
 }
 

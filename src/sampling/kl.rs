@@ -42,7 +42,7 @@ fn batch_kl(
 ) -> Result<Vec<f64>> {
     let (compute, net) = (&replica.compute, &*replica.pipeline.net);
     let images = &request.images[drawn.images.clone()];
-    let prompts = prompt_pair(replica, request.embeddings, request.uncond, images)?;
+    let prompts = prompt_pair(replica, request.embeddings, images, request.latent)?;
     let guidance = GuidanceMode::new(net, request.guidance_scale);
     let base = Policy { compute, net, lora: None, guidance, prompts: &prompts };
     let each = RowMap::identity(images.len());

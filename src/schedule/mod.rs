@@ -17,7 +17,7 @@ use serde_json::Value;
 pub use self::ddim::Ddim;
 pub use self::flow::Flow;
 pub use self::grid::Grid;
-pub use self::sampler::{Prediction, Sampler, Sampling};
+pub use self::sampler::{Prediction, PredictionType, Sampler, Sampling};
 pub use self::step::{Mean, Step, StepKind};
 use crate::choice::name;
 

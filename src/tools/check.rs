@@ -1,25 +1,25 @@
 //! `pcpo-wgpu check`: compares a model folder with a reference file that PyTorch and diffusers
 //! wrote (`scripts/reference.py`). Format: docs/REFERENCE_FILES.md.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail, ensure};
 use burn::tensor::Tensor;
-use clap::ValueEnum;
 use serde::Deserialize;
 
 use super::errors::relative_error;
 use crate::device::tensor::{read, upload};
 use crate::device::{Compute, guard};
 use crate::io::tensors::HostTensor;
-use crate::model::pipeline::load_schedule;
+use crate::lora::formats;
+use crate::model::conditioning::MicroConditioning;
+use crate::model::pipeline::{TextFrom, Texts, embed};
 use crate::model::reference::ReferenceTensors;
 use crate::model::row_map::RowMap;
-use crate::model::text::TextEncoders;
+use crate::model::text::TextLayout;
 use crate::model::text::clip::ClipText;
-use crate::model::text::embeddings::fits;
-use crate::model::vae::Vae;
-use crate::model::{Conditioning, Denoiser, Family, Storage};
+use crate::model::vae::{Vae, VaeConfig};
+use crate::model::{Component, Conditioning, Denoiser, ModelFiles, ModelSpec, Storage};
 use crate::sampling::policy::{GuidanceMode, Policy, PromptPair, Weighted};
 use crate::sampling::trajectory::{Noise, sample};
 use crate::schedule::{Grid, Sampler, Sampling};
@@ -42,78 +42,133 @@ struct ReferenceRun {
     /// T5 tokens of a flow model's prompts.
     #[serde(default)]
     max_sequence_length: usize,
+    /// Height and width in pixels, which SDXL is told; those of the latents where it is absent.
+    resolution: Option<[usize; 2]>,
 }
 
-/// A component's folder: below the model folder, or the folder itself.
-fn component(dir: &Path, name: &str, classes: &[&str]) -> Result<Option<PathBuf>> {
-    let below = dir.join(name);
-    if below.join("config.json").is_file() {
-        return Ok(Some(below));
-    }
-    let path = dir.join("config.json");
-    if !path.exists() {
-        return Ok(None);
-    }
-    let json: serde_json::Value = crate::io::read_json(&path)?;
-    let own = |class: &&str| json["_class_name"] == **class || json["architectures"][0] == **class;
-    Ok(classes.iter().any(own).then(|| dir.to_path_buf()))
+/// What is compared with what.
+pub struct Asked {
+    /// A model, or the folder of one of its parts.
+    pub model: ModelSpec,
+    pub reference: PathBuf,
+    /// The adapter that the prediction is computed with.
+    pub lora: Option<PathBuf>,
+    pub storage: Storage,
 }
 
-/// What a folder's files are compared with.
+/// What of a model is there.
+enum Parts {
+    /// A network, with or without the rest of its model.
+    Model(ModelFiles),
+    /// One part by the name of its folder, and whether it is one of a whole model.
+    Alone(&'static str, Component),
+}
+
+/// The classes of the parts besides a network.
+const PARTS: [(&str, &[&str]); 2] =
+    [("vae", &["AutoencoderKL"]), ("text_encoder", &["CLIPTextModel"])];
+
+impl Parts {
+    /// A folder whose own configuration is a VAE's or an encoder's is that part alone; so is what
+    /// lies in a model folder without a network.
+    fn open(spec: &ModelSpec) -> Result<Vec<Self>> {
+        let dir = &spec.model;
+        let network = ["unet", "transformer"].iter().any(|part| dir.join(part).is_dir());
+        if dir.is_file() || network {
+            return Ok(vec![Self::Model(ModelFiles::open(spec)?)]);
+        }
+        ensure!(dir.is_dir(), "--model {}: no such file or folder", dir.display());
+        let mut found = Vec::new();
+        for (name, classes) in PARTS {
+            let below = dir.join(name);
+            if below.join("config.json").is_file() {
+                found.push(Self::Alone(name, Component::folder(&below)?));
+            } else if dir.join("config.json").is_file() {
+                let own = Component::folder(dir)?;
+                let json = &own.config.json;
+                let is = |class: &&str| {
+                    json["_class_name"] == **class || json["architectures"][0] == **class
+                };
+                if classes.iter().any(is) {
+                    return Ok(vec![Self::Alone(name, own)]);
+                }
+            }
+        }
+        if found.is_empty() && dir.join("config.json").is_file() {
+            found.push(Self::Model(ModelFiles::open(spec)?));
+        }
+        Ok(found)
+    }
+}
+
+/// What a model's files are compared with.
 struct Subject<'a> {
-    model: &'a Path,
-    family: Family,
+    asked: &'a Asked,
     compute: &'a Compute,
-    storage: Storage,
     reference: ReferenceTensors,
 }
 
-/// Runs every comparison that the folder and the file allow.
+/// Runs every comparison that the model and the file allow.
 ///
 /// # Errors
 /// When a file is missing or damaged, a shape differs, or nothing can be compared.
-pub fn check(
-    model: &Path,
-    file: &Path,
-    compute: &Compute,
-    storage: Storage,
-) -> Result<Vec<Comparison>> {
-    ensure!(model.is_dir(), "--model {}: no such folder", model.display());
-    let reference = ReferenceTensors::open(file, &compute.burn)?;
-    let mut has_network = false;
-    for f in Family::value_variants() {
-        has_network |= component(model, f.network(), &[f.class()])?.is_some();
+pub fn check(asked: &Asked, compute: &Compute) -> Result<Vec<Comparison>> {
+    let parts = Parts::open(&asked.model)?;
+    let reference = ReferenceTensors::open(&asked.reference, &compute.burn)?;
+    let s = Subject { asked, compute, reference };
+    let mut lines = Vec::new();
+    for part in &parts {
+        lines.extend(guard(|| s.compare_part(part))?);
     }
-    let family = if has_network { Family::of(model)? } else { Family::StableDiffusion };
-    let s = Subject { model, family, compute, storage, reference };
-    let lines = guard(|| s.compare_all(has_network))?;
     if lines.is_empty() {
-        bail!("{}: holds nothing that {} can be checked against", file.display(), model.display());
+        let (file, model) = (asked.reference.display(), asked.model.model.display());
+        bail!("{file}: holds nothing that {model} can be checked against");
     }
     Ok(lines)
 }
 
 impl Subject<'_> {
-    fn compare_all(&self, has_network: bool) -> Result<Vec<Comparison>> {
+    fn compare_part(&self, part: &Parts) -> Result<Vec<Comparison>> {
+        match part {
+            Parts::Alone("vae", vae) => self.vae(vae),
+            Parts::Alone(_, encoder) => Ok(self.text_encoder(encoder)?.into_iter().collect()),
+            Parts::Model(files) => self.model(files),
+        }
+    }
+
+    fn model(&self, files: &ModelFiles) -> Result<Vec<Comparison>> {
         let (r, device) = (&self.reference, &self.compute.burn);
         let mut lines = Vec::new();
-        let alone = has_network && r.has("out.prediction");
-        let whole = r.has("out.latents") && self.is_whole();
-        if alone || whole {
-            let net = self.family.load(self.model, device, self.storage)?;
-            if alone {
-                let found = net.forward_reference(r, None)?;
-                lines.push(self.compare("prediction", "out.prediction", found)?);
-            }
-            lines.extend(self.text_encoder()?);
-            if whole {
-                lines.extend(self.whole_run(&*net)?);
-            }
-        } else {
-            lines.extend(self.text_encoder()?);
+        let alone = r.has("out.prediction");
+        let whole = r.has("out.latents") && r.has("in.latents") && self.is_whole(files);
+        let net = match alone || whole {
+            true => Some(files.load_network(device, self.asked.storage)?),
+            false => None,
+        };
+        if let Some(net) = net.as_ref().filter(|_| alone) {
+            let lora = self.asked.lora.as_ref().map(|file| formats::load(file, &net.linears()));
+            let lora = lora.transpose().context("--lora")?.map(|a| a.to_device(device));
+            let found = net.forward_reference(r, lora.as_ref())?;
+            lines.push(self.compare("prediction", "out.prediction", found)?);
         }
-        if let Some(dir) = component(self.model, "vae", &["AutoencoderKL"])? {
-            lines.extend(self.vae(&dir)?);
+        ensure!(
+            alone || self.asked.lora.is_none(),
+            "--lora: {} has no out.prediction to compare with the adapter",
+            r.path().display()
+        );
+        match files.family.text() {
+            TextLayout::Clip if files.has("text_encoder") && r.has("in.input_ids") => {
+                lines.extend(self.text_encoder(&files.component("text_encoder")?)?);
+            }
+            TextLayout::TwoClips => lines.extend(self.two_text_encoders(files)?),
+            TextLayout::Clip | TextLayout::TwoClipsAndT5 | TextLayout::T5AndPooledClip => {}
+        }
+        if let Some(net) = net.as_ref().filter(|_| whole) {
+            lines.extend(self.whole_run(files, &**net)?);
+        }
+        let images = r.has("out.image") || (r.has("out.encoded") && r.has("in.image"));
+        if images && files.has("vae") {
+            lines.extend(self.vae(&files.component("vae")?)?);
         }
         Ok(lines)
     }
@@ -144,34 +199,68 @@ impl Subject<'_> {
         self.compare(name, reference, HostTensor::new(name, found.dims(), read(found)?))
     }
 
-    fn is_whole(&self) -> bool {
-        let has = |part: &str| self.model.join(part).is_dir();
-        has(self.family.network()) && has("text_encoder") && has("tokenizer") && has("scheduler")
+    /// Whether the run of reference.json can be done: that file is there, and all parts but the
+    /// VAE.
+    fn is_whole(&self, files: &ModelFiles) -> bool {
+        let encoders = files.family.text().held().iter().all(|part| files.has(part));
+        let run = self.reference.path().with_file_name("reference.json");
+        encoders && !files.is_network_alone() && (files.file().is_none() || run.is_file())
     }
 
-    /// CLIP's last hidden state against the sequence of a diffusion model.
-    fn text_encoder(&self) -> Result<Option<Comparison>> {
-        let r = &self.reference;
-        let dir = component(self.model, "text_encoder", &["CLIPTextModel"])?;
-        let Some(dir) = dir.filter(|_| r.has("in.input_ids")) else { return Ok(None) };
-        let text = ClipText::load(&dir, &self.compute.burn, self.storage)?;
-        let ids = r.file.raw("in.input_ids")?;
+    /// Token numbers of the file, `[B, T]`.
+    fn token_numbers(&self, name: &str) -> Result<Vec<Vec<u32>>> {
+        let ids = self.reference.file.raw(name)?;
         let shape = &ids.shape;
         ensure!(
             shape.len() == 2 && shape.iter().all(|&n| n > 0),
-            "{}: in.input_ids has shape {shape:?}, expected [B, T]",
-            r.path().display()
+            "{}: {name} has shape {shape:?}, expected [B, T]",
+            self.reference.path().display()
         );
         let row = |row: &[f32]| row.iter().map(|&i| i as u32).collect();
-        let ids: Vec<Vec<u32>> = ids.values.chunks(shape[1]).map(row).collect();
-        let last = text.forward(&ids)?.last;
+        Ok(ids.values.chunks(shape[1]).map(row).collect())
+    }
+
+    /// CLIP's last hidden state against the sequence of a diffusion model.
+    fn text_encoder(&self, encoder: &Component) -> Result<Option<Comparison>> {
+        if !self.reference.has("in.input_ids") {
+            return Ok(None);
+        }
+        let text = ClipText::load(encoder, &self.compute.burn, self.asked.storage)?;
+        let last = text.forward(&self.token_numbers("in.input_ids")?)?.last;
         let name = "encoder_hidden_states";
         self.compare_tensor(name, "in.encoder_hidden_states", &last).map(Some)
     }
 
-    fn vae(&self, dir: &Path) -> Result<Vec<Comparison>> {
+    /// What SDXL's two encoders make of token numbers.
+    fn two_text_encoders(&self, files: &ModelFiles) -> Result<Vec<Comparison>> {
         let r = &self.reference;
-        let vae = Vae::load(dir, &self.compute.burn, self.storage)?;
+        let parts = ["text_encoder", "text_encoder_2"];
+        let tokens = ["in.input_ids", "in.input_ids_2"].map(|name| r.has(name));
+        if tokens != [true; 2] || !parts.iter().all(|part| files.has(part)) {
+            return Ok(Vec::new());
+        }
+        let run = |part: &str, ids: &str| {
+            let part = files.component(part)?;
+            let text = ClipText::load(&part, &self.compute.burn, self.asked.storage)?;
+            text.forward(&self.token_numbers(ids)?)
+        };
+        let first = run(parts[0], "in.input_ids")?;
+        let second = run(parts[1], "in.input_ids_2")?;
+        let mut lines = Vec::new();
+        if r.has("out.prompt_embeds") {
+            let both = Tensor::cat(vec![first.penultimate, second.penultimate], 2);
+            lines.push(self.compare_tensor("encoder_hidden_states", "out.prompt_embeds", &both)?);
+        }
+        let pooled = "out.pooled_prompt_embeds";
+        if r.has(pooled) {
+            lines.push(self.compare_tensor("pooled_projections", pooled, &second.pooled)?);
+        }
+        Ok(lines)
+    }
+
+    fn vae(&self, vae: &Component) -> Result<Vec<Comparison>> {
+        let r = &self.reference;
+        let vae = Vae::load(vae, &self.compute.burn, self.asked.storage)?;
         let mut lines = Vec::new();
         let fitting = |name: &str, channels: usize| -> Result<Tensor<4>> {
             let x = r.tensor::<4>(name)?;
@@ -196,7 +285,7 @@ impl Subject<'_> {
 
     /// The run that reference.json describes: the prompts' embeddings where the file holds them,
     /// and the final latents.
-    fn whole_run(&self, net: &dyn Denoiser) -> Result<Vec<Comparison>> {
+    fn whole_run(&self, files: &ModelFiles, net: &dyn Denoiser) -> Result<Vec<Comparison>> {
         let (r, device) = (&self.reference, &self.compute.burn);
         let latents = r.tensor::<4>("in.latents")?;
         let path = r.path().with_file_name("reference.json");
@@ -222,10 +311,18 @@ impl Subject<'_> {
             net.latent_shape()[0]
         );
         net.accepts([h, w]).with_context(|| format!("{}: in.latents", r.path().display()))?;
-        let prompts = self.encode(net, &run)?;
+        let pixels = match run.resolution {
+            Some(pixels) => pixels,
+            None if net.config().takes_time_ids() => {
+                let factor = VaeConfig::read(&files.component("vae")?.config)?.factor();
+                [h, w].map(|side| side * factor)
+            }
+            None => [h, w],
+        };
+        let prompts = self.encode(files, &run, pixels)?;
         let mut lines = self.embeddings(&prompts)?;
-        let sampler = Sampler::of_pipelines(self.family.is_flow());
-        let steps = load_schedule(self.model)?.steps(&Sampling {
+        let sampler = Sampler::of_pipelines(files.family.is_flow());
+        let steps = files.schedule()?.steps(&Sampling {
             sampler,
             steps: run.steps,
             eta: run.eta,
@@ -252,21 +349,25 @@ impl Subject<'_> {
         Ok(lines)
     }
 
-    /// Embeddings of the run's prompts, and of the empty one.
-    fn encode(&self, net: &dyn Denoiser, run: &ReferenceRun) -> Result<PromptPair> {
-        let (device, context) = (&self.compute.burn, net.context());
-        let layout = self.family.text();
-        let (length, width) = (run.max_sequence_length, context[0]);
-        let text = TextEncoders::load(self.model, layout, length, width, device, self.storage)?;
-        fits(context, text.widths(), &self.model.display().to_string())?;
-        let all = [&run.prompts[..], &[String::new()]].concat();
-        let embeddings = text.encode(&all)?;
+    /// Embeddings of the run's prompts, and of no prompt.
+    fn encode(
+        &self,
+        files: &ModelFiles,
+        run: &ReferenceRun,
+        pixels: [usize; 2],
+    ) -> Result<PromptPair> {
+        let device = &self.compute.burn;
+        let texts = Texts { prompts: &run.prompts, negative: None };
+        let from = TextFrom::Encoders(run.max_sequence_length);
+        let embeddings = embed(files, texts, from, device, self.asked.storage)?;
         let rows: Vec<usize> =
             run.prompts.iter().map(|p| embeddings.row_of(p)).collect::<Result<_>>()?;
-        Ok(PromptPair {
-            cond: embeddings.conditioning(&rows, device)?,
-            uncond: embeddings.conditioning(&[embeddings.row_of("")?], device)?,
-        })
+        let micro = MicroConditioning::default();
+        let of = |rows: &[usize]| {
+            let cond = embeddings.conditioning(rows, device)?;
+            anyhow::Ok(cond.with_time_ids(micro.of(pixels)))
+        };
+        Ok(PromptPair { cond: of(&rows)?, uncond: of(&[embeddings.uncond()])? })
     }
 
     fn embeddings(&self, prompts: &PromptPair) -> Result<Vec<Comparison>> {

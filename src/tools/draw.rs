@@ -103,7 +103,6 @@ impl Canvas {
             images: &images,
             batches: &self.batches(drawing),
             embeddings: &self.embeddings,
-            uncond: self.embeddings.row_of("")?,
             policies: drawing.policies,
             guidance_scale: self.guidance_scale,
             steps: drawing.steps,

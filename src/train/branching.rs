@@ -130,7 +130,6 @@ impl<'a> Tree<'a> {
             images,
             batches,
             embeddings: &self.run.embeddings,
-            uncond: self.run.embeddings.row_of("")?,
             policies,
             guidance_scale: self.run.settings.guidance_scale,
             steps,

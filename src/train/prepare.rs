@@ -27,10 +27,10 @@ use crate::io::weights::Weights;
 use crate::lora::formats;
 use crate::lora::{Adapter, LinearShape};
 use crate::measure::features::FeatureModel;
-use crate::model::Pipeline;
 use crate::model::config::rows_at_once;
-use crate::model::pipeline::{TextFrom, embed, fingerprint};
+use crate::model::pipeline::{TextFrom, Texts, embed};
 use crate::model::text::embeddings::PromptEmbeddings;
+use crate::model::{ModelFiles, Pipeline};
 use crate::ops::advantage::Tracker;
 use crate::reward::Reward;
 use crate::sampling::Replica;
@@ -66,12 +66,14 @@ pub(crate) fn prepare<'a>(
     let (job, s) = (&*job, &job.settings);
     let rewards = device::guard(|| Rewards::open(s, reward, &compute))?;
     let features = device::guard(|| features(s, &compute))?;
-    let embeddings = device::guard(|| encode(s, &compute))?;
-    let pipeline =
-        device::guard(|| Pipeline::load(&s.model, &compute.burn, s.storage, s.resolution))?;
+    let files = s.files()?;
+    let embeddings = device::guard(|| encode(s, &files, &compute))?;
+    let pipeline = device::guard(|| {
+        Pipeline::load(&files, &compute.burn, s.storage, s.resolution, s.micro()?)
+    })?;
     let (steps, trainable) = steps(s, &pipeline)?;
     let linears = pipeline.net.linears();
-    let model = fingerprint(&s.model, s.embeddings.as_deref())?;
+    let model = files.fingerprint(s.embeddings.as_deref())?;
     let loaded = match job.resume {
         true => resume(job, &model, &linears, observer)?,
         false => begin(s, model, &linears)?,
@@ -126,16 +128,16 @@ fn adapter_file(job: &Job) -> Option<std::path::PathBuf> {
     Some(if job.resume { job.out.join("adapter.safetensors") } else { given.clone() })
 }
 
-/// The embeddings of all prompts that the run draws, and of the empty one: each is encoded once.
-fn encode(s: &Settings, compute: &Compute) -> Result<PromptEmbeddings> {
-    let mut prompts = vec![String::new()];
-    prompts.extend(s.evaluation_prompts().iter().map(|p| p.text.clone()));
+/// The embeddings of all prompts that the run draws, and of the negative one: each is encoded once.
+fn encode(s: &Settings, files: &ModelFiles, compute: &Compute) -> Result<PromptEmbeddings> {
+    let mut prompts: Vec<String> = s.evaluation_prompts().iter().map(|p| p.text.clone()).collect();
     prompts.extend(drawn_prompts(s));
     let from = match &s.embeddings {
         Some(file) => TextFrom::File(file),
         None => TextFrom::Encoders(s.max_sequence_length),
     };
-    embed(&s.model, &prompts, from, &compute.burn, s.storage)
+    let texts = Texts { prompts: &prompts, negative: s.negative_prompt.as_deref() };
+    embed(files, texts, from, &compute.burn, s.storage)
 }
 
 /// All steps with their credit, and the indices of those that may be trained.

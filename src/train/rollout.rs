@@ -87,7 +87,6 @@ fn sample(run: &Run, plan: &EpochPlan) -> Result<Sampled> {
         images: &plan.starts,
         batches: &parts,
         embeddings: &run.embeddings,
-        uncond: run.embeddings.row_of("")?,
         policies: &[Weighted::whole(Some(run.sampling()))],
         guidance_scale: s.guidance_scale,
         steps: &plan.steps,

@@ -209,8 +209,7 @@ impl Run<'_> {
         part: &Part,
     ) -> Result<PromptPair> {
         let starts = &plan.starts[part.trajectories.clone()];
-        let uncond = self.embeddings.row_of("")?;
-        let pair = prompt_pair(replica, &self.embeddings, uncond, starts)?;
+        let pair = prompt_pair(replica, &self.embeddings, starts, self.latent_shape())?;
         let rows = part.rows.of();
         Ok(PromptPair { cond: pair.cond.at(rows), uncond: pair.uncond.at(rows) })
     }
@@ -270,7 +269,6 @@ impl Run<'_> {
             images: &plan.images,
             batches: &plan.batches,
             embeddings: &self.embeddings,
-            uncond: self.embeddings.row_of("")?,
             policies,
             guidance_scale: self.settings.guidance_scale,
             steps: &plan.steps,

@@ -6,8 +6,7 @@ use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::device::tensor::{host, upload};
 use pcpo_wgpu::io::tensors::HostTensor;
 use pcpo_wgpu::lora::formats::{Format, tensors};
-use pcpo_wgpu::model::pipeline::load_schedule;
-use pcpo_wgpu::model::{Family, Storage};
+use pcpo_wgpu::model::Storage;
 use pcpo_wgpu::ops::forward_objective::{
     ForwardObjective, ForwardPredictions, ForwardSurrogate, ForwardTime, forward_objective,
 };
@@ -20,7 +19,7 @@ use pcpo_wgpu::train::forward::{ForwardOptions, forward_gradient};
 use pcpo_wgpu::train::plan::Part;
 use pcpo_wgpu::train::update::{TrajectoryBatch, UpdateGradient};
 
-use crate::support::{cpu, emoji, golden, gpu};
+use crate::support::{cpu, emoji, files, golden, gpu};
 use crate::update::{Dump, Gradients, torch, worst};
 
 /// Values of one latent: 48 of them, as METHOD2 9.7 has it.
@@ -178,8 +177,9 @@ fn number(dump: &Dump, name: &str) -> f32 {
 /// The gradient of a dump's update here.
 fn replay(case: &Case, compute: &Compute, rows_at_once: Option<usize>) -> Gradients {
     let dump = Dump::open(case.name);
-    let family = Family::of(&case.model).unwrap();
-    let net = family.load(&case.model, &compute.burn, Storage::F32).unwrap();
+    let model = files(&case.model);
+    let family = model.family;
+    let net = model.load_network(&compute.burn, Storage::F32).unwrap();
     let adapter = |prefix: &str| dump.adapter(prefix, family.network(), &net.linears());
     let (own, old) = (adapter("lora."), adapter("old.").to_device(&compute.burn));
     let sampled = dump.metadata("objective") == "awm";
@@ -193,7 +193,7 @@ fn replay(case: &Case, compute: &Compute, rows_at_once: Option<usize>) -> Gradie
         shift: None,
         tokens: 16,
     };
-    let all = load_schedule(&case.model).unwrap().steps(&sampling).unwrap();
+    let all = files(&case.model).schedule().unwrap().steps(&sampling).unwrap();
     let trained: Vec<Step> = dump
         .values("timesteps")
         .iter()

@@ -14,7 +14,7 @@ use pcpo_wgpu::model::transformer::sd3::Sd3;
 use pcpo_wgpu::model::unet::UNet;
 use pcpo_wgpu::tools::errors::relative_error;
 
-use crate::support::{cpu, golden, gpu};
+use crate::support::{cpu, golden, gpu, part};
 
 /// The prediction of a reference file's inputs with an adapter.
 fn predict_on(
@@ -43,7 +43,7 @@ fn expected() -> Vec<f32> {
 #[test]
 fn an_adapter_of_peft_gives_the_prediction_of_diffusers() {
     for compute in [cpu(), gpu()] {
-        let unet = UNet::load(&golden("simple/unet"), &compute.burn, Storage::F32).unwrap();
+        let unet = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32).unwrap();
         let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
         assert_eq!((adapter.rank, adapter.alpha), (4, 8.0), "alpha is in the file's metadata");
         let error = relative_error(&predict(&compute, &unet, &adapter), &expected());
@@ -58,7 +58,7 @@ fn an_adapter_of_peft_gives_the_prediction_of_diffusers() {
 #[test]
 fn both_layouts_read_back_what_was_written() {
     let compute = cpu();
-    let unet = UNet::load(&golden("simple/unet"), &compute.burn, Storage::F32).unwrap();
+    let unet = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32).unwrap();
     let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     for format in [Format::Diffusers, Format::Kohya] {
@@ -70,7 +70,7 @@ fn both_layouts_read_back_what_was_written() {
 
 #[test]
 fn the_folder_that_peft_itself_saves_keeps_its_alpha() {
-    let unet = UNet::load(&golden("simple/unet"), &cpu().burn, Storage::F32).unwrap();
+    let unet = UNet::load(&part(golden("simple/unet")), &cpu().burn, Storage::F32).unwrap();
     let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("adapter_model.safetensors");
@@ -86,7 +86,7 @@ fn the_folder_that_peft_itself_saves_keeps_its_alpha() {
 #[test]
 fn adapters_of_peft_on_transformers_give_the_prediction_of_diffusers_and_read_back() {
     for compute in [cpu(), gpu()] {
-        let sd3 = Sd3::load(&golden("sd3odd/transformer"), &compute.burn, Storage::F32).unwrap();
+        let sd3 = Sd3::load(&part(golden("sd3odd/transformer")), &compute.burn, Storage::F32).unwrap();
         let adapter = load(&golden("lora/sd3-peft.safetensors"), &sd3.linears()).unwrap();
         assert_eq!((adapter.rank, adapter.alpha), (4, 8.0), "alpha is in the file's metadata");
         let expected = Weights::open_file(&golden("lora/sd3-reference.safetensors")).unwrap();
@@ -117,7 +117,7 @@ fn an_adapter_of_peft_on_flux_gives_the_prediction_of_diffusers() {
     let expected = Weights::open_file(&golden(reference)).unwrap().raw("out.prediction").unwrap();
     for compute in [cpu(), gpu()] {
         let dir = golden("flux-wide/transformer");
-        let flux = Flux::load(&dir, &compute.burn, Storage::F32).unwrap();
+        let flux = Flux::load(&part(&dir), &compute.burn, Storage::F32).unwrap();
         let adapter = load(&golden("lora/flux-peft.safetensors"), &flux.linears()).unwrap();
         let found = predict_on(&compute, &flux, &adapter, reference);
         let error = relative_error(&found, &expected.values);
@@ -131,7 +131,7 @@ fn an_adapter_of_peft_on_flux_gives_the_prediction_of_diffusers() {
 #[test]
 fn a_fresh_adapter_changes_nothing_and_targets_what_was_asked() {
     let compute = cpu();
-    let unet = UNet::load(&golden("simple/unet"), &compute.burn, Storage::F32).unwrap();
+    let unet = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32).unwrap();
     let targets: Vec<String> = vec!["attn1.to_q".into(), "ff.net.2".into()];
     let adapter = Adapter::new(&unet.linears(), &targets, 4, 4.0, 1).unwrap();
     assert!(
@@ -151,7 +151,7 @@ fn a_fresh_adapter_changes_nothing_and_targets_what_was_asked() {
 #[test]
 fn frozen_weights_in_f16_stay_close_to_f32() {
     let compute = cpu();
-    let f16 = UNet::load(&golden("simple/unet"), &compute.burn, Storage::F16).unwrap();
+    let f16 = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F16).unwrap();
     let adapter = load(&golden("lora/peft.safetensors"), &f16.linears()).unwrap();
     let error = relative_error(&predict(&compute, &f16, &adapter), &expected());
     assert!(error > 1e-6 && error < 2e-2, "{error:e}: weights rounded to f16, and the LoRA in f32");
@@ -160,7 +160,7 @@ fn frozen_weights_in_f16_stay_close_to_f32() {
 /// What would change an adapter's scale or form is refused wherever a file says it.
 #[test]
 fn rslora_and_patterns_are_refused_in_both_files() {
-    let unet = UNet::load(&golden("simple/unet"), &cpu().burn, Storage::F32).unwrap();
+    let unet = UNet::load(&part(golden("simple/unet")), &cpu().burn, Storage::F32).unwrap();
     let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     for (field, value) in [

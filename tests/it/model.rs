@@ -1,9 +1,11 @@
 //! The networks against diffusers 0.42.1 (tests/golden/make_golden.py), on the CPU device and on
 //! the GPU.
 
+use std::path::Path;
+
 use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::model::Storage;
-use pcpo_wgpu::tools::check::check;
+use pcpo_wgpu::tools::check::{Asked, check};
 
 use crate::support::{cpu, golden, gpu};
 
@@ -16,10 +18,19 @@ const SD3: [(&str, usize); 4] = [("sd3", 8), ("sd35m", 8), ("sd35l", 1), ("sd3od
 const FLUX: [(&str, usize); 4] =
     [("flux-dev", 6), ("flux-schnell", 6), ("flux-rope", 1), ("flux-wide", 1)];
 
+/// SDXL's: the prediction, both encoders' work twice, by token numbers and by prompts, that of no
+/// prompt, latents, image and encode.
+const SDXL: [(&str, usize); 2] = [("sdxl", 10), ("sdxl-v", 10)];
+
+fn asked(dir: &Path, storage: Storage) -> Asked {
+    let reference = dir.join("reference.safetensors");
+    Asked { model: dir.into(), reference, lora: None, storage }
+}
+
 fn parity(compute: &Compute, folders: &[(&str, usize)]) {
     for &(folder, comparisons) in folders {
         let dir = golden(folder);
-        let lines = check(&dir, &dir.join("reference.safetensors"), compute, Storage::F32).unwrap();
+        let lines = check(&asked(&dir, Storage::F32), compute).unwrap();
         assert_eq!(lines.len(), comparisons, "{folder}: everything is compared");
         for line in lines {
             println!("{folder} {} {:.2e}", line.name, line.error);
@@ -45,6 +56,16 @@ fn five_diffusion_configurations_match_diffusers_on_the_gpu() {
 }
 
 #[test]
+fn two_configurations_of_sdxl_match_diffusers_on_the_cpu() {
+    parity(&cpu(), &SDXL);
+}
+
+#[test]
+fn two_configurations_of_sdxl_match_diffusers_on_the_gpu() {
+    parity(&gpu(), &SDXL);
+}
+
+#[test]
 fn four_configurations_of_stable_diffusion_3_and_of_flux_match_diffusers_on_the_cpu() {
     parity(&cpu(), &SD3);
     parity(&cpu(), &FLUX);
@@ -62,7 +83,7 @@ fn quantised_weights_stay_close_to_f32() {
     for compute in [cpu(), gpu()] {
         for (storage, least, most) in [(Storage::Q8, 1e-4, 0.05), (Storage::Q4, 1e-2, 0.8)] {
             let dir = golden("sd3");
-            let lines = check(&dir, &dir.join("reference.safetensors"), &compute, storage).unwrap();
+            let lines = check(&asked(&dir, storage), &compute).unwrap();
             let error = lines.iter().find(|l| l.name == "prediction").unwrap().error;
             println!("{storage:?} on {}: {error:.2e}", compute.name);
             assert!((least..most).contains(&error), "{storage:?}: {error:e}");

@@ -1,11 +1,12 @@
 //! What tests share: paths and devices.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Output;
 use std::sync::OnceLock;
 
 use pcpo_wgpu::device::adapters::{Opening, adapters};
 use pcpo_wgpu::device::{Compute, open, open_with};
+use pcpo_wgpu::model::{Component, ModelFiles};
 
 pub fn golden(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
@@ -13,6 +14,16 @@ pub fn golden(name: &str) -> PathBuf {
 
 pub fn emoji() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("models/emoji")
+}
+
+/// A part of a model, by its folder.
+pub fn part(dir: impl AsRef<Path>) -> Component {
+    Component::folder(dir.as_ref()).unwrap()
+}
+
+/// A model's folder.
+pub fn files(dir: &Path) -> ModelFiles {
+    ModelFiles::folder(dir).unwrap()
 }
 
 pub fn cpu() -> Compute {

@@ -12,8 +12,7 @@ use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::kernels::frozen_weight::FrozenWeight;
 use pcpo_wgpu::lora::formats::{Format, load, tensors};
 use pcpo_wgpu::lora::{Adapter, LinearShape};
-use pcpo_wgpu::model::pipeline::load_schedule;
-use pcpo_wgpu::model::{Conditioning, Family, Storage};
+use pcpo_wgpu::model::{Conditioning, Storage};
 use pcpo_wgpu::ops::policy_objective::{GuidanceGradient, Objective, Surrogate};
 use pcpo_wgpu::sampling::policy::{GuidanceMode, Policy, PromptPair};
 use pcpo_wgpu::sampling::trajectory::{Noise, Transition};
@@ -23,7 +22,7 @@ use pcpo_wgpu::tools::errors::largest_error;
 use pcpo_wgpu::train::plan::Part;
 use pcpo_wgpu::train::update::{GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient};
 
-use crate::support::{cpu, emoji, golden, gpu};
+use crate::support::{cpu, emoji, files, golden, gpu};
 
 /// A dump, the model that it is of, and the settings that its file does not hold.
 #[derive(Clone)]
@@ -168,7 +167,7 @@ impl Dump {
 
     /// The trained steps, which have to have the dump's weights.
     fn trained(&self, case: &Case) -> Vec<Step> {
-        let schedule = load_schedule(&case.model).unwrap();
+        let schedule = files(&case.model).schedule().unwrap();
         let native = schedule.steps(&case.sampling).unwrap();
         let all = apply(case.credit, &schedule, native, None).unwrap();
         let steps = self.values("timesteps").into_iter().zip(self.values("weights"));
@@ -190,8 +189,9 @@ pub type Gradients = Vec<HostTensor>;
 fn replay(case: &Case, how: Replay) -> Gradients {
     let compute = how.compute;
     let dump = Dump::open(case.name);
-    let family = Family::of(&case.model).unwrap();
-    let net = family.load(&case.model, &compute.burn, how.storage).unwrap();
+    let model = files(&case.model);
+    let family = model.family;
+    let net = model.load_network(&compute.burn, how.storage).unwrap();
     let adapter = dump.adapter("lora.", family.network(), &net.linears());
     let lora = adapter.to_device(&compute.burn);
     let trained = dump.trained(case);

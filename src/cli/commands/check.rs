@@ -6,15 +6,20 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::Args;
 
-use crate::cli::args::{DeviceArg, StorageArg};
+use crate::cli::args::{DeviceArg, PartArgs, StorageArg};
 use crate::config::numbers::{self, Range};
 use crate::tools::check;
 
 #[derive(Args)]
 pub struct CheckArgs {
-    /// Model folder, or the folder of one component
-    #[arg(long, value_name = "DIR")]
+    /// Model folder, the folder of one component, or a model that is one file
+    #[arg(long, value_name = "DIR|FILE")]
     model: PathBuf,
+    #[command(flatten)]
+    parts: PartArgs,
+    /// Adapter that the prediction is computed with
+    #[arg(long, value_name = "FILE")]
+    lora: Option<PathBuf>,
     /// File of scripts/reference.py, with reference.json beside it
     #[arg(long, value_name = "FILE")]
     reference: PathBuf,
@@ -31,7 +36,13 @@ pub fn run(args: &CheckArgs) -> Result<i32> {
     numbers::number("--tolerance", args.tolerance, Range::NotNegative)?;
     let compute = args.device.open()?;
     let start = Instant::now();
-    let lines = check::check(&args.model, &args.reference, &compute, args.storage.storage)?;
+    let subject = check::Asked {
+        model: args.parts.spec(args.model.clone()),
+        reference: args.reference.clone(),
+        lora: args.lora.clone(),
+        storage: args.storage.storage,
+    };
+    let lines = check::check(&subject, &compute)?;
     for line in &lines {
         let verdict = if line.error <= args.tolerance { "ok" } else { "FAILED" };
         println!("{:<22} max error / std {:.3e}  {verdict}", line.name, line.error);

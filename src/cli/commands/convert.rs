@@ -8,7 +8,7 @@ use clap::Args;
 
 use crate::cli::args::ModelArg;
 use crate::lora::formats::{self, Format};
-use crate::model::{Family, Storage};
+use crate::model::Storage;
 
 #[derive(Args)]
 pub struct ConvertArgs {
@@ -24,9 +24,9 @@ pub struct ConvertArgs {
 }
 
 pub fn run(args: &ConvertArgs) -> Result<i32> {
-    let model = args.model.folder()?;
-    let family = Family::of(&model)?;
-    let net = family.load(&model, &Device::flex(), Storage::F16)?;
+    let files = args.model.files()?;
+    let family = files.family;
+    let net = files.load_network(&Device::flex(), Storage::F16)?;
     let adapter = formats::load(&args.input, &net.linears())?;
     formats::save(&adapter, &args.output, args.format, family.network())?;
     println!(

@@ -8,7 +8,7 @@ use clap::Args;
 use crate::config::numbers::{self, MOST, Range};
 use crate::config::prompts::model_folder;
 use crate::io;
-use crate::model::pipeline::load_schedule;
+use crate::model::ModelFiles;
 use crate::schedule::{Ddim, Flow, Grid, Sampler, Sampling, Schedule};
 use crate::tools::credit_table::table;
 
@@ -58,7 +58,7 @@ pub fn run(args: &CreditArgs) -> Result<i32> {
     numbers::optional("--shift", args.shift, Range::Positive)?;
     numbers::optional("--zeta", args.zeta, Range::Positive)?;
     let schedule = match &args.model {
-        Some(dir) => load_schedule(&model_folder(Some(dir))?)?,
+        Some(path) => ModelFiles::open(&model_folder(Some(path))?.as_path().into())?.schedule()?,
         None if !args.sampler.is_flow() => Schedule::Ddim(Ddim::stable_diffusion()),
         None => Schedule::Flow(Flow::shifted(3.0)),
     };

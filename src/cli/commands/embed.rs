@@ -8,8 +8,7 @@ use clap::Args;
 use crate::cli::args::{DeviceArg, ModelArg, SequenceArg, StorageArg};
 use crate::config::prompts::read_prompts;
 use crate::io;
-use crate::model::Family;
-use crate::model::pipeline::{TextFrom, embed};
+use crate::model::pipeline::{TextFrom, Texts, embed};
 
 #[derive(Args)]
 pub struct EmbedArgs {
@@ -21,6 +20,9 @@ pub struct EmbedArgs {
     /// One prompt; can be repeated instead of a file
     #[arg(long = "prompt", value_name = "TEXT")]
     prompt: Option<Vec<String>>,
+    /// What guidance leads away from, to be encoded as well [default: the empty prompt]
+    #[arg(long, value_name = "TEXT")]
+    negative_prompt: Option<String>,
     /// File to write
     #[arg(long, value_name = "FILE")]
     out: PathBuf,
@@ -33,16 +35,18 @@ pub struct EmbedArgs {
 }
 
 pub fn run(args: &EmbedArgs) -> Result<i32> {
-    let model = args.model.folder()?;
+    let files = args.model.files()?;
     let prompts = read_prompts(args.prompts.as_deref(), args.prompt.as_ref())?;
     let prompts: Vec<String> = prompts.into_iter().map(|p| p.text).collect();
-    let length = args.sequence.length(Family::of(&model)?)?;
+    let length = args.sequence.length(files.family)?;
     let compute = args.device.open()?;
     io::probe(&args.out)?;
-    // The empty prompt is what guidance needs.
-    let all = [&[String::new()], &prompts[..]].concat();
+    // The empty prompt is what guidance leads away from, unless another is given.
+    let negative = args.negative_prompt.as_deref().unwrap_or_default();
+    let texts = Texts { prompts: &prompts, negative: Some(negative) };
     let from = TextFrom::Encoders(length);
-    embed(&model, &all, from, &compute.burn, args.storage.storage)?.write(&args.out)?;
-    println!("{}: {} prompts and the empty one", args.out.display(), prompts.len());
+    embed(&files, texts, from, &compute.burn, args.storage.storage)?.write(&args.out)?;
+    let named = if negative.is_empty() { "empty" } else { "negative" };
+    println!("{}: {} prompts and the {named} one", args.out.display(), prompts.len());
     Ok(0)
 }

@@ -28,8 +28,12 @@ use crate::train::{Observer, Silent};
 const AT_ONCE: usize = 8;
 
 /// What says how pictures are drawn, and means nothing where they exist.
-const DRAWN: [&str; 16] = [
+const DRAWN: [&str; 23] = [
     "model",
+    "model_config",
+    "vae",
+    "text_encoder",
+    "prediction_type",
     "lora",
     "reward_guidance",
     "sampler",
@@ -39,6 +43,9 @@ const DRAWN: [&str; 16] = [
     "guidance",
     "eta",
     "resolution",
+    "time_ids",
+    "negative_time_ids",
+    "negative_prompt",
     "embeddings",
     "max_sequence_length",
     "latents",
@@ -161,7 +168,7 @@ fn folder(model: &FeatureModel, dir: &Path, set: &PictureSet) -> Result<Referenc
 /// Of a model's pictures, drawn as its users would.
 fn of_model(args: &EvalArgs, measuring: Measuring) -> Result<Evaluation> {
     let prompts = read_prompts(args.prompts.as_deref(), args.prompt.as_ref())?;
-    args.draw.model.folder()?;
+    args.draw.model.files()?;
     if let Some(dir) = &args.out {
         io::probe(&picture_path(dir, 0))?;
     }

@@ -32,7 +32,7 @@ pub fn run(args: &SampleArgs) -> Result<i32> {
     numbers::count("--batch", args.batch, MOST)?;
     args.draw.check()?;
     // Whether the model is there is known at once, the device takes a moment.
-    args.draw.model.folder()?;
+    args.draw.model.files()?;
     let compute = args.draw.device.open()?;
     let canvas = args.draw.open(compute, args.prompt.clone(), args.batch)?;
     io::probe(&picture_path(&args.out, 0))?;

@@ -1,12 +1,10 @@
 //! transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
 
-use std::path::Path;
-
 use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
-use crate::io::weights::Weights;
 use crate::model::attention::Attention;
+use crate::model::component::Component;
 use crate::model::config::Config;
 use crate::model::loader::{Loader, Storage};
 use crate::model::nn::{Activation, LayerNorm, Linear};
@@ -34,8 +32,7 @@ impl ClipConfig {
     ///
     /// # Errors
     /// Names the field that is missing or not supported.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let c = Config::open(dir)?;
+    pub fn read(c: &Config) -> Result<Self> {
         let projection = c.width("projection_dim", 512)?;
         let classes = ["CLIPTextModel", "CLIPTextModelWithProjection", "CLIPModel"];
         if let Some(architecture) = c.json["architectures"][0].as_str()
@@ -44,7 +41,7 @@ impl ClipConfig {
             let what = "is not supported; CLIPTextModel and CLIPTextModelWithProjection are";
             bail!(c.bad("architectures", what));
         }
-        Self::of(&c, projection)
+        Self::of(c, projection)
     }
 
     /// Of the fields of a text encoder, alone or in a dual encoder's configuration.
@@ -155,13 +152,13 @@ pub struct ClipText {
 pub const LARGEST: u32 = 2;
 
 impl ClipText {
-    /// Loads a `text_encoder` folder, with or without the `text_model.` prefix in its keys.
+    /// Loads a `text_encoder`, with or without the `text_model.` prefix in its keys.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
-    pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
-        let c = ClipConfig::read(dir)?;
-        let weights = Weights::open_dir(dir)?;
+    pub fn load(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
+        let c = ClipConfig::read(&part.config)?;
+        let weights = part.weights()?;
         Self::of(&Loader::new(&weights, device, storage), &c)
     }
 

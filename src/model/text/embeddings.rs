@@ -21,7 +21,12 @@ pub struct PromptEmbeddings {
     /// Width of a prompt's pooled embedding, 0 without one.
     pooled: usize,
     source: Source,
+    /// The row of what guidance leads away from.
+    uncond: usize,
 }
+
+/// The row of no text at all: zeros.
+const ZEROS: usize = usize::MAX;
 
 enum Source {
     Host { sequence: Vec<f32>, pooled: Vec<f32> },
@@ -43,6 +48,7 @@ impl PromptEmbeddings {
             sequence: [tokens, width],
             pooled: pooled_width,
             source: Source::Host { sequence, pooled },
+            uncond: ZEROS,
         }
     }
 
@@ -77,7 +83,22 @@ impl PromptEmbeddings {
             ),
         };
         let rows = prompts.into_iter().zip(0..).collect();
-        Ok(Self { rows, sequence, pooled, source: Source::File(file) })
+        let source = Source::File(file);
+        Ok(Self { rows, sequence, pooled, source, uncond: ZEROS })
+    }
+
+    /// The same, where guidance leads away from a text; from zeros where there is none.
+    ///
+    /// # Errors
+    /// When the text has not been encoded.
+    pub fn against(self, negative: Option<&str>) -> Result<Self> {
+        let uncond = negative.map_or(Ok(ZEROS), |text| self.row_of(text))?;
+        Ok(Self { uncond, ..self })
+    }
+
+    /// The row of what guidance leads away from.
+    pub fn uncond(&self) -> usize {
+        self.uncond
     }
 
     /// Widths of the sequence and of the pooled embedding (0 without one).
@@ -115,6 +136,10 @@ impl PromptEmbeddings {
         let map = RowMap::of_equal(rows);
         for row in map.firsts().into_iter().map(|image| rows[image]) {
             match &self.source {
+                _ if row == ZEROS => {
+                    sequences.resize(sequences.len() + tokens * width, 0.0);
+                    pooleds.resize(pooleds.len() + self.pooled, 0.0);
+                }
                 Source::Host { sequence, pooled } => {
                     let (n, p) = (tokens * width, self.pooled);
                     sequences.extend_from_slice(&sequence[row * n..(row + 1) * n]);

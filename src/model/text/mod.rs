@@ -6,8 +6,6 @@ pub mod embeddings;
 pub mod t5;
 pub mod tokenizer;
 
-use std::path::Path;
-
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, Tensor};
 
@@ -15,6 +13,7 @@ use self::clip::{ClipOutput, ClipText};
 use self::embeddings::PromptEmbeddings;
 use self::t5::T5Encoder;
 use self::tokenizer::Tokenizer;
+use super::files::ModelFiles;
 use super::loader::Storage;
 use crate::device::tensor::read;
 
@@ -23,6 +22,9 @@ use crate::device::tensor::read;
 pub enum TextLayout {
     /// Stable Diffusion 1 and 2: one CLIP's last hidden state.
     Clip,
+    /// SDXL: two CLIPs' second-last hidden states side by side in the width, and the second's pooled
+    /// state.
+    TwoClips,
     /// Stable Diffusion 3: two CLIPs side by side in the width, filled up with zeros; then T5's
     /// tokens, or as many zeros where a folder has no T5.
     TwoClipsAndT5,
@@ -35,14 +37,14 @@ impl TextLayout {
     pub fn held(self) -> &'static [&'static str] {
         match self {
             Self::Clip | Self::T5AndPooledClip => &["text_encoder"],
-            Self::TwoClipsAndT5 => &["text_encoder", "text_encoder_2"],
+            Self::TwoClips | Self::TwoClipsAndT5 => &["text_encoder", "text_encoder_2"],
         }
     }
 
     /// The folder of the encoder that is read layer by layer.
     pub fn streamed(self) -> Option<&'static str> {
         match self {
-            Self::Clip => None,
+            Self::Clip | Self::TwoClips => None,
             Self::TwoClipsAndT5 => Some("text_encoder_3"),
             Self::T5AndPooledClip => Some("text_encoder_2"),
         }
@@ -51,7 +53,7 @@ impl TextLayout {
     /// Tokens that the network sees, of CLIP's and T5's.
     pub fn tokens(self, clip: usize, t5: usize) -> usize {
         match self {
-            Self::Clip => clip,
+            Self::Clip | Self::TwoClips => clip,
             Self::TwoClipsAndT5 => clip + t5,
             Self::T5AndPooledClip => t5,
         }
@@ -65,10 +67,10 @@ struct Clip {
 }
 
 impl Clip {
-    fn load(dir: &Path, suffix: &str, device: &Device, storage: Storage) -> Result<Self> {
-        let model = ClipText::load(&dir.join(format!("text_encoder{suffix}")), device, storage)?;
-        let folder = dir.join(format!("tokenizer{suffix}"));
-        Ok(Self { tokenizer: Tokenizer::load(&folder, model.max_tokens)?, model })
+    fn load(files: &ModelFiles, part: &str, device: &Device, storage: Storage) -> Result<Self> {
+        let model = ClipText::load(&files.component(part)?, device, storage)?;
+        let sizes = [model.max_tokens, model.vocabulary];
+        Ok(Self { tokenizer: files.clip_tokenizer(part, sizes)?, model })
     }
 
     fn encode(&self, prompts: &[String]) -> Result<ClipOutput> {
@@ -88,16 +90,15 @@ struct T5 {
 
 impl T5 {
     fn open(
-        dir: &Path,
-        folder: &str,
+        files: &ModelFiles,
+        part: &str,
         length: usize,
         device: &Device,
         storage: Storage,
     ) -> Result<Self> {
-        let tokenizer = dir.join(folder.replace("text_encoder", "tokenizer"));
         Ok(Self {
-            tokenizer: Tokenizer::load_t5(&tokenizer, length)?,
-            model: T5Encoder::open(&dir.join(folder), device, storage)?,
+            tokenizer: Tokenizer::load_t5(&files.t5_tokenizer(part)?, length)?,
+            model: T5Encoder::open(&files.component(part)?, device, storage)?,
         })
     }
 
@@ -119,55 +120,49 @@ pub struct TextEncoders {
 #[allow(clippy::large_enum_variant)] // There is one of it.
 enum Parts {
     Clip(Clip),
+    TwoClips([Clip; 2]),
     TwoClipsAndT5 { clips: [Clip; 2], t5: Option<T5> },
     T5AndPooledClip { clip: Clip, t5: T5 },
 }
 
 impl TextEncoders {
-    /// Loads a model folder's encoders. `length` is the number of T5 tokens, `width` the sequence
-    /// width that the network takes.
+    /// Loads a model's encoders. `length` is the number of T5 tokens, `width` the sequence width that
+    /// the network takes.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, damaged or not supported.
     pub fn load(
-        dir: &Path,
-        layout: TextLayout,
+        files: &ModelFiles,
         length: usize,
         width: usize,
         device: &Device,
         storage: Storage,
     ) -> Result<Self> {
-        let clip = |suffix: &str| Clip::load(dir, suffix, device, storage);
+        let layout = files.family.text();
+        let clip = |part: &str| Clip::load(files, part, device, storage);
         let t5 = || {
-            let folder = layout.streamed().filter(|f| dir.join(f).is_dir());
-            folder.map(|f| T5::open(dir, f, length, device, storage)).transpose()
+            let part = layout.streamed().filter(|part| files.has(part));
+            part.map(|part| T5::open(files, part, length, device, storage)).transpose()
+        };
+        let two = || {
+            let clips = [clip("text_encoder")?, clip("text_encoder_2")?];
+            fit_together(files, &clips, width)?;
+            anyhow::Ok(clips)
         };
         let parts = match layout {
-            TextLayout::Clip => Parts::Clip(clip("")?),
-            TextLayout::TwoClipsAndT5 => {
-                let clips = [clip("")?, clip("_2")?];
-                let own: usize = clips.iter().map(|c| c.model.width).sum();
-                ensure!(
-                    own <= width,
-                    "{}: the two CLIP encoders are {own} wide together, joint_attention_dim is \
-                     {width}; the parts belong to different models",
-                    dir.display()
-                );
-                let [first, second] = [&clips[0], &clips[1]].map(|c| c.tokenizer.length);
-                ensure!(
-                    first == second,
-                    "{}: model_max_length is {first} in tokenizer/ and {second} in tokenizer_2/; \
-                     the two CLIP encoders take one length",
-                    dir.display()
-                );
-                Parts::TwoClipsAndT5 { clips, t5: t5()? }
-            }
+            TextLayout::Clip => Parts::Clip(clip("text_encoder")?),
+            TextLayout::TwoClips => Parts::TwoClips(two()?),
+            TextLayout::TwoClipsAndT5 => Parts::TwoClipsAndT5 { clips: two()?, t5: t5()? },
             TextLayout::T5AndPooledClip => {
                 let t5 = t5()?.with_context(|| {
-                    let dir = dir.join(layout.streamed().unwrap_or_default());
-                    format!("{}: the text encoder is missing", dir.display())
+                    let part = layout.streamed().unwrap_or_default();
+                    format!(
+                        "{}: {part} is missing; give it by --text-encoder DIR|FILE, or its work by \
+                         --embeddings FILE",
+                        files.shown()
+                    )
                 })?;
-                Parts::T5AndPooledClip { clip: clip("")?, t5 }
+                Parts::T5AndPooledClip { clip: clip("text_encoder")?, t5 }
             }
         };
         Ok(Self { parts, length, width })
@@ -177,6 +172,10 @@ impl TextEncoders {
     pub fn widths(&self) -> [usize; 2] {
         match &self.parts {
             Parts::Clip(clip) => [clip.model.width, 0],
+            Parts::TwoClips(clips) => {
+                let width = clips.iter().map(|c| c.model.width).sum();
+                [width, clips[1].model.pooled_width()]
+            }
             Parts::TwoClipsAndT5 { clips, t5 } => {
                 let width = t5.as_ref().map_or(self.width, |t5| t5.model.width);
                 [width, clips.iter().map(|c| c.model.pooled_width()).sum()]
@@ -206,7 +205,7 @@ impl TextEncoders {
         let clips = clips.concat();
         let n = prompts.len();
         let sequence = match &self.parts {
-            Parts::Clip(_) => clips,
+            Parts::Clip(_) | Parts::TwoClips(_) => clips,
             Parts::T5AndPooledClip { t5, .. } => t5.encode(&prompts)?,
             Parts::TwoClipsAndT5 { t5, .. } => {
                 let t5 = match t5 {
@@ -230,6 +229,11 @@ impl TextEncoders {
             Parts::T5AndPooledClip { clip, .. } => {
                 ClipPart { sequence: None, pooled: Some(clip.encode(prompts)?.pooled) }
             }
+            Parts::TwoClips(clips) => {
+                let [first, second] = [clips[0].encode(prompts)?, clips[1].encode(prompts)?];
+                let both = Tensor::cat(vec![first.penultimate, second.penultimate], 2);
+                ClipPart { sequence: Some(both), pooled: Some(second.pooled) }
+            }
             Parts::TwoClipsAndT5 { clips, .. } => {
                 let [first, second] = [clips[0].encode(prompts)?, clips[1].encode(prompts)?];
                 let both = Tensor::cat(vec![first.penultimate, second.penultimate], 2);
@@ -245,6 +249,25 @@ impl TextEncoders {
             }
         })
     }
+}
+
+/// Checks that two CLIP encoders belong together, in a network that takes a width.
+fn fit_together(files: &ModelFiles, clips: &[Clip; 2], width: usize) -> Result<()> {
+    let own: usize = clips.iter().map(|c| c.model.width).sum();
+    ensure!(
+        own <= width,
+        "{}: the two CLIP encoders are {own} wide together, the network takes {width}; the parts \
+         belong to different models",
+        files.shown()
+    );
+    let [first, second] = [&clips[0], &clips[1]].map(|c| c.tokenizer.length);
+    ensure!(
+        first == second,
+        "{}: model_max_length is {first} in tokenizer/ and {second} in tokenizer_2/; the two CLIP \
+         encoders take one length",
+        files.shown()
+    );
+    Ok(())
 }
 
 struct ClipPart {

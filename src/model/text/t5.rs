@@ -4,14 +4,13 @@
 //! T5-XXL is larger than the models it serves, and is needed once a prompt. Its layers are
 //! therefore never held together: each is read from the file, run on all prompts, and dropped.
 
-use std::path::Path;
-
 use anyhow::{Result, bail, ensure};
 use burn::tensor::{Device, Int, Tensor, TensorData};
 
 use crate::device::tensor::{read, upload};
 use crate::io::weights::Weights;
 use crate::kernels::attention::{Heads, attention};
+use crate::model::component::Component;
 use crate::model::config::Config;
 use crate::model::loader::{Loader, Storage};
 use crate::model::nn::{Activation, Linear, RmsNorm};
@@ -39,8 +38,7 @@ impl T5Config {
     ///
     /// # Errors
     /// Names the field that is missing or not supported.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let c = Config::open(dir)?;
+    pub fn read(c: &Config) -> Result<Self> {
         if let Some(architecture) = c.json["architectures"][0].as_str()
             && !["T5EncoderModel", "T5ForConditionalGeneration", "T5Model"].contains(&architecture)
         {
@@ -151,14 +149,14 @@ impl Layer {
 }
 
 impl T5Encoder {
-    /// Opens a text encoder's folder; nothing is read but the configuration and the list of
+    /// Opens a text encoder; nothing is read but the configuration and the list of
     /// tensors.
     ///
     /// # Errors
     /// Names the file and the field that is missing or not supported.
-    pub fn open(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
-        let config = T5Config::read(dir)?;
-        let weights = Weights::open_dir(dir)?;
+    pub fn open(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
+        let config = T5Config::read(&part.config)?;
+        let weights = part.weights()?;
         Ok(Self { width: config.width, config, weights, device: device.clone(), storage })
     }
 
@@ -228,8 +226,8 @@ mod tests {
     /// that it has alone.
     #[test]
     fn layers_are_read_once_for_all_prompts() {
-        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/sd3/text_encoder_3");
-        let open = || T5Encoder::open(&dir, &Device::flex(), Storage::F32).unwrap();
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/sd3/text_encoder_3");
+        let open = || T5Encoder::open(&Component::folder(&dir).unwrap(), &Device::flex(), Storage::F32).unwrap();
         let (tokens, prompts) = (6, 35);
         let row = |i: usize| (0..tokens).map(|j| ((7 * i + 3 * j) % 50) as u32).collect();
         let ids: Vec<Vec<u32>> = (0..prompts).map(row).collect();

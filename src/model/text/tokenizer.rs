@@ -263,6 +263,18 @@ impl Tokenizer {
         Ok(Self { inner, bos: Some(bos), eos, pad, length, mend: false })
     }
 
+    /// The same with another token behind the end of a text, which is cut out of texts like every
+    /// special one.
+    ///
+    /// # Errors
+    /// When the vocabulary has no such token.
+    pub fn padded_with(mut self, token: &str) -> Result<Self> {
+        let pad = self.inner.token_to_id(token);
+        self.pad = pad.with_context(|| format!("pad_token {token:?} is not in the vocabulary"))?;
+        self.inner.add_special_tokens(&[AddedToken::from(token, true)]);
+        Ok(self)
+    }
+
     /// The token behind the end of a text.
     pub fn pad(&self) -> u32 {
         self.pad

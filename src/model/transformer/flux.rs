@@ -1,7 +1,6 @@
 //! diffusers' `FluxTransformer2DModel`: FLUX.1 dev (with an embedding of the guidance scale) and
 //! schnell (without).
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
@@ -14,9 +13,9 @@ use super::joint::{
 };
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
-use crate::io::weights::Weights;
 use crate::lora::{LinearShape, Lora};
 use crate::model::blocks::FeedForward;
+use crate::model::component::Component;
 use crate::model::config::{BlockShape, Config, NetworkConfig};
 use crate::model::denoiser::{Denoiser, Fixed, Hidden, Inputs};
 use crate::model::loader::{Loader, Storage};
@@ -51,8 +50,7 @@ impl FluxConfig {
     ///
     /// # Errors
     /// Names the field that is not supported.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let c = Config::open(dir)?;
+    pub fn read(c: &Config) -> Result<Self> {
         c.only(&[("patch_size", json!(1))])?;
         let heads = c.count("num_attention_heads", 24)?;
         let head = c.width("attention_head_dim", 128)?;
@@ -215,13 +213,13 @@ pub struct Flux {
 }
 
 impl Flux {
-    /// Loads a `transformer` folder.
+    /// Loads a `transformer`.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
-    pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
-        let c = FluxConfig::read(dir)?;
-        let weights = Weights::open_dir(dir)?;
+    pub fn load(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
+        let c = FluxConfig::read(&part.config)?;
+        let weights = part.weights()?;
         let l = Loader::new(&weights, device, storage);
         let (width, [joint, pooled]) = (c.width, c.context);
         let spec = JointSpec { width, heads: c.heads, qk_norm: true };
@@ -370,7 +368,7 @@ impl Denoiser for Flux {
             "{}: in.hidden_states has tokens of {channels} channels, the network takes {token}",
             inputs.path().display()
         );
-        let cond = inputs.conditioning(rows, self.config.context())?;
+        let cond = inputs.conditioning(rows, &self.config)?;
         let ids = |name: &str, count: usize| -> Result<Vec<[f32; 3]>> {
             let values = inputs.values(name, 3 * count)?;
             Ok(values.chunks_exact(3).map(|c| [c[0], c[1], c[2]]).collect())

@@ -7,14 +7,14 @@ use burn::tensor::{Device, Tensor};
 use crate::kernels::attention::{Heads, attention};
 use crate::kernels::layer_norm::layer_norm;
 use crate::lora::Lora;
-use crate::model::blocks::TimeEmbedding;
+use crate::model::blocks::{TimeEmbedding, Waves};
 use crate::model::config::BlockShape;
 use crate::model::denoiser::{Fixed, Inputs};
 use crate::model::loader::Loader;
 use crate::model::nn::{Activation, Linear, RmsNorm};
 
 /// Width of the sinusoidal embedding of time and guidance.
-const TIME: usize = 256;
+const WAVES: Waves = Waves { width: 256, flip: true, shift: 0.0 };
 
 /// Tokens as `Hidden` holds them: with one dimension more.
 pub fn hold(tokens: Tensor<3>) -> Tensor<4> {
@@ -37,7 +37,7 @@ pub struct TimeTextEmbedding {
 
 impl TimeTextEmbedding {
     pub fn load(l: &Loader, width: usize, pooled: usize, guided: bool) -> Result<Self> {
-        let embedding = |part: &str| TimeEmbedding::load(&l.at(part), TIME, width, true, 0.0);
+        let embedding = |part: &str| TimeEmbedding::load(&l.at(part), WAVES, WAVES.width, width);
         Ok(Self {
             time: embedding("timestep_embedder")?,
             guidance: if guided { Some(embedding("guidance_embedder")?) } else { None },
@@ -226,7 +226,8 @@ impl Stream {
 pub fn block_shape(tokens: usize, width: usize, heads: usize) -> BlockShape {
     let (n, width) = (tokens as f64, width as f64);
     let stream = n * width;
-    BlockShape { input: stream, stream, wide: 4.0 * stream, scores: heads as f64 * n * n }
+    let scores = heads as f64 * n * n;
+    BlockShape { input: stream, stream, wide: 4.0 * stream, scores, depth: 1.0 }
 }
 
 /// How a [`JointAttention`] is built.

@@ -1,7 +1,6 @@
 //! diffusers' `SD3Transformer2DModel`: Stable Diffusion 3, 3.5 medium (dual attention) and 3.5
 //! large.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
@@ -12,9 +11,9 @@ use super::joint::{
     tokens,
 };
 use crate::io::tensors::HostTensor;
-use crate::io::weights::Weights;
 use crate::lora::{LinearShape, Lora};
 use crate::model::blocks::FeedForward;
+use crate::model::component::Component;
 use crate::model::config::{BlockShape, Config, NetworkConfig};
 use crate::model::denoiser::{Denoiser, Fixed, Hidden, Inputs, forward_of_latents};
 use crate::model::loader::{Loader, Storage};
@@ -45,10 +44,9 @@ impl Sd3Config {
     ///
     /// # Errors
     /// Names the field that is not supported.
-    pub fn read(dir: &Path) -> Result<Self> {
+    pub fn read(c: &Config) -> Result<Self> {
         /// Position embeddings beyond would not fit any device.
         const MOST_SIDE: usize = 512;
-        let c = Config::open(dir)?;
         let heads = c.count("num_attention_heads", 18)?;
         let width = heads * c.width("attention_head_dim", 64)?;
         let qk_norm = match c.json["qk_norm"].as_str() {
@@ -211,13 +209,13 @@ pub struct Sd3 {
 }
 
 impl Sd3 {
-    /// Loads a `transformer` folder.
+    /// Loads a `transformer`.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
-    pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
-        let c = Sd3Config::read(dir)?;
-        let weights = Weights::open_dir(dir)?;
+    pub fn load(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
+        let c = Sd3Config::read(&part.config)?;
+        let weights = part.weights()?;
         let l = Loader::new(&weights, device, storage);
         let (width, patch, side) = (c.width, c.patch, c.side);
         let [joint, pooled] = c.context;

@@ -1,12 +1,11 @@
 //! A `UNet2DConditionModel`'s configuration, checked once for the network and for the memory
 //! estimate.
 
-use std::path::Path;
-
 use anyhow::{Result, bail, ensure};
 use serde_json::{Value, json};
 
 use crate::model::blocks::{ResnetSpec, TransformerSpec};
+use crate::model::conditioning::TIME_IDS;
 use crate::model::config::{BlockShape, Config, NetworkConfig};
 
 /// More levels than any UNet has: each halves the latent.
@@ -20,6 +19,39 @@ pub enum MidKind {
     Resnet,
     /// Two resnets with attention between them.
     CrossAttention,
+}
+
+/// What SDXL's UNet is told besides: the pooled text, and sizes in pixels.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Addition {
+    /// Width of the pooled text.
+    pub pooled: usize,
+    /// Width of the embedding of each of [`TIME_IDS`] numbers.
+    pub time: usize,
+}
+
+impl Addition {
+    /// Width of all of it side by side.
+    pub fn width(self) -> usize {
+        self.pooled + TIME_IDS * self.time
+    }
+
+    /// `addition_embed_type`, where there is one.
+    fn read(c: &Config) -> Result<Option<Self>> {
+        match c.text("addition_embed_type", "")?.as_str() {
+            "" => return Ok(None),
+            "text_time" => {}
+            _ => bail!(c.bad("addition_embed_type", "is not supported; text_time and null are")),
+        }
+        let time = c.width("addition_time_embed_dim", 256)?;
+        let field = "projection_class_embeddings_input_dim";
+        let all = c.width(field, 2816)?;
+        ensure!(
+            all > TIME_IDS * time,
+            c.bad(field, &format!("leaves no pooled text beside {TIME_IDS} embeddings of {time}"))
+        );
+        Ok(Some(Self { pooled: all - TIME_IDS * time, time }))
+    }
 }
 
 /// One level: its blocks on the way down and up.
@@ -56,13 +88,13 @@ pub struct UNetConfig {
     pub center_input: bool,
     pub flip_sin_to_cos: bool,
     pub freq_shift: f64,
+    pub addition: Option<Addition>,
 }
 
 /// Refuses what the network here cannot compute.
 fn supported(c: &Config) -> Result<()> {
     c.only(&[
         ("class_embed_type", Value::Null),
-        ("addition_embed_type", Value::Null),
         ("encoder_hid_dim", Value::Null),
         ("encoder_hid_dim_type", Value::Null),
         ("time_embedding_type", json!("positional")),
@@ -110,12 +142,11 @@ fn mid_kind(c: &Config) -> Result<MidKind> {
 }
 
 impl UNetConfig {
-    /// Reads a `unet` folder's `config.json`.
+    /// Reads a `unet`'s `config.json`.
     ///
     /// # Errors
     /// Names the field that is not supported.
-    pub fn read(dir: &Path) -> Result<Self> {
-        let c = &Config::open(dir)?;
+    pub fn read(c: &Config) -> Result<Self> {
         supported(c)?;
         let levels = levels(c)?;
         let channels = c.width("in_channels", 4)?;
@@ -145,6 +176,7 @@ impl UNetConfig {
             center_input: c.flag("center_input_sample", false)?,
             flip_sin_to_cos: c.flag("flip_sin_to_cos", true)?,
             freq_shift: c.float("freq_shift", 0.0)?,
+            addition: Addition::read(c)?,
         })
     }
 
@@ -229,7 +261,11 @@ impl NetworkConfig for UNetConfig {
     }
 
     fn context(&self) -> [usize; 2] {
-        [self.context, 0]
+        [self.context, self.addition.map_or(0, |a| a.pooled)]
+    }
+
+    fn takes_time_ids(&self) -> bool {
+        self.addition.is_some()
     }
 
     fn distilled(&self) -> bool {
@@ -301,6 +337,7 @@ impl Run<'_> {
             // A block on the way up takes its skip connection beside its own stream.
             stream: area * (width + extra / 2) as f64,
             wide: if attends { 8.0 * stream } else { 0.0 },
+            depth: if attends { self.config.levels[level].transformer_layers as f64 } else { 1.0 },
             scores: if attends { heads * area * area } else { 0.0 },
         });
     }

@@ -1,23 +1,27 @@
 //! diffusers' `UNet2DConditionModel`, driven by its config.json.
 
 pub mod config;
+pub mod original;
 
-use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
 use burn::tensor::{Device, Tensor};
 
-use self::config::MidKind;
+use self::config::{Addition, MidKind};
 pub use self::config::UNetConfig;
-use super::blocks::{Downsample, Resnet, ResnetSpec, Time, TimeEmbedding, Transformer2d, Upsample};
+use self::original::renamings;
+use super::blocks::{
+    Downsample, Resnet, ResnetSpec, Time, TimeEmbedding, Transformer2d, Upsample, Waves,
+};
+use super::component::Component;
+use super::conditioning::{Conditioning, TIME_IDS};
 use super::config::NetworkConfig;
 use super::denoiser::{Denoiser, Fixed, Hidden, Inputs, forward_of_latents};
 use super::loader::{Loader, Storage};
 use super::nn::{Activation, Conv2d, GroupNorm, Linear, channels_first, channels_last};
 use super::reference::ReferenceTensors;
 use crate::io::tensors::HostTensor;
-use crate::io::weights::Weights;
 use crate::lora::{LinearShape, Lora};
 
 /// A level on the way down or up: resnets with or without attention, then a change of size.
@@ -49,6 +53,8 @@ pub struct UNet {
     config: UNetConfig,
     device: Device,
     time: TimeEmbedding,
+    /// Of the pooled text and the sizes in pixels, where it takes them.
+    addition: Option<TimeEmbedding>,
     conv_in: Conv2d,
     down: Vec<Level>,
     mid: Option<Mid>,
@@ -125,29 +131,28 @@ fn load_mid(l: &Loader, c: &UNetConfig) -> Result<Option<Mid>> {
 }
 
 impl UNet {
-    /// Loads a `unet` folder.
+    /// Loads a `unet`.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
-    pub fn load(dir: &Path, device: &Device, storage: Storage) -> Result<Self> {
-        let c = UNetConfig::read(dir)?;
-        let weights = Weights::open_dir(dir)?;
+    pub fn load(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
+        let c = UNetConfig::read(&part.config)?;
+        let weights = part.weights()?;
         let l = Loader::new(&weights, device, storage);
         let (first, n) = (c.levels[0].channels, c.levels.len());
         let down = (0..n).map(|i| load_down(&l, &c, i)).collect::<Result<Vec<_>>>()?;
         let mid = load_mid(&l, &c)?;
         let up = (0..n).map(|i| load_up(&l, &c, i)).collect::<Result<Vec<_>>>()?;
         let (groups, eps) = (c.resnet.groups, c.resnet.eps);
+        let waves = |width| Waves { width, flip: c.flip_sin_to_cos, shift: c.freq_shift };
+        let addition = |a: Addition| {
+            TimeEmbedding::load(&l.at("add_embedding"), waves(a.time), a.width(), 4 * first)
+        };
         Ok(Self {
             units: units(&down, mid.is_some(), &up),
             device: device.clone(),
-            time: TimeEmbedding::load(
-                &l.at("time_embedding"),
-                first,
-                4 * first,
-                c.flip_sin_to_cos,
-                c.freq_shift,
-            )?,
+            time: TimeEmbedding::load(&l.at("time_embedding"), waves(first), first, 4 * first)?,
+            addition: c.addition.map(addition).transpose()?,
             conv_in: Conv2d::same(&l, "conv_in", c.channels, first)?,
             down,
             mid,
@@ -173,6 +178,17 @@ fn units(down: &[Level], mid: bool, up: &[Level]) -> Vec<Unit> {
     units
 }
 
+impl UNet {
+    /// The embedding of the pooled text and the sizes, `[P, D]`: the text stands first.
+    fn add(&self, addition: &TimeEmbedding, cond: &Conditioning) -> Tensor<2> {
+        let pooled = cond.pooled.clone().expect("checked with the model's text encoders");
+        let numbers = cond.time_ids.as_flattened();
+        let waves = addition.waves.of(numbers, &self.device);
+        let waves = waves.reshape([cond.rows.few(), TIME_IDS * addition.waves.width]);
+        addition.embed(Tensor::cat(vec![pooled, waves], 1))
+    }
+}
+
 impl Denoiser for UNet {
     fn config(&self) -> &dyn NetworkConfig {
         &self.config
@@ -187,13 +203,22 @@ impl Denoiser for UNet {
         let mid = self.mid.iter().flat_map(|m| &m.attention);
         let up = self.up.iter().flat_map(|b| &b.attentions);
         let linears = down.chain(mid).chain(up).flat_map(Transformer2d::linears);
-        linears.map(|l: &Linear| l.shape.clone()).collect()
+        let names = renamings(&self.config);
+        let shape = |l: &Linear| LinearShape {
+            original: names.iter().find_map(|n| n.to_theirs(&l.shape.name)),
+            ..l.shape.clone()
+        };
+        linears.map(shape).collect()
     }
 
     fn start(&self, x: Tensor<4>, inputs: Inputs) -> Hidden {
         let [_, _, h, w] = x.dims();
         // Every resnet activates the embedding first: once here instead of in each.
-        let time = Activation::Silu.forward(self.time.forward(inputs.timesteps, &self.device));
+        let mut time = self.time.forward(inputs.timesteps, &self.device);
+        if let Some(addition) = &self.addition {
+            time = time + self.add(addition, inputs.cond);
+        }
+        let time = Activation::Silu.forward(time);
         let x = if self.config.center_input { x * 2.0 - 1.0 } else { x };
         let x = self.conv_in.forward(channels_last(x));
         // The image last; below it the skip connections that wait for their up block.

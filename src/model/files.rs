@@ -1,0 +1,362 @@
+//! Where a model's parts come from: a folder in diffusers' layout, or one file in the layout of its
+//! authors; and what is given in place of parts.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use burn::tensor::Device;
+use serde_json::{Value, json};
+use sha2::Digest;
+
+use super::component::Component;
+use super::denoiser::Denoiser;
+use super::family::Family;
+use super::loader::Storage;
+use super::single_file::{SingleFile, text_encoder_of, vae_of};
+use super::text::tokenizer::{CLIP_VOCABULARY, Tokenizer};
+use crate::choice::name;
+use crate::io::weights::Weights;
+use crate::schedule::{PredictionType, Schedule};
+
+/// What is said of a model: where it is, and what supplies or replaces parts of it.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct ModelSpec {
+    /// A folder that holds model_index.json, the folder of its network alone, or a file.
+    pub model: PathBuf,
+    /// `--model-config`: a folder of diffusers' configurations, for what a file cannot say.
+    pub config: Option<PathBuf>,
+    /// `--vae`: a folder or a file.
+    pub vae: Option<PathBuf>,
+    /// `--text-encoder`: folders or files, in the order of the model's encoders; T5 is recognised.
+    pub text_encoder: Vec<PathBuf>,
+    /// `--prediction-type`
+    pub prediction: Option<PredictionType>,
+}
+
+impl From<&Path> for ModelSpec {
+    fn from(model: &Path) -> Self {
+        Self { model: model.to_path_buf(), ..Self::default() }
+    }
+}
+
+/// A model whose parts can be opened.
+pub struct ModelFiles {
+    pub spec: ModelSpec,
+    pub family: Family,
+    /// The model itself, where it is one file.
+    file: Option<SingleFile>,
+}
+
+/// Where a folder's network is: in a folder of its own, or this folder itself.
+fn network_dir(dir: &Path) -> Result<PathBuf> {
+    let below = ["unet", "transformer"].into_iter().map(|part| dir.join(part));
+    if let Some(found) = below.into_iter().find(|d| d.is_dir()) {
+        return Ok(found);
+    }
+    ensure!(
+        dir.join("config.json").is_file(),
+        "--model {}: not a diffusers folder (there is no unet/ and no transformer/ in it); give \
+         the folder that holds model_index.json, or one .safetensors file",
+        dir.display()
+    );
+    Ok(dir.to_path_buf())
+}
+
+impl ModelFiles {
+    /// Finds out what is there; nothing is read but configurations and lists of tensors.
+    ///
+    /// # Errors
+    /// Names the flag, the file and what is missing, damaged or not supported.
+    pub fn open(spec: &ModelSpec) -> Result<Self> {
+        let path = &spec.model;
+        ensure!(path.exists(), "--model {}: no such file or folder", path.display());
+        if path.is_dir() {
+            let network = Component::folder(&network_dir(path)?)?;
+            let family = Family::of_network(&network.config)?;
+            return Ok(Self { spec: spec.clone(), family, file: None });
+        }
+        let file = SingleFile::open(path, spec.config.as_deref())
+            .with_context(|| format!("--model {}", path.display()))?;
+        Ok(Self { spec: spec.clone(), family: file.family, file: Some(file) })
+    }
+
+    /// A folder without flags.
+    ///
+    /// # Errors
+    /// As [`Self::open`].
+    pub fn folder(dir: &Path) -> Result<Self> {
+        Self::open(&dir.into())
+    }
+
+    /// The path as it was given.
+    pub fn path(&self) -> &Path {
+        &self.spec.model
+    }
+
+    /// The path, for messages.
+    pub fn shown(&self) -> std::path::Display<'_> {
+        self.spec.model.display()
+    }
+
+    /// The file that the model is, where it is one.
+    pub fn file(&self) -> Option<&SingleFile> {
+        self.file.as_ref()
+    }
+
+    /// Whether a part is there, by its folder's name in diffusers' layout.
+    pub fn has(&self, part: &str) -> bool {
+        let supplied = self.supplied(part).is_ok_and(|found| found.is_some());
+        supplied
+            || match &self.file {
+                Some(file) => file.has(part),
+                None => self.path().join(part).join("config.json").is_file(),
+            }
+    }
+
+    /// Whether it is the folder of a network alone.
+    pub fn is_network_alone(&self) -> bool {
+        self.file.is_none() && !self.path().join(self.family.network()).is_dir()
+    }
+
+    /// The network.
+    ///
+    /// # Errors
+    /// When its configuration cannot be read.
+    pub fn network(&self) -> Result<Component> {
+        match &self.file {
+            Some(file) => file.part(self.family.network()),
+            None => Component::folder(&network_dir(self.path())?),
+        }
+    }
+
+    /// Loads the network.
+    ///
+    /// # Errors
+    /// As [`Family::load`].
+    pub fn load_network(&self, device: &Device, storage: Storage) -> Result<Box<dyn Denoiser>> {
+        self.family.load(&self.network()?, device, storage)
+    }
+
+    /// A part by its folder's name in diffusers' layout.
+    ///
+    /// # Errors
+    /// Names what is missing, and the flag that supplies it.
+    pub fn component(&self, part: &str) -> Result<Component> {
+        if let Some(found) = self.supplied(part)? {
+            return Ok(found);
+        }
+        match &self.file {
+            Some(file) if file.has(part) => file.part(part),
+            Some(_) => bail!(
+                "--model {}: holds no {part}; give it by {}",
+                self.shown(),
+                if part == "vae" { "--vae DIR|FILE" } else { "--text-encoder DIR|FILE" }
+            ),
+            None => Component::folder(&self.path().join(part)),
+        }
+    }
+
+    /// What a flag gives in place of a part.
+    fn supplied(&self, part: &str) -> Result<Option<Component>> {
+        if part == "vae" {
+            let vae = self.spec.vae.as_deref().map(|path| vae_of(path, self.family));
+            return vae.transpose().context("--vae");
+        }
+        let layout = self.family.text();
+        let mut clips = layout.held().iter();
+        for path in &self.spec.text_encoder {
+            let shown = || format!("--text-encoder {}", path.display());
+            let given = text_encoder_of(path, self.family).with_context(shown)?;
+            let t5 = given.config.json["model_type"] == "t5";
+            let place = if t5 { layout.streamed() } else { clips.next().copied() };
+            let place = place.with_context(|| {
+                format!("{}: the model has no place for another text encoder", shown())
+            })?;
+            if place == part {
+                return Ok(Some(given));
+            }
+        }
+        Ok(None)
+    }
+
+    /// The tokenizer of a text encoder, of a CLIP with `max_tokens`.
+    ///
+    /// # Errors
+    /// Names the file that is missing or cannot be used.
+    pub fn clip_tokenizer(
+        &self,
+        encoder: &str,
+        [max_tokens, entries]: [usize; 2],
+    ) -> Result<Tokenizer> {
+        let folder = encoder.replace("text_encoder", "tokenizer");
+        if let Some(dir) = self.tokenizer_dir(&folder) {
+            return Tokenizer::load(&dir, max_tokens);
+        }
+        // The second encoder, and the one of Stable Diffusion 2, are open_clip's.
+        let open_clip = self.file.as_ref().is_some_and(|f| f.is_open_clip(encoder));
+        if let Some(first) = self.tokenizer_dir("tokenizer") {
+            let own = Tokenizer::load(&first, max_tokens)?;
+            return if open_clip { own.padded_with("!") } else { Ok(own) };
+        }
+        ensure!(
+            entries == CLIP_VOCABULARY,
+            "--model {}: its {encoder} has {entries} words, not CLIP's {CLIP_VOCABULARY}; put its \
+             tokenizer beside the file, as the folder {folder}",
+            self.shown()
+        );
+        let own = Tokenizer::clip(max_tokens, CLIP_VOCABULARY as u32 - 1, false)?;
+        if open_clip { own.padded_with("!") } else { Ok(own) }
+    }
+
+    /// The folder of T5's tokenizer.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn t5_tokenizer(&self, encoder: &str) -> Result<PathBuf> {
+        let folder = encoder.replace("text_encoder", "tokenizer");
+        self.tokenizer_dir(&folder).with_context(|| {
+            format!(
+                "--model {}: T5's tokenizer is missing; put it beside the file, as the folder \
+                 {folder} with tokenizer.json, or give --embeddings",
+                self.shown()
+            )
+        })
+    }
+
+    /// A tokenizer's folder: a model folder's own, or beside a file, or with its configurations.
+    fn tokenizer_dir(&self, folder: &str) -> Option<PathBuf> {
+        if self.file.is_none() {
+            return Some(self.path().join(folder));
+        }
+        let beside = self.path().parent().map(Path::to_path_buf);
+        let places = beside.into_iter().chain(self.spec.config.clone());
+        places.map(|place| place.join(folder)).find(|d| d.is_dir())
+    }
+
+    /// Reads the schedule.
+    ///
+    /// # Errors
+    /// As [`Schedule::from_config`], and when the scheduler is of another family than the network.
+    pub fn schedule(&self) -> Result<Schedule> {
+        let folder = if self.file.is_some() { self.spec.config.as_deref() } else { Some(self.path()) };
+        let path = folder.map(|dir| dir.join("scheduler").join("scheduler_config.json"));
+        let path = path.filter(|p| self.file.is_none() || p.is_file());
+        let (mut config, source): (Value, _) = match (&path, &self.file) {
+            (None, Some(file)) => {
+                (file.scheduler(self.spec.prediction)?, self.shown().to_string())
+            }
+            (Some(path), _) => (crate::io::read_json(path)?, path.display().to_string()),
+            (None, None) => bail!("--model {}: has no scheduler", self.shown()),
+        };
+        if let Some(prediction) = self.spec.prediction {
+            ensure!(
+                !self.family.is_flow(),
+                "--prediction-type: is for diffusion models, and this is a flow model; leave it out"
+            );
+            config["prediction_type"] = json!(name(prediction));
+        }
+        let mut schedule = Schedule::from_config(&config).with_context(|| source.clone())?;
+        let predicts = if self.family.is_flow() {
+            "a velocity; FlowMatchEulerDiscreteScheduler does"
+        } else {
+            "noise; DDIMScheduler does"
+        };
+        ensure!(
+            self.family.is_flow() == matches!(schedule, Schedule::Flow(_)),
+            "{source}: _class_name = {} does not fit the network, which predicts {predicts}",
+            config["_class_name"]
+        );
+        if let Schedule::Flow(flow) = &mut schedule {
+            flow.spacing = self.family.spacing();
+        }
+        Ok(schedule)
+    }
+
+    /// Whether zeros stand for the negative prompt where none is given, as SDXL's pipeline has it:
+    /// `force_zeros_for_empty_prompt` in model_index.json, which is true where nothing is said.
+    ///
+    /// # Errors
+    /// When the file is damaged, or the field no flag.
+    pub fn zeros_for_no_prompt(&self) -> Result<bool> {
+        match self.family {
+            Family::StableDiffusionXl => {}
+            Family::StableDiffusion | Family::StableDiffusion3 | Family::Flux => return Ok(false),
+        }
+        let folder = if self.file.is_some() { self.spec.config.as_deref() } else { Some(self.path()) };
+        let path = folder.map(|dir| dir.join("model_index.json")).filter(|p| p.is_file());
+        let Some(path) = path else { return Ok(true) };
+        let index: Value = crate::io::read_json(&path)?;
+        match &index["force_zeros_for_empty_prompt"] {
+            Value::Null => Ok(true),
+            Value::Bool(on) => Ok(*on),
+            other => bail!(
+                "{}: force_zeros_for_empty_prompt = {other} is not true or false",
+                path.display()
+            ),
+        }
+    }
+
+    /// SHA-256 over everything that a run reads of its model, weights and small files alike, or over
+    /// an embeddings file in place of the text encoders: what a checkpoint is bound to.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn fingerprint(&self, embeddings: Option<&Path>) -> Result<String> {
+        let mut hasher = sha2::Sha256::new();
+        match &self.file {
+            Some(file) => file.add_to_hash(&mut hasher),
+            None => self.add_folder(embeddings, &mut hasher)?,
+        }
+        let given = [&self.spec.vae, &self.spec.config].into_iter().flatten();
+        for path in given.chain(&self.spec.text_encoder) {
+            add_path(path, &mut hasher)?;
+        }
+        if let Some(prediction) = self.spec.prediction {
+            hasher.update(name(prediction));
+        }
+        if let Some(file) = embeddings {
+            Weights::open_file(file)?.add_to_hash(&mut hasher);
+        }
+        Ok(format!("{:x}", hasher.finalize()))
+    }
+
+    fn add_folder(&self, embeddings: Option<&Path>, hasher: &mut sha2::Sha256) -> Result<()> {
+        let network = self.family.network();
+        for part in listed(self.path(), "--model ")? {
+            let name = part.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            let text = name.starts_with("text_encoder") || name.starts_with("tokenizer");
+            let used = [network, "vae", "scheduler"].contains(&name);
+            if used || (text && embeddings.is_none()) {
+                add_path(&part, hasher)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Adds a file of weights, or a folder's small files and weights.
+fn add_path(path: &Path, hasher: &mut sha2::Sha256) -> Result<()> {
+    if path.is_file() {
+        Weights::open_any(path)?.add_to_hash(hasher);
+        return Ok(());
+    }
+    let mut files = listed(path, "")?;
+    files.retain(|f| f.extension().is_some_and(|e| e == "json" || e == "txt") && f.is_file());
+    for file in files {
+        let bytes = std::fs::read(&file);
+        hasher.update(bytes.with_context(|| format!("{}: cannot be read", file.display()))?);
+    }
+    if path.join("config.json").is_file() {
+        Weights::open_dir(path)?.add_to_hash(hasher);
+    }
+    Ok(())
+}
+
+/// What a folder holds, in the order of the names.
+fn listed(dir: &Path, flag: &str) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(dir)
+        .with_context(|| format!("{flag}{}: cannot be read", dir.display()))?;
+    let mut paths: Vec<PathBuf> = entries.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    paths.sort();
+    Ok(paths)
+}
