@@ -118,6 +118,8 @@ impl DrawArgs {
     ) -> Result<Canvas> {
         let files = self.model.files()?;
         let family = files.family;
+        // What the schedule lacks is asked for before the encoders run.
+        files.schedule()?;
         let length = self.sequence.length(family)?;
         let from = match &self.embeddings {
             Some(file) => TextFrom::File(file),

@@ -55,6 +55,12 @@ impl Weights {
         view
     }
 
+    /// The names that begin with a prefix, in their order.
+    pub fn names_from<'a>(&'a self, prefix: &'a str) -> impl Iterator<Item = &'a str> {
+        let from = self.entries.range(prefix.to_string()..).map(|(name, _)| name.as_str());
+        from.take_while(move |name| name.starts_with(prefix))
+    }
+
     /// Leaves out the tensors that are not wanted.
     pub fn keep(&mut self, wanted: impl Fn(&str) -> bool) {
         self.entries.retain(|name, _| wanted(name));

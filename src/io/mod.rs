@@ -4,6 +4,7 @@ pub mod checkpoint;
 pub mod imports;
 pub mod layout;
 pub mod mapped;
+pub mod rewrite;
 pub mod shards;
 pub mod tensors;
 pub mod weights;

@@ -21,7 +21,7 @@ use super::tensors::HostTensor;
 
 #[derive(Clone)]
 pub(super) struct Entry {
-    dtype: Dtype,
+    pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
     place: Place,
     /// Its bytes there.
@@ -65,7 +65,7 @@ pub struct Weights {
 }
 
 /// A number of 8 bits, 4 of them its exponent and 3 its mantissa (`float8_e4m3fn`).
-fn e4m3(bits: u8) -> f32 {
+pub(super) fn e4m3(bits: u8) -> f32 {
     let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
     let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
     sign * match (exponent, bits & 7) {
@@ -196,10 +196,18 @@ impl Weights {
     /// # Errors
     /// When the header cannot be read.
     pub fn metadata(&self, key: &str) -> Result<Option<String>> {
-        let Some((path, map)) = self.files.first() else { return Ok(None) };
+        Ok(self.all_metadata()?.remove(key))
+    }
+
+    /// All of the first file's metadata.
+    ///
+    /// # Errors
+    /// When the header cannot be read.
+    pub fn all_metadata(&self) -> Result<BTreeMap<String, String>> {
+        let Some((path, map)) = self.files.first() else { return Ok(BTreeMap::new()) };
         let (_, header) = SafeTensors::read_metadata(map)
             .map_err(|e| anyhow!("{}: not a valid safetensors file ({e})", path.display()))?;
-        Ok(header.metadata().as_ref().and_then(|m| m.get(key)).cloned())
+        Ok(header.metadata().iter().flatten().map(|(k, v)| (k.clone(), v.clone())).collect())
     }
 
     /// An entry of the first file's metadata that has to be there.
@@ -270,9 +278,7 @@ impl Weights {
     pub fn rows(&self, name: &str, rows: Range<usize>, shape: &[usize]) -> Result<Vec<f32>> {
         let e = self.entry(name)?;
         ensure!(
-            e.shape.first().is_some_and(|&n| rows.end <= n)
-                && &e.shape[1..] == shape
-                && e.plain(),
+            e.shape.first().is_some_and(|&n| rows.end <= n) && &e.shape[1..] == shape && e.plain(),
             "{}: tensor {name} has shape {:?}; at least {} rows of {shape:?} are expected",
             self.source.display(),
             e.shape,
@@ -305,7 +311,7 @@ impl Weights {
     }
 
     /// A part of a tensor as it is stored: borrowed where the file is mapped.
-    fn stored(&self, e: &Entry, range: &Range<usize>) -> Result<Cow<'_, [u8]>> {
+    pub(super) fn stored(&self, e: &Entry, range: &Range<usize>) -> Result<Cow<'_, [u8]>> {
         Ok(match &e.place {
             Place::Mapped(file) => Cow::Borrowed(&self.files[*file].1[range.clone()]),
             Place::Checkpoint(tensor) => {

@@ -105,7 +105,14 @@ impl Adapter {
             let mut a = philox::noise(seed, Stream::LoraInit, i as u32, 0, l.inputs * rank);
             a.iter_mut().for_each(|v| *v /= rank as f32);
             let b = vec![0.0; rank * l.outputs];
-            Layer { name: l.name.clone(), original: l.original.clone(), inputs: l.inputs, outputs: l.outputs, a, b }
+            Layer {
+                name: l.name.clone(),
+                original: l.original.clone(),
+                inputs: l.inputs,
+                outputs: l.outputs,
+                a,
+                b,
+            }
         });
         Ok(Self { rank, alpha, layers: layers.collect() })
     }

@@ -77,23 +77,73 @@ pub fn tensors(adapter: &Adapter, format: Format, network: &str) -> Vec<HostTens
     out
 }
 
-/// Writes an adapter; `network` is its place in the pipeline.
+/// What a file says of its adapter besides the numbers.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Label {
+    /// The network's place in its pipeline, which keys begin with.
+    pub network: &'static str,
+    /// Entries of the metadata: `modelspec.*`, `ss_*` and `pcpo.*`.
+    pub about: BTreeMap<String, String>,
+}
+
+impl Label {
+    /// Nothing but the network's place.
+    pub fn plain(network: &'static str) -> Self {
+        Self { network, about: BTreeMap::new() }
+    }
+}
+
+/// Whether a metadata entry says what an adapter is, in whichever layout it is written.
+fn is_about(key: &str) -> bool {
+    let sizes = ["ss_network_module", "ss_network_dim", "ss_network_alpha"];
+    let known = ["modelspec.", "ss_", "pcpo."].iter().any(|start| key.starts_with(start));
+    known && key != HASH && !sizes.contains(&key)
+}
+
+/// The modelspec entry of the hash over all values.
+const HASH: &str = "modelspec.hash_sha256";
+
+/// What a file says of its adapter, for it to be written again.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn about(path: &Path) -> Result<BTreeMap<String, String>> {
+    let mut all = Weights::open_file(path)?.all_metadata()?;
+    all.retain(|key, _| is_about(key));
+    Ok(all)
+}
+
+/// Writes an adapter.
 ///
 /// # Errors
 /// When the file cannot be written.
-pub fn save(adapter: &Adapter, path: &Path, format: Format, network: &str) -> Result<()> {
-    let metadata = match format {
-        Format::Diffusers => vec![
-            ("format", "pt".to_string()),
-            ("lora_adapter_metadata", diffusers_metadata(adapter, network)),
-        ],
-        Format::Kohya | Format::KohyaDiffusers => vec![
-            ("ss_network_module", "networks.lora".to_string()),
-            ("ss_network_dim", adapter.rank.to_string()),
-            ("ss_network_alpha", adapter.alpha.to_string()),
-        ],
-    };
-    write_tensors(path, &tensors(adapter, format, network), &metadata)
+pub fn save(adapter: &Adapter, path: &Path, format: Format, label: &Label) -> Result<()> {
+    let mut tensors = tensors(adapter, format, label.network);
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    let mut metadata = label.about.clone();
+    let mut add = |key: &str, value: String| metadata.insert(key.into(), value);
+    match format {
+        Format::Diffusers => {
+            add("format", "pt".into());
+            add("lora_adapter_metadata", diffusers_metadata(adapter, label.network));
+        }
+        Format::Kohya | Format::KohyaDiffusers => {
+            add("ss_network_module", "networks.lora".into());
+        }
+    }
+    add("ss_network_dim", adapter.rank.to_string());
+    add("ss_network_alpha", adapter.alpha.to_string());
+    add(HASH, hash(&tensors));
+    let metadata: Vec<(&str, String)> = metadata.iter().map(|(k, v)| (&k[..], v.clone())).collect();
+    write_tensors(path, &tensors, &metadata)
+}
+
+/// SHA-256 over all values in the order of the file.
+fn hash(tensors: &[HostTensor]) -> String {
+    use sha2::Digest;
+    let mut hasher = sha2::Sha256::new();
+    tensors.iter().for_each(|t| hasher.update(bytemuck::cast_slice::<f32, u8>(&t.values)));
+    format!("0x{:x}", hasher.finalize())
 }
 
 /// A network's place in a pipeline: what adapters' keys begin with.
@@ -279,8 +329,7 @@ fn refuse_variants(source: &str, field: impl Fn(&str) -> Value) -> Result<()> {
 }
 
 /// Parts of pipelines that are not the network, as keys begin with them.
-const ENCODERS: [&str; 5] =
-    ["lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder"];
+const ENCODERS: [&str; 5] = ["lora_te_", "lora_te1_", "lora_te2_", "lora_te3_", "text_encoder"];
 
 /// Kinds of adapters that are no LoRA, by how their keys end.
 const KINDS: [(&str, &str); 8] = [

@@ -10,11 +10,13 @@ use crate::io::weights::Weights;
 
 /// A part of a model. Its weights are opened when they are asked for: what needs only the
 /// configuration does without them.
+#[derive(Clone)]
 pub struct Component {
     pub config: Config,
     files: Files,
 }
 
+#[derive(Clone)]
 enum Files {
     /// A folder in diffusers' or transformers' layout.
     Folder(PathBuf),
@@ -34,6 +36,18 @@ impl Component {
     /// A part of a file, whose tensors have the names of diffusers' classes.
     pub fn part(config: Config, weights: Weights) -> Self {
         Self { config, files: Files::Part(weights) }
+    }
+
+    /// Of a file, the same with the configuration of a folder, where that has one: it says what
+    /// tensors do not show.
+    ///
+    /// # Errors
+    /// When that configuration is damaged.
+    pub fn configured(mut self, folder: &Path) -> Result<Self> {
+        if matches!(self.files, Files::Part(_)) && folder.join("config.json").is_file() {
+            self.config = Config::open(folder)?;
+        }
+        Ok(self)
     }
 
     /// Its tensors.

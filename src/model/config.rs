@@ -16,6 +16,7 @@ const MOST_WIDTH: usize = 1 << 24;
 const MOST_SIDE: usize = 2048;
 
 /// One config.json with its path, for messages.
+#[derive(Clone)]
 pub struct Config {
     pub path: PathBuf,
     pub json: Value,

@@ -123,7 +123,7 @@ impl Family {
         match self {
             Self::StableDiffusion | Self::StableDiffusionXl | Self::StableDiffusion3 => {
                 Spacing::Scheduler
-            },
+            }
             Self::Flux => Spacing::Pipeline,
         }
     }

@@ -103,6 +103,12 @@ impl ModelFiles {
         self.file.as_ref()
     }
 
+    /// Whether it is of Stable Diffusion 2: its projections are linear layers.
+    pub fn is_second(&self) -> bool {
+        let linear = |network: Component| network.config.json["use_linear_projection"] == true;
+        self.family == Family::StableDiffusion && self.network().is_ok_and(linear)
+    }
+
     /// Whether a part is there, by its folder's name in diffusers' layout.
     pub fn has(&self, part: &str) -> bool {
         let supplied = self.supplied(part).is_ok_and(|found| found.is_some());
@@ -158,22 +164,34 @@ impl ModelFiles {
 
     /// What a flag gives in place of a part.
     fn supplied(&self, part: &str) -> Result<Option<Component>> {
+        let configured = |given: Component| match &self.spec.config {
+            Some(configs) => given.configured(&configs.join(part)),
+            None => Ok(given),
+        };
         if part == "vae" {
-            let vae = self.spec.vae.as_deref().map(|path| vae_of(path, self.family));
-            return vae.transpose().context("--vae");
+            let Some(path) = &self.spec.vae else { return Ok(None) };
+            return vae_of(path, self.family).and_then(configured).context("--vae").map(Some);
         }
         let layout = self.family.text();
-        let mut clips = layout.held().iter();
+        let shown = |path: &Path| format!("--text-encoder {}", path.display());
+        let mut given = Vec::new();
         for path in &self.spec.text_encoder {
-            let shown = || format!("--text-encoder {}", path.display());
-            let given = text_encoder_of(path, self.family).with_context(shown)?;
-            let t5 = given.config.json["model_type"] == "t5";
-            let place = if t5 { layout.streamed() } else { clips.next().copied() };
+            given.push((path, text_encoder_of(path).with_context(|| shown(path))?));
+        }
+        let is_t5 = |encoder: &Component| encoder.config.json["model_type"] == "t5";
+        // As many as a file lacks are for these; else they are in the order of the model's.
+        let lacking = |part: &&&str| self.file.as_ref().is_some_and(|file| !file.has(part));
+        let lacks: Vec<&str> = layout.held().iter().filter(lacking).copied().collect();
+        let count = given.iter().filter(|(_, encoder)| !is_t5(encoder)).count();
+        let places = if lacks.len() == count { &lacks } else { layout.held() };
+        let mut clips = places.iter().copied();
+        for (path, encoder) in given {
+            let place = if is_t5(&encoder) { layout.streamed() } else { clips.next() };
             let place = place.with_context(|| {
-                format!("{}: the model has no place for another text encoder", shown())
+                format!("{}: the model has no place for another text encoder", shown(path))
             })?;
             if place == part {
-                return Ok(Some(given));
+                return configured(encoder).with_context(|| shown(path)).map(Some);
             }
         }
         Ok(None)
@@ -193,7 +211,7 @@ impl ModelFiles {
             return Tokenizer::load(&dir, max_tokens);
         }
         // The second encoder, and the one of Stable Diffusion 2, are open_clip's.
-        let open_clip = self.file.as_ref().is_some_and(|f| f.is_open_clip(encoder));
+        let open_clip = self.pads_with_letter(encoder);
         if let Some(first) = self.tokenizer_dir("tokenizer") {
             let own = Tokenizer::load(&first, max_tokens)?;
             return if open_clip { own.padded_with("!") } else { Ok(own) };
@@ -223,8 +241,13 @@ impl ModelFiles {
         })
     }
 
+    /// Whether an encoder of a file is open_clip's, whose texts are filled up with "!".
+    pub fn pads_with_letter(&self, encoder: &str) -> bool {
+        self.file.as_ref().is_some_and(|f| f.is_open_clip(encoder))
+    }
+
     /// A tokenizer's folder: a model folder's own, or beside a file, or with its configurations.
-    fn tokenizer_dir(&self, folder: &str) -> Option<PathBuf> {
+    pub fn tokenizer_dir(&self, folder: &str) -> Option<PathBuf> {
         if self.file.is_none() {
             return Some(self.path().join(folder));
         }
@@ -233,19 +256,28 @@ impl ModelFiles {
         places.map(|place| place.join(folder)).find(|d| d.is_dir())
     }
 
-    /// Reads the schedule.
+    /// The folder of configurations: a model's own, or the one that is given with a file.
+    fn configs(&self) -> Option<&Path> {
+        match self.file {
+            Some(_) => self.spec.config.as_deref(),
+            None => Some(self.path()),
+        }
+    }
+
+    /// The scheduler's file, where the model has one.
+    fn scheduler_file(&self) -> Option<PathBuf> {
+        let path = self.configs()?.join("scheduler").join("scheduler_config.json");
+        (self.file.is_none() || path.is_file()).then_some(path)
+    }
+
+    /// The scheduler's configuration.
     ///
     /// # Errors
-    /// As [`Schedule::from_config`], and when the scheduler is of another family than the network.
-    pub fn schedule(&self) -> Result<Schedule> {
-        let folder = if self.file.is_some() { self.spec.config.as_deref() } else { Some(self.path()) };
-        let path = folder.map(|dir| dir.join("scheduler").join("scheduler_config.json"));
-        let path = path.filter(|p| self.file.is_none() || p.is_file());
-        let (mut config, source): (Value, _) = match (&path, &self.file) {
-            (None, Some(file)) => {
-                (file.scheduler(self.spec.prediction)?, self.shown().to_string())
-            }
-            (Some(path), _) => (crate::io::read_json(path)?, path.display().to_string()),
+    /// When it cannot be read, or a file does not say what its network predicts.
+    pub fn scheduler(&self) -> Result<Value> {
+        let mut config: Value = match (self.scheduler_file(), &self.file) {
+            (None, Some(file)) => file.scheduler(self.spec.prediction)?,
+            (Some(path), _) => crate::io::read_json(&path)?,
             (None, None) => bail!("--model {}: has no scheduler", self.shown()),
         };
         if let Some(prediction) = self.spec.prediction {
@@ -255,6 +287,20 @@ impl ModelFiles {
             );
             config["prediction_type"] = json!(name(prediction));
         }
+        Ok(config)
+    }
+
+    /// Reads the schedule.
+    ///
+    /// # Errors
+    /// As [`Self::scheduler`] and [`Schedule::from_config`], and when the scheduler is of another
+    /// family than the network.
+    pub fn schedule(&self) -> Result<Schedule> {
+        let config = self.scheduler()?;
+        let source = match self.scheduler_file() {
+            Some(path) => path.display().to_string(),
+            None => self.shown().to_string(),
+        };
         let mut schedule = Schedule::from_config(&config).with_context(|| source.clone())?;
         let predicts = if self.family.is_flow() {
             "a velocity; FlowMatchEulerDiscreteScheduler does"
@@ -282,8 +328,7 @@ impl ModelFiles {
             Family::StableDiffusionXl => {}
             Family::StableDiffusion | Family::StableDiffusion3 | Family::Flux => return Ok(false),
         }
-        let folder = if self.file.is_some() { self.spec.config.as_deref() } else { Some(self.path()) };
-        let path = folder.map(|dir| dir.join("model_index.json")).filter(|p| p.is_file());
+        let path = self.configs().map(|dir| dir.join("model_index.json")).filter(|p| p.is_file());
         let Some(path) = path else { return Ok(true) };
         let index: Value = crate::io::read_json(&path)?;
         match &index["force_zeros_for_empty_prompt"] {

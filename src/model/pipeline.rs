@@ -72,6 +72,8 @@ pub fn embed(
 /// A loaded model.
 pub struct Pipeline {
     pub family: Family,
+    /// Whether it is of Stable Diffusion 2.
+    pub second: bool,
     pub net: Box<dyn Denoiser>,
     pub vae: Vae,
     pub schedule: Schedule,
@@ -121,7 +123,7 @@ impl Pipeline {
             micro == MicroConditioning::default() || net.config().takes_time_ids(),
             "--time-ids: is for SDXL, whose network is told of sizes; leave it out"
         );
-        Ok(Self { schedule, family, net, vae, micro, size })
+        Ok(Self { schedule, family, second: files.is_second(), net, vae, micro, size })
     }
 
     /// Shape of one latent, [C, H, W].

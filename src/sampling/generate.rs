@@ -135,9 +135,7 @@ pub fn prompt_pair(
     let micro = &pipeline.micro;
     Ok(PromptPair {
         cond: embeddings.conditioning(&rows, device)?.with_time_ids(micro.of(pixels)),
-        uncond: embeddings
-            .conditioning(&no_rows, device)?
-            .with_time_ids(micro.of_negative(pixels)),
+        uncond: embeddings.conditioning(&no_rows, device)?.with_time_ids(micro.of_negative(pixels)),
     })
 }
 

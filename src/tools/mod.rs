@@ -4,6 +4,7 @@ pub mod bench;
 pub mod bench_kernels;
 pub mod check;
 pub mod compare;
+pub mod convert;
 pub mod credit_table;
 pub mod draw;
 pub mod errors;

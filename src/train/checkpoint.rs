@@ -14,7 +14,7 @@ use super::metrics::{ScoreRecord, Seconds, UpdateRecord, lines};
 use crate::io;
 use crate::io::tensors::{HostTensor, TensorParts, write_parts, write_tensors};
 use crate::io::weights::Weights;
-use crate::lora::formats::{self, Format};
+use crate::lora::formats::{self, Format, Label};
 use crate::lora::{Adapter, LinearShape};
 use crate::ops::advantage::Tracker;
 
@@ -106,14 +106,14 @@ pub struct Loaded {
 }
 
 /// What a checkpoint is written of.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub struct Parts<'a> {
     pub state: &'a RunState,
     pub adapter: &'a Adapter,
     pub optimizer: &'a AdamWState,
     pub followers: &'a Followers,
-    /// The network's place in its pipeline, which adapters' keys begin with.
-    pub network: &'a str,
+    /// What the adapters' files say of themselves.
+    pub label: Label,
 }
 
 /// Which checkpoints stay.
@@ -216,8 +216,8 @@ pub fn write(run: &Path, parts: &Parts, transitions: Vec<TensorParts>) -> Result
         .tempdir_in(&parent)
         .with_context(|| format!("{}: cannot be written", parent.display()))?;
     let file = |name: &str| temporary.path().join(name);
-    formats::save(parts.adapter, &file("adapter.safetensors"), Format::Diffusers, parts.network)?;
-    parts.followers.save(temporary.path(), parts.network)?;
+    formats::save(parts.adapter, &file("adapter.safetensors"), Format::Diffusers, &parts.label)?;
+    parts.followers.save(temporary.path(), &parts.label)?;
     let tensors: Vec<HostTensor> = [("m", &parts.optimizer.m), ("v", &parts.optimizer.v)]
         .into_iter()
         .flat_map(|(name, values)| values.iter().enumerate().map(move |(i, v)| moment(name, i, v)))
@@ -363,7 +363,8 @@ mod tests {
         let optimizer = AdamWState::default();
         let (adapter, optimizer) = (&adapter, &optimizer);
         let followers = &Followers::default();
-        let parts = Parts { state: &state, adapter, optimizer, followers, network: "unet" };
+        let label = Label::plain("unet");
+        let parts = Parts { state: &state, adapter, optimizer, followers, label };
         reset_peak();
         let before = peak().unwrap();
         let target = write(dir.path(), &parts, transitions.collect()).unwrap();

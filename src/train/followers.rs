@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::config::{OldDecay, Settings};
-use crate::lora::formats::{self, Format};
+use crate::lora::formats::{self, Format, Label};
 use crate::lora::{Adapter, LinearShape};
 
 /// The followers that a run has.
@@ -47,10 +47,10 @@ impl Followers {
     ///
     /// # Errors
     /// Names the file that cannot be written.
-    pub fn save(&self, dir: &Path, network: &str) -> Result<()> {
+    pub fn save(&self, dir: &Path, label: &Label) -> Result<()> {
         for (follower, name) in [&self.mean, &self.old].into_iter().zip(FILES) {
             if let Some(adapter) = follower {
-                formats::save(adapter, &dir.join(name), Format::Diffusers, network)?;
+                formats::save(adapter, &dir.join(name), Format::Diffusers, label)?;
             }
         }
         Ok(())

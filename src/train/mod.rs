@@ -25,6 +25,7 @@ mod followers;
 #[doc(hidden)]
 pub mod forward;
 mod gradient;
+mod label;
 mod measures;
 pub mod metrics;
 pub mod observer;

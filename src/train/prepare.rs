@@ -67,6 +67,8 @@ pub(crate) fn prepare<'a>(
     let rewards = device::guard(|| Rewards::open(s, reward, &compute))?;
     let features = device::guard(|| features(s, &compute))?;
     let files = s.files()?;
+    // What the schedule lacks is asked for before the encoders run.
+    files.schedule()?;
     let embeddings = device::guard(|| encode(s, &files, &compute))?;
     let pipeline = device::guard(|| {
         Pipeline::load(&files, &compute.burn, s.storage, s.resolution, s.micro()?)

@@ -6,6 +6,7 @@ use anyhow::{Result, anyhow};
 use super::checkpoint::{self, Parts, RunState, Snapshot, Unfinished};
 use super::epoch::EpochState;
 use super::evaluation::Extent;
+use super::label::label;
 use super::metrics::{Record, SuspendedRecord};
 use super::observer::Event;
 use super::run::{BEST, EMA, Run};
@@ -55,9 +56,9 @@ pub(super) fn keep_beginning(run: &mut Run) -> Result<()> {
 }
 
 fn parts<'a>(run: &Run, snapshot: &'a Snapshot) -> Parts<'a> {
-    let network = run.first().pipeline.family.network();
     let Snapshot { state, adapter, optimizer, followers } = snapshot;
-    Parts { state, adapter, optimizer, followers, network }
+    let label = label(run.settings, run.first(), state.epoch);
+    Parts { state, adapter, optimizer, followers, label }
 }
 
 /// Restores the epoch that the run was stopped in, where it was.
@@ -206,16 +207,16 @@ fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
     let best_is_gone = best.is_some_and(|epoch| epoch > good.state.epoch);
     run.forget_after(good.state.epoch, good.state.metrics_lines);
     let parts = parts(run, &good);
-    let network = parts.network;
+    let label = &parts.label;
     run.folder.flush(|dir| {
         let file = dir.join("adapter.safetensors");
-        formats::save(&good.adapter, &file, Format::Diffusers, network)?;
+        formats::save(&good.adapter, &file, Format::Diffusers, label)?;
         if let Some(ema) = &good.followers.mean {
-            formats::save(ema, &dir.join(EMA), Format::Diffusers, network)?;
+            formats::save(ema, &dir.join(EMA), Format::Diffusers, label)?;
         }
         if best_is_gone {
             let shown = good.followers.mean.as_ref().unwrap_or(&good.adapter);
-            formats::save(shown, &dir.join(BEST), Format::Diffusers, network)?;
+            formats::save(shown, &dir.join(BEST), Format::Diffusers, label)?;
         }
         checkpoint::rewind(dir, &parts)
     })?;

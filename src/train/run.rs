@@ -12,6 +12,7 @@ use super::base_features::save_base;
 use super::checkpoint::{self, Keep, RunState, Snapshot};
 use super::evaluation::{EvaluationPlan, Extent};
 use super::followers::Followers;
+use super::label::label;
 use super::metrics::{EvaluationRecord, Measures, Record};
 use super::observer::{Event, Observer};
 use super::plan::{EpochPlan, Part, PlanContext};
@@ -323,20 +324,21 @@ impl Run<'_> {
     /// Writes what is pending, the adapter, and the checkpoint of a state.
     pub fn save(&mut self, state: RunState, transitions: Vec<TensorParts>) -> Result<()> {
         let state = RunState { optimizer_step: self.optimizer.step, ..state };
-        let network = self.replicas[0].pipeline.family.network();
+        let label = label(self.settings, &self.replicas[0], state.epoch);
         let (adapter, optimizer) = (&self.adapter, &self.optimizer);
         let keep = Keep { last: self.settings.keep_last, every: self.settings.keep_every };
         let followers = &self.followers;
-        let parts = checkpoint::Parts { state: &state, adapter, optimizer, followers, network };
+        let parts = checkpoint::Parts { state: &state, adapter, optimizer, followers, label };
+        let label = &parts.label;
         let (best, base_features) = (&self.best, &self.base_features);
         self.folder.flush(|dir| {
             let file = dir.join("adapter.safetensors");
-            formats::save(adapter, &file, Format::Diffusers, network)?;
+            formats::save(adapter, &file, Format::Diffusers, label)?;
             if let Some(ema) = &followers.mean {
-                formats::save(ema, &dir.join(EMA), Format::Diffusers, network)?;
+                formats::save(ema, &dir.join(EMA), Format::Diffusers, label)?;
             }
             if let Some(best) = best {
-                formats::save(best, &dir.join(BEST), Format::Diffusers, network)?;
+                formats::save(best, &dir.join(BEST), Format::Diffusers, label)?;
             }
             save_base(dir, base_features.as_deref())?;
             checkpoint::save(dir, &parts, transitions, keep)

@@ -39,6 +39,13 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 BUILDERS["text_encoder_2"] = lambda config: CLIPTextModelWithProjection(CLIPTextConfig(**config))
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
 WIDTH, WIDTH_2, POOLED, TIME = 24, 40, 20, 8
+MERGES = 400
+WORDS = {
+    "vocab_size": 514 + MERGES,
+    "bos_token_id": 512 + MERGES,
+    "eos_token_id": 513 + MERGES,
+    "max_position_embeddings": 16,
+}
 
 UNET = {
     "_class_name": "UNet2DConditionModel",
@@ -47,8 +54,8 @@ UNET = {
     "addition_embed_type": "text_time",
     "addition_embed_type_num_heads": 64,
     "addition_time_embed_dim": TIME,
-    "attention_head_dim": [2, 4, 4],
-    "block_out_channels": [16, 24, 32],
+    "attention_head_dim": [1, 2, 3],
+    "block_out_channels": [8, 16, 24],
     "center_input_sample": False,
     "class_embed_type": None,
     "conv_in_kernel": 3,
@@ -64,7 +71,7 @@ UNET = {
     "mid_block_scale_factor": 1,
     "mid_block_type": "UNetMidBlock2DCrossAttn",
     "norm_eps": 1e-05,
-    "norm_num_groups": 8,
+    "norm_num_groups": 4,
     "num_attention_heads": None,
     "only_cross_attention": False,
     "out_channels": 4,
@@ -106,9 +113,9 @@ SPECS = {
     "sdxl": {
         "unet": UNET,
         "vae": vae([8, 8, 16], scaling_factor=0.13025, force_upcast=True),
-        "text_encoder": text(hidden_size=WIDTH, max_position_embeddings=16),
+        "text_encoder": text(hidden_size=WIDTH, **WORDS),
         "text_encoder_2": text(
-            **SECOND, max_position_embeddings=16, bos_token_id=0, eos_token_id=2, pad_token_id=1
+            **{**WORDS, **SECOND, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1}
         ),
         "scheduler": EULER,
         "reference": {"height": 12, "width": 8},
@@ -118,14 +125,14 @@ SPECS = {
             **UNET,
             "layers_per_block": 1,
             "transformer_layers_per_block": 1,
-            "block_out_channels": [16, 24],
-            "attention_head_dim": [2, 4],
+            "block_out_channels": [8, 16],
+            "attention_head_dim": [1, 2],
             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         },
         "vae": vae([8, 16], scaling_factor=0.13025),
-        "text_encoder": text(hidden_size=WIDTH, max_position_embeddings=16),
-        "text_encoder_2": text(**SECOND, max_position_embeddings=16),
+        "text_encoder": text(hidden_size=WIDTH, **WORDS),
+        "text_encoder_2": text(**WORDS, **SECOND),
         "scheduler": ddim(
             beta_schedule="scaled_linear",
             beta_start=0.00085,
@@ -147,7 +154,9 @@ def write_folder(folder, spec, tokenizer, seed):
         weights = random_weights(kind, spec[kind], seed + i, torch.float16)
         write_weights(folder / kind / f"{STEMS.get(kind, 'model')}.safetensors", weights)
     for name, pad in [("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")]:
-        write_tokenizer(tokenizer, folder / name, 16, pad_token=pad, tokenizer_json=False)
+        write_tokenizer(
+            tokenizer, folder / name, 16, pad_token=pad, tokenizer_json=False, merges=MERGES
+        )
     write_json(folder / "scheduler" / "scheduler_config.json", spec["scheduler"])
     write_json(
         folder / "model_index.json",

@@ -5,7 +5,7 @@ use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::lora::adapter::{Adapter, Layer};
-use pcpo_wgpu::lora::formats::{Format, load, save, tensors};
+use pcpo_wgpu::lora::formats::{Format, Label, load, save, tensors};
 use pcpo_wgpu::model::Denoiser;
 use pcpo_wgpu::model::Storage;
 use pcpo_wgpu::model::reference::ReferenceTensors;
@@ -63,7 +63,7 @@ fn both_layouts_read_back_what_was_written() {
     let dir = tempfile::tempdir().unwrap();
     for format in [Format::Diffusers, Format::Kohya] {
         let path = dir.path().join("a.safetensors");
-        save(&adapter, &path, format, "unet").unwrap();
+        save(&adapter, &path, format, &Label::plain("unet")).unwrap();
         assert_eq!(load(&path, &unet.linears()).unwrap(), adapter, "{format:?}");
     }
 }
@@ -86,7 +86,8 @@ fn the_folder_that_peft_itself_saves_keeps_its_alpha() {
 #[test]
 fn adapters_of_peft_on_transformers_give_the_prediction_of_diffusers_and_read_back() {
     for compute in [cpu(), gpu()] {
-        let sd3 = Sd3::load(&part(golden("sd3odd/transformer")), &compute.burn, Storage::F32).unwrap();
+        let sd3 =
+            Sd3::load(&part(golden("sd3odd/transformer")), &compute.burn, Storage::F32).unwrap();
         let adapter = load(&golden("lora/sd3-peft.safetensors"), &sd3.linears()).unwrap();
         assert_eq!((adapter.rank, adapter.alpha), (4, 8.0), "alpha is in the file's metadata");
         let expected = Weights::open_file(&golden("lora/sd3-reference.safetensors")).unwrap();
@@ -103,7 +104,7 @@ fn adapters_of_peft_on_transformers_give_the_prediction_of_diffusers_and_read_ba
         let dir = tempfile::tempdir().unwrap();
         for format in [Format::Diffusers, Format::Kohya] {
             let path = dir.path().join("a.safetensors");
-            save(&adapter, &path, format, "transformer").unwrap();
+            save(&adapter, &path, format, &Label::plain("transformer")).unwrap();
             assert_eq!(load(&path, &sd3.linears()).unwrap(), adapter, "{format:?}");
         }
         let keys = tensors(&adapter, Format::Diffusers, "transformer");

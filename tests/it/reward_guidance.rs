@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::lora::adapter::Adapter;
-use pcpo_wgpu::lora::formats::{Format, save};
+use pcpo_wgpu::lora::formats::{Format, Label, save};
 use pcpo_wgpu::model::unet::UNet;
 use pcpo_wgpu::model::{Denoiser, Storage};
 
@@ -21,7 +21,7 @@ fn adapter(dir: &Path, seed: u64) -> PathBuf {
         layer.b.iter_mut().zip(from).for_each(|(b, a)| *b = *a);
     }
     let path = dir.join(format!("{seed}.safetensors"));
-    save(&adapter, &path, Format::Diffusers, "unet").unwrap();
+    save(&adapter, &path, Format::Diffusers, &Label::plain("unet")).unwrap();
     path
 }
 

@@ -226,8 +226,12 @@ mod tests {
     /// that it has alone.
     #[test]
     fn layers_are_read_once_for_all_prompts() {
-        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/sd3/text_encoder_3");
-        let open = || T5Encoder::open(&Component::folder(&dir).unwrap(), &Device::flex(), Storage::F32).unwrap();
+        let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("tests/golden/sd3/text_encoder_3");
+        let open = || {
+            T5Encoder::open(&Component::folder(&dir).unwrap(), &Device::flex(), Storage::F32)
+                .unwrap()
+        };
         let (tokens, prompts) = (6, 35);
         let row = |i: usize| (0..tokens).map(|j| ((7 * i + 3 * j) % 50) as u32).collect();
         let ids: Vec<Vec<u32>> = (0..prompts).map(row).collect();

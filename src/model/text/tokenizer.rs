@@ -21,6 +21,10 @@ pub const MOST_TOKENS: usize = 512;
 /// Entries of CLIP's own vocabulary.
 pub const CLIP_VOCABULARY: usize = 49408;
 
+/// The two ends of a text.
+const START: &str = "<|startoftext|>";
+const END: &str = "<|endoftext|>";
+
 /// Its merges, as OpenAI packed them; MIT, see the licence beside it.
 const CLIP_MERGES: &[u8] =
     include_bytes!("../../../models/clip-tokenizer/bpe_simple_vocab_16e6.txt.gz");
@@ -45,9 +49,9 @@ fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
         .map_err(|e| anyhow!("{}: vocab.json and merges.txt cannot be used: {e}", dir.display()))
 }
 
-/// CLIP's own vocabulary: the bytes, the bytes that end a word, what is merged of them, and the two
-/// ends of a text.
-fn clip_vocabulary() -> Result<tokenizers::Tokenizer> {
+/// The words of CLIP's own vocabulary, the bytes, the bytes that end a word, what is merged of them,
+/// and the two ends of a text; and what is merged.
+fn clip_words() -> Result<(Vec<String>, Vec<(String, String)>)> {
     let mut text = String::new();
     flate2::read::GzDecoder::new(CLIP_MERGES)
         .read_to_string(&mut text)
@@ -63,10 +67,40 @@ fn clip_vocabulary() -> Result<tokenizers::Tokenizer> {
     let mut words = byte_letters();
     words.extend(byte_letters().iter().map(|letter| format!("{letter}</w>")));
     words.extend(merges.iter().map(|(a, b)| format!("{a}{b}")));
-    words.extend(["<|startoftext|>".to_string(), "<|endoftext|>".to_string()]);
+    words.extend([START.to_string(), END.to_string()]);
+    Ok((words, merges))
+}
+
+/// CLIP's own vocabulary.
+fn clip_vocabulary() -> Result<tokenizers::Tokenizer> {
+    let (words, merges) = clip_words()?;
     let vocabulary: Vocab = words.into_iter().zip(0..).collect();
     with_words(BPE::builder().vocab_and_merges(vocabulary, merges))
         .map_err(|e| anyhow!("CLIP's vocabulary: {e}"))
+}
+
+/// Writes a `tokenizer` folder of CLIP's own vocabulary, which fills texts up with their end or, as
+/// open_clip's do, with "!".
+///
+/// # Errors
+/// When a file cannot be written.
+pub fn write_clip_vocabulary(dir: &Path, letter: bool) -> Result<()> {
+    let (words, merges) = clip_words()?;
+    let vocabulary: serde_json::Map<String, Value> =
+        words.into_iter().zip(0..).map(|(word, i)| (word, Value::from(i))).collect();
+    crate::io::write(&dir.join("vocab.json"), Value::Object(vocabulary).to_string().as_bytes())?;
+    let lines = merges.iter().map(|(a, b)| format!("{a} {b}\n"));
+    let merges = format!("#version: 0.2\n{}", lines.collect::<String>());
+    crate::io::write(&dir.join("merges.txt"), merges.as_bytes())?;
+    let config = serde_json::json!({
+        "bos_token": START,
+        "eos_token": END,
+        "model_max_length": 77,
+        "pad_token": if letter { "!" } else { END },
+        "tokenizer_class": "CLIPTokenizer",
+        "unk_token": END,
+    });
+    crate::io::write(&dir.join("tokenizer_config.json"), config.to_string().as_bytes())
 }
 
 /// The letter that stands for each byte, in the order of CLIP's vocabulary: printable ones for
@@ -82,7 +116,7 @@ fn with_words(bpe: BpeBuilder) -> tokenizers::Result<tokenizers::Tokenizer> {
     let bpe = bpe
         .end_of_word_suffix("</w>".into())
         .continuing_subword_prefix(String::new())
-        .unk_token("<|endoftext|>".into())
+        .unk_token(END.into())
         .build()?;
     let mut inner = tokenizers::Tokenizer::new(bpe);
     let spaces =
@@ -156,11 +190,7 @@ impl Tokenizer {
         if configs.first().is_some_and(|c| c["added_tokens_decoder"].is_null()) {
             configs.reverse();
         }
-        let fields = [
-            ("bos_token", "<|startoftext|>"),
-            ("eos_token", "<|endoftext|>"),
-            ("pad_token", "<|endoftext|>"),
-        ];
+        let fields = [("bos_token", START), ("eos_token", END), ("pad_token", END)];
         // Special tokens are cut out of a prompt before BPE: with SD 2's pad token, every "!" is
         // padding.
         let added = fields

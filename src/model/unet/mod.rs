@@ -8,8 +8,8 @@ use std::sync::Arc;
 use anyhow::Result;
 use burn::tensor::{Device, Tensor};
 
-use self::config::{Addition, MidKind};
 pub use self::config::UNetConfig;
+use self::config::{Addition, MidKind};
 use self::original::renamings;
 use super::blocks::{
     Downsample, Resnet, ResnetSpec, Time, TimeEmbedding, Transformer2d, Upsample, Waves,
@@ -203,7 +203,7 @@ impl Denoiser for UNet {
         let mid = self.mid.iter().flat_map(|m| &m.attention);
         let up = self.up.iter().flat_map(|b| &b.attentions);
         let linears = down.chain(mid).chain(up).flat_map(Transformer2d::linears);
-        let names = renamings(&self.config);
+        let names = renamings(&self.config.levels, self.config.mid);
         let shape = |l: &Linear| LinearShape {
             original: names.iter().find_map(|n| n.to_theirs(&l.shape.name)),
             ..l.shape.clone()

@@ -1,7 +1,7 @@
 //! The names of a UNet's modules in the layout of its authors (LDM), which single files, and LoRAs
 //! of SDXL by sd-scripts, have.
 
-use super::config::{MidKind, UNetConfig};
+use super::config::{LevelConfig, MidKind};
 
 /// A module's name here, diffusers', and in the authors' layout.
 pub struct Renaming {
@@ -31,14 +31,14 @@ const OUTSIDE: [(&str, &str); 7] = [
 ];
 
 /// All modules of a UNet; of an attention its name stands for everything below it.
-pub fn renamings(c: &UNetConfig) -> Vec<Renaming> {
+pub fn renamings(levels: &[LevelConfig], mid: MidKind) -> Vec<Renaming> {
     let mut all = List(Vec::new());
     for (ours, theirs) in OUTSIDE {
         all.add(ours, theirs);
     }
-    let n = c.levels.len();
+    let n = levels.len();
     let mut block = 1;
-    for (i, level) in c.levels.iter().enumerate() {
+    for (i, level) in levels.iter().enumerate() {
         for j in 0..level.layers {
             let theirs = format!("input_blocks.{block}");
             all.resnet(&format!("down_blocks.{i}.resnets.{j}"), &format!("{theirs}.0"));
@@ -53,7 +53,7 @@ pub fn renamings(c: &UNetConfig) -> Vec<Renaming> {
             block += 1;
         }
     }
-    match c.mid {
+    match mid {
         MidKind::None => {}
         MidKind::Resnet => all.resnet("mid_block.resnets.0", "middle_block.0"),
         MidKind::CrossAttention => {
@@ -63,7 +63,7 @@ pub fn renamings(c: &UNetConfig) -> Vec<Renaming> {
         }
     }
     block = 0;
-    for (i, level) in c.levels.iter().rev().enumerate() {
+    for (i, level) in levels.iter().rev().enumerate() {
         for j in 0..level.layers + 1 {
             let theirs = format!("output_blocks.{block}");
             all.resnet(&format!("up_blocks.{i}.resnets.{j}"), &format!("{theirs}.0"));

@@ -1,0 +1,265 @@
+//! SDXL: its adapters by everybody's names, what it is told of sizes, its negative prompt, and a run.
+
+use std::path::Path;
+
+use pcpo_wgpu::io::weights::Weights;
+use pcpo_wgpu::lora::formats::load;
+use pcpo_wgpu::model::Storage;
+use pcpo_wgpu::tools::check::{Asked, check};
+
+use crate::command_line::program;
+use crate::support::{cpu, error_of, files, golden, gpu};
+
+fn shown(path: &Path) -> String {
+    path.to_str().unwrap().to_string()
+}
+
+fn latents(path: &Path) -> Vec<f32> {
+    Weights::open_file(path).unwrap().f32("latents").unwrap().values
+}
+
+/// An adapter that peft made, under diffusers' and sd-scripts' names, gives diffusers' prediction.
+#[test]
+fn an_adapter_by_either_names_gives_the_prediction_of_diffusers() {
+    for compute in [cpu(), gpu()] {
+        for name in ["sdxl-peft", "sdxl-kohya"] {
+            let asked = Asked {
+                model: golden("sdxl").as_path().into(),
+                reference: golden("lora/sdxl-reference.safetensors"),
+                lora: Some(golden(&format!("lora/{name}.safetensors"))),
+                storage: Storage::F32,
+            };
+            let lines = check(&asked, &compute).unwrap();
+            assert_eq!((lines.len(), lines[0].name), (1, "prediction"));
+            assert!(lines[0].error < 1e-4, "{name}: {:e}", lines[0].error);
+            // Without the adapter it is another.
+            let without = Asked { lora: None, ..asked };
+            assert!(check(&without, &compute).unwrap()[0].error > 1e-2);
+        }
+    }
+}
+
+#[test]
+fn adapters_are_written_by_the_names_that_each_program_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    let linears = files(&golden("sdxl")).load_network(&cpu().burn, Storage::F32).unwrap().linears();
+    let given = golden("lora/sdxl-peft.safetensors");
+    let adapter = load(&given, &linears).unwrap();
+    for (format, key) in [
+        ("kohya", "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight"),
+        (
+            "kohya-diffusers",
+            "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
+        ),
+        (
+            "diffusers",
+            "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight",
+        ),
+    ] {
+        let out = dir.path().join(format!("{format}.safetensors"));
+        let model = shown(&golden("sdxl"));
+        let args = ["convert", &shown(&given), &shown(&out), "--format", format, "--model", &model];
+        let output = program(&args);
+        assert!(output.status.success(), "{}", error_of(&output));
+        assert!(Weights::open_file(&out).unwrap().has(key), "{format}: {key}");
+        assert_eq!(load(&out, &linears).unwrap(), adapter, "{format}");
+    }
+    // sd-scripts' names are all of them, as the golden file has them.
+    let ours = Weights::open_file(&dir.path().join("kohya.safetensors")).unwrap();
+    let theirs = Weights::open_file(&golden("lora/sdxl-kohya.safetensors")).unwrap();
+    assert!(ours.names().eq(theirs.names()));
+}
+
+#[test]
+fn sizes_and_the_negative_prompt_reach_the_network() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = shown(&golden("sdxl"));
+    let draw = |name: &str, flags: &[&str]| {
+        let file = dir.path().join(format!("{name}.safetensors"));
+        let (out, latents_out) = (shown(&dir.path().join(name)), shown(&file));
+        let base = ["sample", "--model", &model, "--prompt", "a red apple", "--steps", "2"];
+        let more = ["--device", "cpu", "--out", &out, "--save-latents", &latents_out];
+        let output = program(&[&base[..], &more, flags].concat());
+        assert!(output.status.success(), "{name}: {}", error_of(&output));
+        latents(&file)
+    };
+    let size = ["--resolution", "32x48"];
+    let plain = draw("plain", &size);
+    assert_eq!(plain.len(), 4 * 8 * 12, "height before width, at 4 pixels a latent pixel");
+    // What it is told where nothing is said.
+    let told = ["--time-ids", "32,48,0,0,32,48"];
+    assert_eq!(draw("told", &[&size[..], &told].concat()), plain);
+    let cropped = ["--time-ids", "64,64,8,0,32,48"];
+    assert_ne!(draw("cropped", &[&size[..], &cropped].concat()), plain);
+    let negative = ["--negative-time-ids", "16,16,0,0,32,48"];
+    assert_ne!(draw("negative", &[&size[..], &negative].concat()), plain);
+    // No negative prompt is zeros, and an empty one is a text.
+    assert_ne!(draw("empty", &[&size[..], &["--negative-prompt", ""]].concat()), plain);
+    // Embeddings that were made before are the same.
+    let embeddings = shown(&dir.path().join("e.safetensors"));
+    let prompt = ["--prompt", "a red apple", "--device", "cpu", "--negative-prompt", "blur"];
+    let args = [&["embed", "--model", &model, "--out", &embeddings], &prompt[..]].concat();
+    assert!(program(&args).status.success());
+    let from = [&size[..], &["--embeddings", &embeddings]].concat();
+    assert_eq!(draw("embedded", &from), plain);
+    let blur = ["--negative-prompt", "blur"];
+    let with = draw("blur", &[&size[..], &blur].concat());
+    assert_eq!(draw("embedded-blur", &[&from[..], &blur].concat()), with);
+    assert_ne!(with, plain);
+}
+
+#[test]
+fn what_is_not_for_sdxl_or_not_six_numbers_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (xl, old) = (shown(&golden("sdxl")), shown(&golden("sd15")));
+    let out = shown(&dir.path().join("out"));
+    for (model, flags, message) in [
+        (&xl, &["--time-ids", "1,2,3"][..], "--time-ids: 3 numbers"),
+        (&xl, &["--time-ids", "1,2,3,4,5,nan"], "--time-ids NaN"),
+        (&xl, &["--negative-time-ids", "1,2,3,4,5,6,7"], "--negative-time-ids: 7 numbers"),
+        (&old, &["--time-ids", "64,64,0,0,64,64"], "is for SDXL"),
+        (&xl, &["--resolution", "30"], "--resolution 30"),
+        (&xl, &["--resolution", "32x"], "--resolution"),
+        (&xl, &["--resolution", "0x32"], "--resolution"),
+    ] {
+        for command in ["sample", "train"] {
+            let reward: &[&str] =
+                if command == "train" { &["--reward", "color:blue"] } else { &[] };
+            let base = [command, "--model", model, "--prompt", "a", "--out", &out];
+            let output = program(&[&base[..], flags, reward, &["--device", "cpu"]].concat());
+            let error = error_of(&output);
+            assert_eq!(output.status.code(), Some(2), "{command} {flags:?}: {error}");
+            assert!(error.contains(message), "{command} {flags:?}: {error}");
+            assert!(!dir.path().join("out").exists());
+        }
+    }
+    // A text encoder's part of an adapter is not left out in silence; other kinds are named.
+    let (linear, adapter) =
+        ("lora_unet_input_blocks_4_1_proj_in", dir.path().join("a.safetensors"));
+    for (key, message) in [
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight".into(), "text encoder"),
+        (format!("{linear}.dora_scale"), "DoRA"),
+        (format!("{linear}.hada_w1_a"), "LoHa"),
+    ] {
+        let tensor = pcpo_wgpu::io::tensors::HostTensor::new(key, [1, 1], vec![1.0]);
+        pcpo_wgpu::io::tensors::write_tensors(&adapter, &[tensor], &[]).unwrap();
+        let args = ["sample", "--model", &xl, "--prompt", "a", "--out", &out, "--device", "cpu"];
+        let output = program(&[&args[..], &["--lora", &shown(&adapter)]].concat());
+        let error = error_of(&output);
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains(message), "{error}");
+    }
+}
+
+/// One epoch by PCPO, not square, on both devices; the adapter moves.
+#[test]
+fn a_run_trains_and_resumes() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = shown(&golden("sdxl"));
+    let out = dir.path().join("run");
+    let args = [
+        "train",
+        "--model",
+        &model,
+        "--prompt",
+        "a red apple",
+        "--prompt",
+        "a blue cat",
+        "--reward",
+        "color:blue",
+        "--steps",
+        "4",
+        "--images-per-epoch",
+        "8",
+        "--group-size",
+        "4",
+        "--batch",
+        "4",
+        "--resolution",
+        "32x48",
+        "--rank",
+        "2",
+        "--epochs",
+        "1",
+        "--learning-rate",
+        "1e-2",
+        "--device",
+        "cpu",
+        "--out",
+        &shown(&out),
+    ];
+    let output = program(&args);
+    assert!(output.status.success(), "{}", error_of(&output));
+    let settings = std::fs::read_to_string(out.join("settings.toml")).unwrap();
+    assert!(settings.contains("resolution = [32, 48]"), "{settings}");
+    let grid = image::open(out.join("grids/epoch-00001.png")).unwrap();
+    assert!(grid.width() % 48 == 0 || grid.width() > 48, "{}x{}", grid.width(), grid.height());
+    let moved = Weights::open_file(&out.join("adapter.safetensors")).unwrap();
+    let b = moved.names().find(|n| n.ends_with("lora_B.weight")).unwrap().to_string();
+    assert!(moved.f32(&b).unwrap().values.iter().any(|v| *v != 0.0));
+    let output = program(&["train", "--resume", &shown(&out), "--epochs", "2"]);
+    assert!(output.status.success(), "{}", error_of(&output));
+}
+
+/// Equal runs write equal adapters, which say what they are and neither where nor when.
+#[test]
+fn adapters_say_what_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = shown(&golden("sdxl"));
+    let train = |name: &str| {
+        let out = dir.path().join(name);
+        let args = [
+            "train",
+            "--model",
+            &model,
+            "--prompt",
+            "a red apple",
+            "--reward",
+            "color:blue",
+            "--steps",
+            "2",
+            "--images-per-epoch",
+            "4",
+            "--group-size",
+            "4",
+            "--rank",
+            "2",
+            "--epochs",
+            "1",
+            "--seed",
+            "3",
+            "--device",
+            "cpu",
+            "--out",
+            &shown(&out),
+        ];
+        let output = program(&args);
+        assert!(output.status.success(), "{}", error_of(&output));
+        out.join("adapter.safetensors")
+    };
+    let (one, other) = (train("one"), train("other"));
+    assert_eq!(std::fs::read(&one).unwrap(), std::fs::read(&other).unwrap());
+    let kohya = dir.path().join("k.safetensors");
+    let args = ["convert", &shown(&one), &shown(&kohya), "--model", &model];
+    assert!(program(&args).status.success());
+    for file in [one, kohya] {
+        let said = Weights::open_file(&file).unwrap().all_metadata().unwrap();
+        for (key, value) in [
+            ("modelspec.sai_model_spec", "1.0.0"),
+            ("modelspec.architecture", "stable-diffusion-xl-v1-base/lora"),
+            ("modelspec.resolution", "32x32"),
+            ("modelspec.trigger_phrase", "a red apple"),
+            ("ss_network_dim", "2"),
+            ("ss_network_alpha", "2"),
+            ("pcpo.reward", "color:blue"),
+            ("pcpo.method", "pcpo"),
+            ("pcpo.epochs", "1"),
+            ("pcpo.seed", "3"),
+        ] {
+            assert_eq!(said.get(key).map(String::as_str), Some(value), "{key}");
+        }
+        assert!(said["modelspec.hash_sha256"].starts_with("0x"));
+        let all = serde_json::to_string(&said).unwrap();
+        assert!(!all.contains(dir.path().to_str().unwrap()) && !all.contains("cpu"), "{all}");
+    }
+}
