@@ -4,7 +4,7 @@
         --reference FILE.safetensors [--kohya]
 
 The reference holds the network's inputs (of a UNet in.latents, in.timestep,
-in.encoder_hidden_states; of a flow model's transformer what reference_flow.py says) and
+in.encoder_hidden_states, and of SDXL in.pooled_projections and in.time_ids; of a flow model's transformer what reference_flow.py says) and
 out.prediction, the network with the adapter. With --kohya the file has to be in kohya's format
 (lora_unet_....lora_down.weight, .lora_up.weight, .alpha), which is verified of UNets only, else in
 diffusers' (unet. or transformer. ....lora_A.weight, .lora_B.weight). The file goes through the
@@ -21,8 +21,9 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from reference import is_flow, load_folder, predict
+from reference import is_flow, is_sdxl, load_folder, predict
 from reference_flow import load_transformer, predict_flow
+from reference_sdxl import load_pipeline, predict_sdxl
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
@@ -60,6 +61,15 @@ def load_unet(model):
     return pipe, pipe.unet, lambda tensors: predict(pipe.unet, *(tensors[name] for name in INPUTS))
 
 
+def load_sdxl(model):
+    """The same of an SDXL folder."""
+    pipe = load_pipeline(model)
+    names = [*INPUTS, "in.pooled_projections", "in.time_ids"]
+    return pipe, pipe.unet, lambda tensors: predict_sdxl(
+        pipe.unet, *(tensors[name] for name in names)
+    )
+
+
 def load_flow(model):
     """The same of a flow model's folder, whose pipeline is empty but for the transformer."""
     family, transformer = load_transformer(model)
@@ -85,7 +95,8 @@ def verify(model, lora, reference, kohya, tolerance):
     ]
     if missing:
         raise ValueError(f"{reference} lacks {', '.join(missing)}")
-    pipe, network, prediction = (load_flow if flow else load_unet)(model)
+    load = load_flow if flow else load_sdxl if is_sdxl(model) else load_unet
+    pipe, network, prediction = load(model)
     expected = tensors["out.prediction"]
     with torch.no_grad():
         plain = prediction(tensors)

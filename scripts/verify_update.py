@@ -3,14 +3,16 @@
     python scripts/verify_update.py DUMP.safetensors --model MODEL_DIR [--tolerance 1e-3] \\
         [--dtype float64]
 
-The model is a StableDiffusion folder with a `unet`, or one of Stable Diffusion 3 or FLUX.1 with a
+The model is a StableDiffusion or SDXL folder with a `unet`, or one of Stable Diffusion 3 or FLUX.1 with a
 `transformer`. The dump holds the strings objective, clip_range, guidance_scale, kl_beta,
 guidance_gradient, prediction_type, lora_rank, lora_alpha, lora_targets as metadata, and in f32 (N
 samples, S trained steps):
 
     prompt_embeds                [N, T, D]
-    pooled_prompt_embeds         [N, P]  transformers only
-    negative_prompt_embeds, negative_pooled_prompt_embeds    where guidance has two branches
+    pooled_prompt_embeds         [N, P]  transformers and SDXL only
+    time_ids                     [N, 6]  SDXL only
+    negative_prompt_embeds, negative_pooled_prompt_embeds, negative_time_ids
+                                         where guidance has two branches
     timesteps                    [S]     0 to 1000
     alphas_cumprod               [S]     read for v_prediction only
     weights, weights_native      [S]     the credit rule's, and the sampler's own, for the KL
@@ -61,6 +63,7 @@ Made with Python 3.11, torch 2.15, diffusers 0.42.1, peft 0.21.2, safetensors 0.
 """
 
 import argparse
+import functools
 import math
 import sys
 from collections.abc import Callable
@@ -69,7 +72,7 @@ from dataclasses import dataclass, fields
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
-from reference import is_flow, load_component
+from reference import is_flow, is_sdxl, load_component
 from reference_flow import Flux, StableDiffusion3, load_transformer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -206,6 +209,16 @@ def predict_unet(unet, settings, data, step, negative=""):
     return output
 
 
+def predict_sdxl(unet, settings, data, step, negative=""):
+    """eps [N, C, H, W] of a step of an SDXL UNet, as predict_unet."""
+    added = {
+        "text_embeds": data[negative + "pooled_prompt_embeds"],
+        "time_ids": data[negative + "time_ids"],
+    }
+    told = functools.partial(unet, added_cond_kwargs=added)
+    return predict_unet(told, settings, data, step, negative)
+
+
 def predict_sd3(transformer, settings, data, step, negative=""):
     """The velocity [N, C, H, W] of a step, as predict_unet."""
     latents = data["latents"][step]
@@ -282,6 +295,9 @@ def load_network(model, dtype):
     """The network of a model folder."""
     if not is_flow(model):
         unet = load_component(UNet2DConditionModel, f"{model}/unet", dtype)
+        if is_sdxl(model):
+            embeds = ("prompt_embeds", "pooled_prompt_embeds", "time_ids")
+            return Network("unet", unet, predict_sdxl, ("epsilon", "v_prediction"), embeds)
         return Network("unet", unet, predict_unet, ("epsilon", "v_prediction"), ("prompt_embeds",))
     family, transformer = load_transformer(model, dtype)
     return Network(

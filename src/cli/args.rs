@@ -47,8 +47,8 @@ impl JobArgs {
 /// A model folder.
 #[derive(Args)]
 pub struct ModelArg {
-    /// Model: a folder in diffusers' layout, one .safetensors file, or emoji or emoji-flow [default:
-    /// emoji]
+    /// Model: a folder in diffusers' layout, one .safetensors file, or emoji or emoji-flow
+    /// [default: emoji]
     #[arg(long, value_name = "DIR|FILE")]
     pub model: Option<PathBuf>,
     #[command(flatten)]

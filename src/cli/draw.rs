@@ -72,6 +72,9 @@ pub struct DrawArgs {
     /// Write the final latents to this safetensors file, as the tensor `latents`
     #[arg(long, value_name = "FILE")]
     pub save_latents: Option<PathBuf>,
+    /// Decode pictures in overlapping tiles, for less memory; they differ a little from whole ones
+    #[arg(long)]
+    pub vae_tiling: bool,
     #[command(flatten)]
     pub device: DeviceArg,
     #[command(flatten)]
@@ -129,7 +132,8 @@ impl DrawArgs {
         let texts = Texts { prompts: &prompts, negative: self.negative_prompt.as_deref() };
         let embeddings = embed(&files, texts, from, &compute.burn, storage)?;
         let (device, pixels) = (&compute.burn, self.resolution);
-        let pipeline = Pipeline::load(&files, device, storage, pixels, self.micro()?)?;
+        let pipeline = Pipeline::load(&files, device, storage, pixels, self.micro()?)?
+            .in_tiles(self.vae_tiling);
         let linears = pipeline.net.linears();
         let adapter = |(i, file): (usize, &PathBuf)| {
             let value = formats::load(file, &linears).context("--lora")?;

@@ -126,25 +126,25 @@ pub enum InitialNoise {
     Own,
 }
 
-/// Activation checkpointing (Chen et al. 2016): one block's activations at a time, for one more
-/// forward pass. In a file `"auto"`, `true` or `false`.
+/// What saves memory and costs something: on, off, or as the estimate of the memory has it. In a
+/// file `"auto"`, `true` or `false`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum Checkpointing {
+pub enum Switch {
     /// Off where the estimate of the memory without it leaves room.
     Auto,
-    /// One block's activations at a time.
+    /// On.
     True,
-    /// All blocks' at once.
+    /// Off.
     False,
 }
 
-impl From<bool> for Checkpointing {
+impl From<bool> for Switch {
     fn from(on: bool) -> Self {
         if on { Self::True } else { Self::False }
     }
 }
 
-impl Serialize for Checkpointing {
+impl Serialize for Switch {
     fn serialize<S: Serializer>(&self, to: S) -> Result<S::Ok, S::Error> {
         match self {
             Self::Auto => to.serialize_str("auto"),
@@ -154,7 +154,7 @@ impl Serialize for Checkpointing {
     }
 }
 
-impl<'de> Deserialize<'de> for Checkpointing {
+impl<'de> Deserialize<'de> for Switch {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
         #[derive(Deserialize)]
         #[serde(rename_all = "lowercase")]

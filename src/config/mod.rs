@@ -13,9 +13,7 @@ mod resolve;
 pub mod rollout;
 pub mod settings;
 
-pub use choices::{
-    BranchGroup, Checkpointing, InitialNoise, LrScheduler, Objective, OldDecay, Preset,
-};
+pub use choices::{BranchGroup, InitialNoise, LrScheduler, Objective, OldDecay, Preset, Switch};
 pub use options::Options;
 pub use rollout::{Branching, Plain, Rollout};
 pub use settings::Settings;

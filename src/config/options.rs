@@ -6,9 +6,7 @@ use std::path::PathBuf;
 use clap::Args;
 use serde::{Deserialize, Deserializer, Serialize};
 
-use super::choices::{
-    BranchGroup, Checkpointing, InitialNoise, LrScheduler, Objective, OldDecay, Preset,
-};
+use super::choices::{BranchGroup, InitialNoise, LrScheduler, Objective, OldDecay, Preset, Switch};
 use crate::device::ComputeType;
 use crate::model::{Resolution, Storage};
 use crate::ops::advantage::{Advantage, Mix};
@@ -255,7 +253,11 @@ pub struct Options {
         default_missing_value = "true",
         help_heading = "Images and updates",
     )]
-    pub activation_checkpointing: Option<Checkpointing>,
+    pub activation_checkpointing: Option<Switch>,
+    /// Pictures decoded in overlapping tiles, which differ a little from whole ones [default: auto:
+    /// on where whole ones are what leaves no room]
+    #[arg(long, value_enum, help_heading = "Model and device")]
+    pub vae_tiling: Option<Switch>,
     /// Seed of all noise and all draws [default: 0]
     #[arg(long, help_heading = "Images and updates")]
     pub seed: Option<u64>,

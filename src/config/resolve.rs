@@ -5,9 +5,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
 
-use super::choices::{
-    BranchGroup, Checkpointing, InitialNoise, LrScheduler, Objective, OldDecay, Preset,
-};
+use super::choices::{BranchGroup, InitialNoise, LrScheduler, Objective, OldDecay, Preset, Switch};
 use super::layers::REPLACED;
 use super::numbers::{self, MOST};
 use super::options::Options;
@@ -199,7 +197,8 @@ impl Options {
             shift: o.shift,
             guidance_scale: o.guidance_scale.unwrap_or(family.default_guidance()),
             guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
-            activation_checkpointing: o.activation_checkpointing.unwrap_or(Checkpointing::Auto),
+            activation_checkpointing: o.activation_checkpointing.unwrap_or(Switch::Auto),
+            vae_tiling: o.vae_tiling.unwrap_or(Switch::Auto),
             clip_range: o.clip_range.unwrap_or(clip_range),
             advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
             tracker_size: o.tracker_size.unwrap_or(32),

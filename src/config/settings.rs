@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Result;
 use serde::{Serialize, Serializer};
 
-use super::choices::{Checkpointing, LrScheduler, Objective, OldDecay, Preset};
+use super::choices::{LrScheduler, Objective, OldDecay, Preset, Switch};
 use super::numbers;
 use super::rollout::{Branching, Plain, Rollout};
 use crate::device::{self, Compute, ComputeType};
@@ -90,7 +90,8 @@ pub struct Settings {
     pub shift: Option<f64>,
     pub guidance_scale: f64,
     pub guidance_gradient: GuidanceGradient,
-    pub activation_checkpointing: Checkpointing,
+    pub activation_checkpointing: Switch,
+    pub vae_tiling: Switch,
     pub clip_range: f64,
     pub advantage_clamp: f64,
     pub tracker_size: usize,

@@ -12,7 +12,7 @@ use anyhow::{Result, bail};
 
 pub use self::shapes::Shapes;
 use crate::choice::name;
-use crate::config::{Checkpointing, Rollout, Settings};
+use crate::config::{Rollout, Settings, Switch};
 use crate::device::system::memory_text;
 use crate::device::{Compute, rows_at_a_time};
 use crate::model::Storage;
@@ -82,6 +82,8 @@ pub struct Estimate {
     pub offered: Option<u64>,
     /// Whether an update holds the activations of one block at a time.
     pub checkpointing: bool,
+    /// Whether pictures are decoded in tiles.
+    pub tiling: bool,
 }
 
 impl Estimate {
@@ -177,9 +179,9 @@ const ROOM: f64 = 0.8;
 /// leaves room; a device that does not say what it offers may have none.
 pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
     match s.activation_checkpointing {
-        Checkpointing::True => estimate_with(shapes, s, target, true),
-        Checkpointing::False => estimate_with(shapes, s, target, false),
-        Checkpointing::Auto => {
+        Switch::True => estimate_with(shapes, s, target, true),
+        Switch::False => estimate_with(shapes, s, target, false),
+        Switch::Auto => {
             let without = estimate_with(shapes, s, target, false);
             let room = target.offered.map_or(0.0, |offered| ROOM * offered as f64);
             if without.peak() <= room { without } else { estimate_with(shapes, s, target, true) }
@@ -187,7 +189,23 @@ pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
     }
 }
 
+/// With tiles where they are asked for, or where decoding is what leaves no room.
 fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: bool) -> Estimate {
+    let batches = Batches::of(shapes, s, target);
+    let whole = estimate_whole(shapes, s, target, checkpointing);
+    let decode = decode(&shapes.tile) * batches.sampling;
+    let tiling = match s.vae_tiling {
+        Switch::True => true,
+        Switch::False => false,
+        Switch::Auto => {
+            let most = whole.decode > whole.rollout.max(whole.update) && decode < whole.decode;
+            most && target.offered.is_some_and(|offered| whole.peak() > ROOM * offered as f64)
+        }
+    };
+    if tiling { Estimate { decode, tiling, ..whole } } else { whole }
+}
+
+fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: bool) -> Estimate {
     let batches = Batches::of(shapes, s, target);
     let Batches { sampling, updating, .. } = batches;
     let parameters: f64 =
@@ -230,9 +248,10 @@ fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: b
             + 4.0 * (INFERENCE.stream * text.stream + 2.0 * text.embedding * prompts),
         rollout: rollout(shapes, &batches) * sampling + on_device,
         update: update(shapes, checkpointing, &batches, target) * updating,
-        decode: decode(shapes) * sampling,
+        decode: decode(&shapes.decoder) * sampling,
         offered: target.offered,
         checkpointing,
+        tiling: false,
     }
 }
 
@@ -268,8 +287,8 @@ fn update(shapes: &Shapes, checkpointing: bool, batches: &Batches, target: Targe
 }
 
 /// Activations of one picture's decoding.
-fn decode(shapes: &Shapes) -> f64 {
-    largest(&shapes.decoder, |b| DECODER.bytes(b, 1.0))
+fn decode(levels: &[BlockShape]) -> f64 {
+    largest(levels, |b| DECODER.bytes(b, 1.0))
 }
 
 /// The largest `--batch` whose estimate fits, if any does.
@@ -306,7 +325,7 @@ pub fn check(shapes: &Shapes, s: &Settings, target: Target) -> Result<Estimate> 
 
 /// What helps where no batch fits.
 fn way_out(shapes: &Shapes, s: &Settings, target: Target) -> String {
-    if s.activation_checkpointing == Checkpointing::False {
+    if s.activation_checkpointing == Switch::False {
         return "use --activation-checkpointing true and --batch 1".into();
     }
     let smaller = match s.storage {
@@ -352,10 +371,12 @@ pub fn text(estimate: &Estimate, s: &Settings, largest: Option<usize>) -> String
     );
     let held = match (estimate.checkpointing, s.activation_checkpointing) {
         (true, _) => "on: one block's activations at a time",
-        (false, Checkpointing::Auto) => "off: all blocks' activations leave room",
+        (false, Switch::Auto) => "off: all blocks' activations leave room",
         (false, _) => "off: all blocks' activations",
     };
     out += &format!("activation checkpointing {held}\n");
+    let tiling = if estimate.tiling { "on: a tile at a time" } else { "off: whole pictures" };
+    out += &format!("VAE tiling           {tiling}\n");
     if let Some(offered) = estimate.offered {
         out += &format!("the device offers    {}\n", mib(offered as f64));
         out += &match largest {

@@ -17,6 +17,7 @@ use crate::model::loader::Storage;
 use crate::model::text::clip::ClipConfig;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::model::text::t5::T5Config;
+use crate::model::tiles::TILE;
 use crate::model::vae::VaeConfig;
 use crate::reward::model_size;
 
@@ -43,6 +44,8 @@ pub struct TextShape {
 pub struct Shapes {
     pub blocks: Vec<BlockShape>,
     pub decoder: Vec<BlockShape>,
+    /// The same for a tile of the latent.
+    pub tile: Vec<BlockShape>,
     pub text: TextShape,
     /// Bytes of network and VAE in a storage type.
     pub weights: f64,
@@ -119,6 +122,7 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
     Ok(Shapes {
         blocks: network.block_shapes(size, tokens),
         decoder: vae.decoder_shapes(size),
+        tile: vae.decoder_shapes(size.map(|side| side.min(TILE))),
         text,
         weights,
         reward: reward as f64,

@@ -1,4 +1,5 @@
-//! Weights under other names and in other layouts: nothing is read, only the list of tensors changes.
+//! Weights under other names and in other layouts: nothing is read, only the list of tensors
+//! changes.
 
 use std::collections::BTreeMap;
 

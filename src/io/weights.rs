@@ -1,6 +1,6 @@
 //! Reading weights: safetensors are mapped into memory and read when asked for, as one file, a
-//! sharded set with its index, or an fp16 variant; PyTorch's checkpoints tensor by tensor. f32, f16,
-//! bf16 and f8 (e4m3).
+//! sharded set with its index, or an fp16 variant; PyTorch's checkpoints tensor by tensor. f32,
+//! f16, bf16 and f8 (e4m3).
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;

@@ -50,6 +50,12 @@ impl FrozenConv {
         let weight = FrozenWeight::new(rows, shape_of, storage.unquantised(), device);
         Self { shape, weight: Arc::new(weight), bias, flipped: Arc::default() }
     }
+
+    /// The same, computed in f32 on every device.
+    pub fn exact(self) -> Self {
+        let Some(weight) = Arc::into_inner(self.weight) else { unreachable!("it was just made") };
+        Self { weight: Arc::new(FrozenWeight { exact: true, ..weight }), ..self }
+    }
 }
 
 /// Images of one size, channels last.

@@ -57,6 +57,8 @@ impl Storage {
 pub struct FrozenWeight {
     pub rows: usize,
     pub columns: usize,
+    /// Whether its products take f32 on devices that compute in f16 too.
+    pub exact: bool,
     pub(super) stored: Stored,
 }
 
@@ -95,7 +97,7 @@ impl FrozenWeight {
                 }
             }
         };
-        Self { rows, columns, stored }
+        Self { rows, columns, exact: false, stored }
     }
 
     /// The matrix in memory, of the CPU backend.

@@ -36,8 +36,8 @@ const EIGHTS: [usize; 2] = [256, 32];
 
 /// The number of a variant: how weights are stored, whether channels come in fours, whether
 /// subgroups are eight wide, and whether products take f16.
-fn variant(stored: &Stored, sizes: &Sizes, gpu: &Gpu) -> u32 {
-    let format = match stored {
+fn variant(weight: &FrozenWeight, sizes: &Sizes, gpu: &Gpu) -> u32 {
+    let format = match &weight.stored {
         Stored::F32(_) => 0,
         Stored::F16(_) => 1,
         Stored::Quantised(q) if q.bits == 8 => 2,
@@ -45,6 +45,7 @@ fn variant(stored: &Stored, sizes: &Sizes, gpu: &Gpu) -> u32 {
     };
     let fours = sizes.inner.is_multiple_of(4) && sizes.columns.is_multiple_of(4);
     let Kernels { eights, half } = gpu.kernels;
+    let half = half && !weight.exact;
     16 * u32::from(half) + 8 * u32::from(eights) + 2 * format + u32::from(fours)
 }
 
@@ -97,7 +98,7 @@ impl Product<'_> {
         let tiles = rows.div_ceil(tile[0]) * columns.div_ceil(tile[1]);
         let depth = sizes.inner * sizes.kernel[0] * sizes.kernel[1];
         let products = tile[0] * tile[1] * depth as usize;
-        let variant = variant(&self.weight.stored, &sizes, self.gpu);
+        let variant = variant(self.weight, &sizes, self.gpu);
         let run = |bindings: &[&Buffer]| {
             for run in submissions(tiles, products) {
                 let sizes = Sizes { first: run.start as u32, ..sizes };

@@ -279,7 +279,8 @@ pub struct BlockShape {
     pub wide: f64,
     /// Attention scores.
     pub scores: f64,
-    /// Transformer layers after one another, each with a stream and a feed-forward; 0 counts as one.
+    /// Transformer layers after one another, each with a stream and a feed-forward; 0 counts as
+    /// one.
     pub depth: f64,
 }
 

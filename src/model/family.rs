@@ -9,7 +9,7 @@ use super::component::Component;
 use super::config::{Config, NetworkConfig};
 use super::denoiser::Denoiser;
 use super::loader::Storage;
-use super::text::TextLayout;
+use super::text::layout::TextLayout;
 use super::transformer::flux::{Flux, FluxConfig};
 use super::transformer::sd3::{Sd3, Sd3Config};
 use super::unet::{UNet, UNetConfig};

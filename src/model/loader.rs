@@ -14,12 +14,19 @@ pub struct Loader<'a> {
     pub weights: &'a Weights,
     pub device: &'a Device,
     pub storage: Storage,
+    /// Whether products take f32 on devices that compute in f16 too.
+    pub exact: bool,
     prefix: String,
 }
 
 impl<'a> Loader<'a> {
     pub fn new(weights: &'a Weights, device: &'a Device, storage: Storage) -> Self {
-        Self { weights, device, storage, prefix: String::new() }
+        Self { weights, device, storage, exact: false, prefix: String::new() }
+    }
+
+    /// The same, computed in f32 on every device where `exact` says so.
+    pub fn exactly(self, exact: bool) -> Self {
+        Self { exact, ..self }
     }
 
     /// The same, one level deeper.

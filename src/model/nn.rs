@@ -29,7 +29,8 @@ impl Linear {
         let l = l.at(part);
         let values = l.values("weight", [outputs, inputs])?;
         let rows = by_input(&values, outputs, |input| input);
-        let weight = FrozenWeight::new(rows, [inputs, outputs], l.storage, l.device);
+        let mut weight = FrozenWeight::new(rows, [inputs, outputs], l.storage, l.device);
+        weight.exact = l.exact;
         let weight = Arc::new(weight);
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
         let name = l.name("").trim_end_matches('.').to_string();
@@ -55,7 +56,8 @@ impl Conv2d {
         let ConvShape { cin, cout, kernel, .. } = shape;
         let values = l.values("weight", [cout, cin, kernel, kernel])?;
         let bias = if l.has("bias") { Some(l.tensor("bias", [cout])?) } else { None };
-        Ok(Self(FrozenConv::new(&values, shape, bias, l.storage, l.device)))
+        let conv = FrozenConv::new(&values, shape, bias, l.storage, l.device);
+        Ok(Self(if l.exact { conv.exact() } else { conv }))
     }
 
     /// A 3x3 convolution that keeps the size.

@@ -14,6 +14,7 @@ use super::loader::Storage;
 use super::resolution::Resolution;
 use super::text::TextEncoders;
 use super::text::embeddings::{PromptEmbeddings, fits};
+use super::tiles::TILE;
 use super::vae::Vae;
 use crate::schedule::Schedule;
 
@@ -124,6 +125,12 @@ impl Pipeline {
             "--time-ids: is for SDXL, whose network is told of sizes; leave it out"
         );
         Ok(Self { schedule, family, second: files.is_second(), net, vae, micro, size })
+    }
+
+    /// The same, whose pictures are decoded in tiles where `tiled` says so.
+    pub fn in_tiles(mut self, tiled: bool) -> Self {
+        self.vae.tile = tiled.then_some(TILE);
+        self
     }
 
     /// Shape of one latent, [C, H, W].

@@ -10,6 +10,7 @@ use super::component::Component;
 use super::config::{BlockShape, Config};
 use super::loader::{Loader, Storage};
 use super::nn::{Activation, Conv2d, GroupNorm, channels_first, channels_last};
+use super::tiles::tiled;
 
 /// The numbers of an `AutoencoderKL`.
 #[derive(Clone, Debug)]
@@ -27,6 +28,8 @@ pub struct VaeConfig {
     shift_factor: f64,
     quant: bool,
     post_quant: bool,
+    /// force_upcast: in f16 its activations are infinite.
+    upcast: bool,
 }
 
 impl VaeConfig {
@@ -79,6 +82,7 @@ impl VaeConfig {
             shift_factor: c.float("shift_factor", 0.0)?,
             quant: c.flag("use_quant_conv", true)?,
             post_quant: c.flag("use_post_quant_conv", true)?,
+            upcast: c.flag("force_upcast", false)?,
         })
     }
 
@@ -264,6 +268,8 @@ pub struct Vae {
     pub latent_channels: usize,
     /// Image pixels a latent pixel, along each side.
     pub factor: usize,
+    /// Side in latent pixels of the tiles that it decodes one by one, where it does.
+    pub tile: Option<usize>,
     encoder: Coder,
     quant: Option<Conv2d>,
     post_quant: Option<Conv2d>,
@@ -278,7 +284,7 @@ impl Vae {
     pub fn load(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
         let c = VaeConfig::read(&part.config)?;
         let weights = part.weights()?;
-        let root = Loader::new(&weights, device, storage);
+        let root = Loader::new(&weights, device, storage).exactly(c.upcast);
         let latent = c.latent_channels;
         let one = |wanted: bool, part: &str, width: usize| {
             let conv = wanted.then(|| Conv2d::point(&root, part, width, width));
@@ -293,12 +299,20 @@ impl Vae {
             quant: one(c.quant, "quant_conv", 2 * latent)?,
             post_quant: one(c.post_quant, "post_quant_conv", latent)?,
             decoder: Coder::load(&root, &c, Way::Decode)?,
+            tile: None,
         })
     }
 
     /// Latents `[B, C, h, w]` as the sampler has them -> images `[B, 3, H, W]`, not clamped, around
-    /// [-1, 1].
+    /// [-1, 1]; in tiles where it has them.
     pub fn decode(&self, latents: Tensor<4>) -> Tensor<4> {
+        match self.tile {
+            Some(tile) => tiled(latents, tile, self.factor, |part| self.decode_whole(part)),
+            None => self.decode_whole(latents),
+        }
+    }
+
+    fn decode_whole(&self, latents: Tensor<4>) -> Tensor<4> {
         let z = channels_last(latents / self.scaling_factor + self.shift_factor);
         let z = match &self.post_quant {
             Some(conv) => conv.forward(z),

@@ -34,6 +34,9 @@ pub fn write_folder(files: &ModelFiles, out: &Path) -> Result<Vec<String>> {
         if !files.has(part) {
             // What a folder lacks is null there.
             index.insert(part.into(), json!([null, null]));
+            if encoder {
+                index.insert(part.replace("text_encoder", "tokenizer"), json!([null, null]));
+            }
             continue;
         }
         let component = files.component(part)?;
@@ -49,11 +52,11 @@ pub fn write_folder(files: &ModelFiles, out: &Path) -> Result<Vec<String>> {
         if encoder {
             let name = part.replace("text_encoder", "tokenizer");
             let t5 = config["model_type"] == "t5";
-            if write_tokenizer(files, part, t5, &dir.path().join(&name))? {
-                let class = if t5 { "T5TokenizerFast" } else { "CLIPTokenizer" };
-                index.insert(name.clone(), json!(["transformers", class]));
-                parts.push(name);
-            }
+            let class = if t5 { "T5TokenizerFast" } else { "CLIPTokenizer" };
+            let written = write_tokenizer(files, part, t5, &dir.path().join(&name))?;
+            let entry = if written { json!(["transformers", class]) } else { json!([null, null]) };
+            index.insert(name.clone(), entry);
+            parts.extend(written.then_some(name));
         }
     }
     let scheduler = files.scheduler()?;

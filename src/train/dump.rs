@@ -16,6 +16,7 @@ use crate::io::tensors::{HostTensor, write_tensors};
 use crate::lora::Adapter;
 use crate::lora::formats::{self, Format};
 use crate::model::Conditioning;
+use crate::model::conditioning::TIME_IDS;
 use crate::ops::forward_objective::ForwardTime;
 use crate::ops::philox_noise::philox_noise;
 use crate::sampling::policy::PromptPair;
@@ -211,6 +212,14 @@ fn embeddings(u: &Update) -> Result<Vec<HostTensor>> {
         tensors.push(HostTensor::new(name, sequence.dims(), read(&sequence)?));
         let each = |p: &Conditioning| Some(p.rows.spread(p.pooled.clone()?));
         let pooled: Option<Vec<Tensor<2>>> = parts().map(each).collect();
+        if u.run.first().pipeline.net.config().takes_time_ids() {
+            let each = |p: &Conditioning| {
+                p.rows.of().iter().flat_map(|&row| p.time_ids[row]).collect::<Vec<f32>>()
+            };
+            let ids: Vec<f32> = parts().flat_map(each).collect();
+            let name = format!("{prefix}time_ids");
+            tensors.push(HostTensor::new(name, [ids.len() / TIME_IDS, TIME_IDS], ids));
+        }
         if let Some(pooled) = pooled {
             let pooled = Tensor::cat(pooled, 0);
             let name = format!("{prefix}pooled_prompt_embeds");

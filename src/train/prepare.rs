@@ -17,7 +17,7 @@ use super::rewards::Rewards;
 use super::run::{Job, Run};
 use super::run_folder::RunFolder;
 use crate::choice::name;
-use crate::config::{Branching, Objective, Plain, Rollout, Settings};
+use crate::config::{Branching, Objective, Plain, Rollout, Settings, Switch};
 use crate::device::system::memory_text;
 use crate::device::{self, Compute, rows_at_a_time};
 use crate::estimate::shapes::shapes;
@@ -63,6 +63,7 @@ pub(crate) fn prepare<'a>(
     let estimated = estimate::check(&found, s, target)?;
     // What is chosen by this device's memory is saved with the run, which goes on to the bit.
     job.settings.activation_checkpointing = estimated.checkpointing.into();
+    job.settings.vae_tiling = estimated.tiling.into();
     let (job, s) = (&*job, &job.settings);
     let rewards = device::guard(|| Rewards::open(s, reward, &compute))?;
     let features = device::guard(|| features(s, &compute))?;
@@ -72,6 +73,7 @@ pub(crate) fn prepare<'a>(
     let embeddings = device::guard(|| encode(s, &files, &compute))?;
     let pipeline = device::guard(|| {
         Pipeline::load(&files, &compute.burn, s.storage, s.resolution, s.micro()?)
+            .map(|pipeline| pipeline.in_tiles(s.vae_tiling == Switch::True))
     })?;
     let (steps, trainable) = steps(s, &pipeline)?;
     let linears = pipeline.net.linears();

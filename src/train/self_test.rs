@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use crate::config::{Checkpointing, Settings};
+use crate::config::{Settings, Switch};
 use crate::device::ComputeType;
 use crate::ops::policy_objective::SampleStats;
 use crate::sampling::trajectory::NotFinite;
@@ -46,7 +46,7 @@ pub(crate) fn self_test(
 ///
 /// An objective of the forward process is held to its prediction instead, element by element.
 fn bound(s: &Settings) -> f64 {
-    let checkpointing = s.activation_checkpointing == Checkpointing::True;
+    let checkpointing = s.activation_checkpointing == Switch::True;
     match (s.objective.forward(), s.compute) {
         (true, ComputeType::F16) => 5e-3,
         (true, ComputeType::F32) => 1e-4,

@@ -9,6 +9,8 @@ sdxl-v  v prediction at zero terminal SNR, an end token that is looked for, "" w
 lora/sdxl-peft.safetensors, lora/sdxl-kohya.safetensors and lora/sdxl-reference.safetensors
         an adapter of sdxl, as diffusers saves it and under sd-scripts' names; the inputs of a
         prediction and the prediction with it
+sdxl/tiled.safetensors
+        latents, and what the VAE decodes of them in tiles of 8 latent pixels
 
 Every tensor of the UNet has to matter to the reference.
 
@@ -26,7 +28,7 @@ GOLDEN = Path(__file__).resolve().parent
 sys.path.insert(0, str(GOLDEN.parents[1] / "scripts"))
 
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from make_golden import LEAST_SHARE, ddim, least_visible, text, vae
 from make_lora import metadata, random_adapter
 from peft import get_peft_model_state_dict
@@ -188,6 +190,16 @@ def check_visible(folder, tensors):
         raise AssertionError(f"{folder.name}: {name} hardly changes the output ({share:.1e})")
 
 
+def write_tiles(folder, latents):
+    """tiled.safetensors: latents, and the image that the VAE decodes of them in tiles of 8."""
+    vae = load_component(AutoencoderKL, folder / "vae")
+    vae.enable_tiling()
+    vae.tile_latent_min_size, vae.tile_sample_min_size = 8, 32
+    with torch.no_grad():
+        image = vae.decode(latents / vae.config.scaling_factor).sample
+    save_tensors(folder / "tiled.safetensors", {"latents": latents, "image": image})
+
+
 def sd_scripts_name(module):
     """sd-scripts' name of an attention's layer of a UNet with two resnets a level."""
     place, rest = re.fullmatch(r"(.*?attentions\.\d+)\.(.*)", module).groups()
@@ -254,6 +266,8 @@ def main():
             print(f"  {key:33} {str(list(tensor.shape)):18} std {tensor.float().std():.3f}")
         check_visible(folder, tensors)
     write_adapter(GOLDEN / "sdxl", GOLDEN / "lora")
+    latents = torch.randn(1, 4, 20, 13, generator=torch.Generator().manual_seed(5))
+    write_tiles(GOLDEN / "sdxl", latents)
 
 
 if __name__ == "__main__":

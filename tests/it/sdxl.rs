@@ -1,14 +1,18 @@
-//! SDXL: its adapters by everybody's names, what it is told of sizes, its negative prompt, and a run.
+//! SDXL: its adapters by everybody's names, what it is told of sizes, its negative prompt, and a
+//! run.
 
 use std::path::Path;
 
+use pcpo_wgpu::device::tensor::{read, upload};
 use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::lora::formats::load;
 use pcpo_wgpu::model::Storage;
+use pcpo_wgpu::model::vae::Vae;
 use pcpo_wgpu::tools::check::{Asked, check};
+use pcpo_wgpu::tools::errors::relative_error;
 
 use crate::command_line::program;
-use crate::support::{cpu, error_of, files, golden, gpu};
+use crate::support::{cpu, error_of, files, golden, gpu, part};
 
 fn shown(path: &Path) -> String {
     path.to_str().unwrap().to_string()
@@ -148,6 +152,31 @@ fn what_is_not_for_sdxl_or_not_six_numbers_is_refused() {
         let error = error_of(&output);
         assert_eq!(output.status.code(), Some(2), "{error}");
         assert!(error.contains(message), "{error}");
+    }
+}
+
+/// Tiles are blended as diffusers blends them; where one holds the picture nothing changes.
+#[test]
+fn pictures_decoded_in_tiles_are_those_of_diffusers() {
+    let file = Weights::open_file(&golden("sdxl/tiled.safetensors")).unwrap();
+    let [latents, image] = ["latents", "image"].map(|name| file.f32(name).unwrap());
+    for compute in [cpu(), gpu()] {
+        let mut vae = Vae::load(&part(golden("sdxl/vae")), &compute.burn, Storage::F32).unwrap();
+        let shape: [usize; 4] = latents.shape.clone().try_into().unwrap();
+        let decode = |vae: &Vae| {
+            let x = upload(&latents.values, shape, &compute.burn);
+            let image = vae.decode(x);
+            (image.dims(), read(&image).unwrap())
+        };
+        let (_, whole) = decode(&vae);
+        vae.tile = Some(8);
+        let (dims, tiled) = decode(&vae);
+        assert_eq!(dims.to_vec(), image.shape);
+        let error = relative_error(&tiled, &image.values);
+        assert!(error < 1e-4, "{error:e}");
+        assert!(relative_error(&tiled, &whole) > 1e-3, "tiles are not the whole");
+        vae.tile = Some(32);
+        assert_eq!(decode(&vae).1, whole);
     }
 }
 

@@ -1,6 +1,6 @@
-//! Models that are one file in the layout of their authors. tests/golden/make_single_file.py says how
-//! the golden folders would be such files, and has shown that diffusers' own conversion gives the
-//! folders' tensors back.
+//! Models that are one file in the layout of their authors. tests/golden/make_single_file.py says
+//! how the golden folders would be such files, and has shown that diffusers' own conversion gives
+//! the folders' tensors back.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -278,5 +278,31 @@ fn a_file_becomes_a_folder() {
         let left: Vec<_> =
             left.filter(|e| e.file_name().to_string_lossy().starts_with(".tmp")).collect();
         assert!(left.is_empty(), "{left:?}");
+    }
+}
+
+/// A run on a file has the bits of one on the folder: the gradients of the folders' runs are held
+/// to PyTorch's in `update`.
+#[test]
+fn a_run_on_a_file_is_that_on_its_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["sd15", "sd21", "sdxl", "sd3", "flux-schnell"] {
+        let path = file(dir.path(), name);
+        let train = |model: &Path, flags: &[&str]| {
+            let out = dir.path().join(format!("{name}-{}", flags.len()));
+            let paths = [model, &out].map(|path| path.to_str().unwrap().to_string());
+            let base = ["train", "--model", &paths[0], "--out", &paths[1], "--device", "cpu"];
+            let job = ["--reward", "color:blue", "--prompt", "a red apple", "--preset", "pcpo"];
+            let sizes = ["--images-per-epoch", "4", "--group-size", "4", "--epochs", "1"];
+            let small = ["--steps", "4", "--train-steps", "2", "--rank", "2", "--resolution", "32"];
+            let t5 = ["--max-sequence-length", if name.starts_with("sd3") { "12" } else { "0" }];
+            let t5 = if name == "flux-schnell" { ["--max-sequence-length", "12"] } else { t5 };
+            let output = program(&[&base[..], &job, &sizes, &small, &t5, flags].concat());
+            assert!(output.status.success(), "{name}: {}", error_of(&output));
+            std::fs::read(out.join("adapter.safetensors")).unwrap()
+        };
+        let config = golden(name).to_str().unwrap().to_string();
+        let of_file = train(&path, &["--model-config", &config]);
+        assert!(of_file == train(&golden(name), &[]), "{name}");
     }
 }

@@ -37,7 +37,7 @@ struct Case {
     credit: Credit,
 }
 
-fn cases() -> [Case; 6] {
+fn cases() -> [Case; 7] {
     let ddim = |name, objective, beta, credit| Case {
         name,
         model: emoji(),
@@ -90,7 +90,18 @@ fn cases() -> [Case; 6] {
             Sampler::FlowGrpo,
         ),
         flow("flux-guard", "flux-dev", Objective::PpoClip, 0.0, Credit::Guard, Sampler::Dance),
+        Case {
+            model: golden("sdxl"),
+            ..ddim("sdxl-hinge", Objective::LogHinge, 0.05, Credit::Proportionate).of_steps(6)
+        },
     ]
+}
+
+impl Case {
+    fn of_steps(mut self, steps: usize) -> Self {
+        self.sampling.steps = steps;
+        self
+    }
 }
 
 /// How a dump is replayed.
@@ -147,7 +158,12 @@ impl Dump {
             let (values, shape) = rows(&name);
             upload(&values, [n, shape[0]], &compute.burn)
         });
-        Conditioning::of_each(sequence, pooled)
+        let mut cond = Conditioning::of_each(sequence, pooled);
+        let name = format!("{prefix}time_ids");
+        if self.file.has(&name) {
+            cond.time_ids = rows(&name).0.as_chunks().0.to_vec();
+        }
+        cond
     }
 
     /// An adapter that the dump holds under a prefix, by way of a file of its own with its alpha.

@@ -28,7 +28,7 @@ use crate::train::{Observer, Silent};
 const AT_ONCE: usize = 8;
 
 /// What says how pictures are drawn, and means nothing where they exist.
-const DRAWN: [&str; 23] = [
+const DRAWN: [&str; 24] = [
     "model",
     "model_config",
     "vae",
@@ -49,6 +49,7 @@ const DRAWN: [&str; 23] = [
     "embeddings",
     "max_sequence_length",
     "latents",
+    "vae_tiling",
     "save_latents",
     "images",
     "out",

@@ -173,9 +173,9 @@ impl SingleFile {
         let prediction = match own {
             Some(prediction) => prediction,
             None if self.second => bail!(
-                "{}: does not say what its network predicts, and Stable Diffusion 2 has both kinds; \
-                 give --prediction-type epsilon (the base models, of 512 pixels) or --prediction-type \
-                 v_prediction (those of 768)",
+                "{}: does not say what its network predicts, and Stable Diffusion 2 has both kinds: \
+                 give --prediction-type epsilon (the base models, of 512 pixels) or \
+                 --prediction-type v_prediction (those of 768)",
                 self.path().display()
             ),
             None => PredictionType::Epsilon,
@@ -252,8 +252,8 @@ fn refuse(whole: &Weights) -> Result<()> {
     let scaled = whole.names().find(|n| n.ends_with(".scale_weight") || *n == "scaled_fp8");
     if let Some(name) = scaled {
         bail!(
-            "{path}: its f8 weights have scales of their own ({name}), which are not supported; take \
-             a file in f16, bf16 or plain f8"
+            "{path}: its f8 weights have scales of their own ({name}), which are not supported; \
+             take a file in f16, bf16 or plain f8"
         );
     }
     Ok(())
@@ -262,8 +262,8 @@ fn refuse(whole: &Weights) -> Result<()> {
 fn unknown(whole: &Weights) -> String {
     let some: Vec<&str> = whole.names().take(3).collect();
     format!(
-        "{}: holds no network of Stable Diffusion 1 or 2, SDXL, Stable Diffusion 3 or FLUX.1 in its \
-         authors' layout (it begins with {})",
+        "{}: holds no network of Stable Diffusion 1 or 2, SDXL, Stable Diffusion 3 or FLUX.1 in \
+         its authors' layout (it begins with {})",
         whole.source().display(),
         some.join(", ")
     )

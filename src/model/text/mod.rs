@@ -3,6 +3,7 @@
 
 pub mod clip;
 pub mod embeddings;
+pub mod layout;
 pub mod t5;
 pub mod tokenizer;
 
@@ -11,54 +12,12 @@ use burn::tensor::{Device, Tensor};
 
 use self::clip::{ClipOutput, ClipText};
 use self::embeddings::PromptEmbeddings;
+use self::layout::TextLayout;
 use self::t5::T5Encoder;
 use self::tokenizer::Tokenizer;
 use super::files::ModelFiles;
 use super::loader::Storage;
 use crate::device::tensor::read;
-
-/// Which text encoders a family has, and how they are put together.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum TextLayout {
-    /// Stable Diffusion 1 and 2: one CLIP's last hidden state.
-    Clip,
-    /// SDXL: two CLIPs' second-last hidden states side by side in the width, and the second's pooled
-    /// state.
-    TwoClips,
-    /// Stable Diffusion 3: two CLIPs side by side in the width, filled up with zeros; then T5's
-    /// tokens, or as many zeros where a folder has no T5.
-    TwoClipsAndT5,
-    /// FLUX: T5's tokens, and CLIP's pooled state.
-    T5AndPooledClip,
-}
-
-impl TextLayout {
-    /// The folders of the encoders whose weights are held while they run.
-    pub fn held(self) -> &'static [&'static str] {
-        match self {
-            Self::Clip | Self::T5AndPooledClip => &["text_encoder"],
-            Self::TwoClips | Self::TwoClipsAndT5 => &["text_encoder", "text_encoder_2"],
-        }
-    }
-
-    /// The folder of the encoder that is read layer by layer.
-    pub fn streamed(self) -> Option<&'static str> {
-        match self {
-            Self::Clip | Self::TwoClips => None,
-            Self::TwoClipsAndT5 => Some("text_encoder_3"),
-            Self::T5AndPooledClip => Some("text_encoder_2"),
-        }
-    }
-
-    /// Tokens that the network sees, of CLIP's and T5's.
-    pub fn tokens(self, clip: usize, t5: usize) -> usize {
-        match self {
-            Self::Clip | Self::TwoClips => clip,
-            Self::TwoClipsAndT5 => clip + t5,
-            Self::T5AndPooledClip => t5,
-        }
-    }
-}
 
 /// A CLIP encoder with its tokenizer.
 struct Clip {
@@ -126,8 +85,8 @@ enum Parts {
 }
 
 impl TextEncoders {
-    /// Loads a model's encoders. `length` is the number of T5 tokens, `width` the sequence width that
-    /// the network takes.
+    /// Loads a model's encoders. `length` is the number of T5 tokens, `width` the sequence width
+    /// that the network takes.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, damaged or not supported.

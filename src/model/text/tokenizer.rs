@@ -49,8 +49,8 @@ fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
         .map_err(|e| anyhow!("{}: vocab.json and merges.txt cannot be used: {e}", dir.display()))
 }
 
-/// The words of CLIP's own vocabulary, the bytes, the bytes that end a word, what is merged of them,
-/// and the two ends of a text; and what is merged.
+/// The words of CLIP's own vocabulary, the bytes, the bytes that end a word, what is merged of
+/// them, and the two ends of a text; and what is merged.
 fn clip_words() -> Result<(Vec<String>, Vec<(String, String)>)> {
     let mut text = String::new();
     flate2::read::GzDecoder::new(CLIP_MERGES)
