@@ -50,6 +50,9 @@ impl Options {
     pub(super) fn free_on_resume(&self) -> Self {
         Self {
             model: self.model.clone(),
+            model_config: self.model_config.clone(),
+            vae: self.vae.clone(),
+            text_encoder: self.text_encoder.clone(),
             epochs: self.epochs,
             device: self.device.clone(),
             memory: self.memory,
@@ -71,7 +74,8 @@ impl Options {
     pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --keep-last, \
                                       --sample-every, --eval-every, --kl-budget, --collapse-bound, \
                                       --stop-on-collapse, --tensorboard, --reward-device, \
-                                      --reward-timeout and --model (the same model elsewhere)";
+                                      --reward-timeout and --model, --model-config, --vae and \
+                                      --text-encoder (the same ones elsewhere)";
 
     /// `self` where it says something, `base` elsewhere.
     ///

@@ -278,6 +278,8 @@ impl ModelFiles {
             (Some(path), _) => crate::io::read_json(&path)?,
             (None, None) => bail!("--model {}: has no scheduler", self.shown()),
         };
+        let source = || self.scheduler_file().unwrap_or_else(|| self.spec.model.clone());
+        ensure!(config.is_object(), "{}: is not a JSON object", source().display());
         if let Some(prediction) = self.spec.prediction {
             ensure!(
                 !self.family.is_flow(),

@@ -21,9 +21,16 @@ impl ModelFiles {
             Some(file) => file.add_to_hash(&mut hasher),
             None => self.add_folder(embeddings, &mut hasher)?,
         }
-        let given = [&self.spec.vae, &self.spec.config].into_iter().flatten();
-        for path in given.chain(&self.spec.text_encoder) {
-            add_path(path, &mut hasher)?;
+        for path in self.spec.vae.iter().chain(&self.spec.text_encoder) {
+            // A VAE may be given by the folder of its model.
+            let below = path.join("vae");
+            add_path(if below.is_dir() { &below } else { path }, &mut hasher)?;
+        }
+        if let Some(configs) = &self.spec.config {
+            add_small(configs, &mut hasher)?;
+            for part in listed(configs, "--model-config ")?.iter().filter(|part| part.is_dir()) {
+                add_small(part, &mut hasher)?;
+            }
         }
         if let Some(prediction) = self.spec.prediction {
             hasher.update(name(prediction));
@@ -54,14 +61,20 @@ fn add_path(path: &Path, hasher: &mut sha2::Sha256) -> Result<()> {
         Weights::open_any(path)?.add_to_hash(hasher);
         return Ok(());
     }
+    add_small(path, hasher)?;
+    if path.join("config.json").is_file() {
+        Weights::open_dir(path)?.add_to_hash(hasher);
+    }
+    Ok(())
+}
+
+/// Adds the small files of a folder.
+fn add_small(path: &Path, hasher: &mut sha2::Sha256) -> Result<()> {
     let mut files = listed(path, "")?;
     files.retain(|f| f.extension().is_some_and(|e| e == "json" || e == "txt") && f.is_file());
     for file in files {
         let bytes = std::fs::read(&file);
         hasher.update(bytes.with_context(|| format!("{}: cannot be read", file.display()))?);
-    }
-    if path.join("config.json").is_file() {
-        Weights::open_dir(path)?.add_to_hash(hasher);
     }
     Ok(())
 }

@@ -8,7 +8,10 @@ use std::path::{Path, PathBuf};
 use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
+use pcpo_wgpu::model::text::clip::ClipText;
+use pcpo_wgpu::model::vae::Vae;
 use pcpo_wgpu::model::{ModelFiles, ModelSpec, Storage};
+use pcpo_wgpu::philox::{Stream, noise};
 use pcpo_wgpu::tools::check::{Asked, check};
 use serde_json::Value;
 
@@ -305,4 +308,48 @@ fn a_run_on_a_file_is_that_on_its_folder() {
         let of_file = train(&path, &["--model-config", &config]);
         assert!(of_file == train(&golden(name), &[]), "{name}");
     }
+}
+
+/// Files with tensors that are missing or of other shapes are errors or models, never a panic.
+#[test]
+fn damaged_files_are_refused_without_a_panic() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("damaged.safetensors");
+    let mut refused = 0;
+    for (seed, name) in NAMES.iter().enumerate() {
+        let whole = tensors(name);
+        // What sizes are read off comes first here.
+        let mut draws = noise(seed as u64, Stream::Evaluation, 0, 0, 4096).into_iter();
+        let mut draw = |below: usize| {
+            let value = draws.next().unwrap().abs() * 1e4;
+            value as usize % below
+        };
+        for _ in 0..25 {
+            let mut damaged = whole.clone();
+            for _ in 0..1 + draw(3) {
+                let at = draw(damaged.len());
+                let tensor = &mut damaged[at];
+                match draw(4) {
+                    0 => drop(damaged.swap_remove(at)),
+                    1 => tensor.shape = vec![tensor.values.len()],
+                    2 => (tensor.shape, tensor.values) = (vec![0, 3], Vec::new()),
+                    _ => (tensor.shape, tensor.values) = (vec![1; 5], vec![1.0]),
+                }
+            }
+            write_tensors(&path, &damaged, &[]).unwrap();
+            let open = || {
+                let files = ModelFiles::open(&spec(&path, name))?;
+                files.load_network(&cpu().burn, Storage::F32)?;
+                Vae::load(&files.component("vae")?, &cpu().burn, Storage::F32)?;
+                ModelFiles::open(&path.as_path().into())?;
+                ClipText::load(&files.component("text_encoder")?, &cpu().burn, Storage::F32)
+            };
+            if let Err(error) = open() {
+                refused += 1;
+                let text = format!("{error:#}");
+                assert!(text.contains("damaged.safetensors"), "{name}: {text}");
+            }
+        }
+    }
+    assert!(refused > 60, "{refused} of 175 were refused");
 }

@@ -173,8 +173,8 @@ impl SingleFile {
         let prediction = match own {
             Some(prediction) => prediction,
             None if self.second => bail!(
-                "{}: does not say what its network predicts, and Stable Diffusion 2 has both kinds: \
-                 give --prediction-type epsilon (the base models, of 512 pixels) or \
+                "{}: does not say what its network predicts, and Stable Diffusion 2 has both \
+                 kinds: give --prediction-type epsilon (the base models, of 512 pixels) or \
                  --prediction-type v_prediction (those of 768)",
                 self.path().display()
             ),
