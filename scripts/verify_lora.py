@@ -4,7 +4,8 @@
         --reference FILE.safetensors [--kohya]
 
 The reference holds the network's inputs (of a UNet in.latents, in.timestep,
-in.encoder_hidden_states, and of SDXL in.pooled_projections and in.time_ids; of a flow model's transformer what reference_flow.py says) and
+in.encoder_hidden_states, and of SDXL in.pooled_projections and in.time_ids; of a flow model's
+transformer what reference_flow.py says) and
 out.prediction, the network with the adapter. With --kohya the file has to be in kohya's format
 (lora_unet_....lora_down.weight, .lora_up.weight, .alpha), which is verified of UNets only, else in
 diffusers' (unet. or transformer. ....lora_A.weight, .lora_B.weight). The file goes through the
@@ -65,8 +66,10 @@ def load_sdxl(model):
     """The same of an SDXL folder."""
     pipe = load_pipeline(model)
     names = [*INPUTS, "in.pooled_projections", "in.time_ids"]
-    return pipe, pipe.unet, lambda tensors: predict_sdxl(
-        pipe.unet, *(tensors[name] for name in names)
+    return (
+        pipe,
+        pipe.unet,
+        lambda tensors: predict_sdxl(pipe.unet, *(tensors[name] for name in names)),
     )
 
 

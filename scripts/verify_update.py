@@ -3,8 +3,8 @@
     python scripts/verify_update.py DUMP.safetensors --model MODEL_DIR [--tolerance 1e-3] \\
         [--dtype float64]
 
-The model is a StableDiffusion or SDXL folder with a `unet`, or one of Stable Diffusion 3 or FLUX.1 with a
-`transformer`. The dump holds the strings objective, clip_range, guidance_scale, kl_beta,
+The model is a StableDiffusion or SDXL folder with a `unet`, or one of Stable Diffusion 3 or FLUX.1
+with a `transformer`. The dump holds the strings objective, clip_range, guidance_scale, kl_beta,
 guidance_gradient, prediction_type, lora_rank, lora_alpha, lora_targets as metadata, and in f32 (N
 samples, S trained steps):
 
@@ -194,7 +194,10 @@ def read_dump(path, dtype):
     if settings.entries == 0:
         settings.entries = data["row_weights"].numel()
     if forward:
-        signal, level = data["signal"].view(-1, 1, 1, 1, 1), data["noise_level"].view(-1, 1, 1, 1, 1)
+        signal, level = (
+            data["signal"].view(-1, 1, 1, 1, 1),
+            data["noise_level"].view(-1, 1, 1, 1, 1),
+        )
         data["latents"] = signal * data["x0"] + level * data["noise"]
     return settings, Dump(data, **named)
 

@@ -237,7 +237,8 @@ impl Options {
 
     /// The files of the model that is meant by these options and that path.
     fn files(&self, model: &Path) -> Result<ModelFiles> {
-        ModelFiles::open(&ModelSpec { config: self.model_config.clone(), ..model.into() })
+        let (config, prediction) = (self.model_config.clone(), self.prediction_type);
+        ModelFiles::open(&ModelSpec { config, prediction, ..model.into() })
     }
 
     /// The preset where none is named, which docs/RESULTS.md chose for each family: PCPO for

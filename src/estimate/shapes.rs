@@ -104,10 +104,11 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
             }
             let module = name.strip_suffix(".weight").unwrap_or_default();
             let trained = lora.is_none() && targeted(module, &s.target_modules);
-            if let (true, &[outputs, inputs]) = (trained && part == family.network(), shape)
+            if let (true, &[outputs, ref inputs @ ..]) =
+                (trained && part == family.network(), shape)
                 && module.contains("block")
             {
-                targets.push(TargetShape { inputs, outputs });
+                targets.push(TargetShape { inputs: inputs.iter().product(), outputs });
             }
         }
     }

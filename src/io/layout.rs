@@ -1,19 +1,9 @@
 //! Weights under other names and in other layouts: nothing is read, only the list of tensors
 //! changes.
 
-use std::collections::BTreeMap;
-
 use anyhow::{Result, ensure};
 
-use super::weights::{Entry, Weights};
-
-/// The entries whose names begin with a prefix, without it.
-pub(super) fn below(prefix: &str, entries: &BTreeMap<String, Entry>) -> BTreeMap<String, Entry> {
-    let short = |(name, entry): (&String, &Entry)| {
-        name.strip_prefix(prefix).map(|short| (short.to_string(), entry.clone()))
-    };
-    entries.iter().filter_map(short).collect()
-}
+use super::weights::{Entry, Weights, below};
 
 impl Weights {
     /// Gives a tensor another name.

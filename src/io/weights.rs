@@ -14,7 +14,6 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 
 use super::checkpoint;
-use super::layout::below;
 use super::mapped::map;
 use super::shards;
 use super::tensors::HostTensor;
@@ -62,6 +61,14 @@ pub struct Weights {
     /// How often tensors were read, for tests.
     #[cfg(test)]
     pub reads: Arc<std::sync::atomic::AtomicUsize>,
+}
+
+/// The entries whose names begin with a prefix, without it.
+pub(super) fn below(prefix: &str, entries: &BTreeMap<String, Entry>) -> BTreeMap<String, Entry> {
+    let short = |(name, entry): (&String, &Entry)| {
+        name.strip_prefix(prefix).map(|short| (short.to_string(), entry.clone()))
+    };
+    entries.iter().filter_map(short).collect()
 }
 
 /// A number of 8 bits, 4 of them its exponent and 3 its mantissa (`float8_e4m3fn`).

@@ -18,6 +18,7 @@ pub mod geglu;
 mod gpu;
 pub mod group_norm_silu;
 pub mod layer_norm;
+pub mod low_rank;
 mod node;
 mod product;
 pub mod registry;

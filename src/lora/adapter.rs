@@ -1,6 +1,6 @@
-//! Low-rank adapters on linear layers: y = x W + s (x A) B, s = alpha / rank (Hu et al. 2021). f32
-//! always, whatever the frozen weights are stored in. The reference policy is the same network
-//! without the adapter: no second copy.
+//! Low-rank adapters on linear layers: y = x W + s (x A) B, s = alpha / rank (Hu et al. 2021), and
+//! on convolutions, whose x are neighbourhoods. f32 always, whatever the frozen weights are stored
+//! in. The reference policy is the same network without the adapter: no second copy.
 
 use std::collections::HashMap;
 
@@ -10,14 +10,17 @@ use burn::tensor::{Device, Tensor};
 use crate::device::tensor::upload;
 use crate::philox::{self, Stream};
 
-/// A linear layer that an adapter can be on.
+/// A linear layer or convolution that an adapter can be on.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LinearShape {
+pub struct LayerShape {
     /// Full module name, as in the weight file.
     pub name: String,
     /// Its name in the layout of the model's authors, where files of adapters have that (SDXL's by
     /// sd-scripts).
     pub original: Option<String>,
+    /// Side of its kernel, where it is a convolution.
+    pub kernel: Option<usize>,
+    /// Of a convolution its channels at all places of the kernel.
     pub inputs: usize,
     pub outputs: usize,
 }
@@ -54,11 +57,13 @@ impl Lora {
 #[derive(Clone, Debug, PartialEq)]
 pub struct Layer {
     pub name: String,
-    /// See [`LinearShape::original`].
+    /// See [`LayerShape::original`].
     pub original: Option<String>,
+    /// See [`LayerShape::kernel`].
+    pub kernel: Option<usize>,
     pub inputs: usize,
     pub outputs: usize,
-    /// `[inputs, rank]`
+    /// `[inputs, rank]`; of a convolution place by place, and channel by channel in it.
     pub a: Vec<f32>,
     /// `[rank, outputs]`
     pub b: Vec<f32>,
@@ -85,7 +90,7 @@ impl Adapter {
     /// # Errors
     /// When a target matches no linear layer, or rank is 0.
     pub fn new(
-        linears: &[LinearShape],
+        linears: &[LayerShape],
         targets: &[String],
         rank: usize,
         alpha: f64,
@@ -96,8 +101,8 @@ impl Adapter {
         for target in targets {
             ensure!(
                 linears.iter().any(|l| targeted(&l.name, std::slice::from_ref(target))),
-                "--target-modules {target}: the network's blocks have no linear layer of that \
-                 name; to_q, to_k, to_v, to_out.0 are there"
+                "--target-modules {target}: the network's blocks have no layer of that name; to_q, \
+                 to_k, to_v, to_out.0 are there, and in a UNet conv1, conv2, conv_shortcut, conv"
             );
         }
         let chosen = linears.iter().filter(|l| targeted(&l.name, targets));
@@ -108,6 +113,7 @@ impl Adapter {
             Layer {
                 name: l.name.clone(),
                 original: l.original.clone(),
+                kernel: l.kernel,
                 inputs: l.inputs,
                 outputs: l.outputs,
                 a,
@@ -121,7 +127,7 @@ impl Adapter {
     ///
     /// # Errors
     /// Names the first layer that does not fit.
-    pub fn fits(&self, linears: &[LinearShape]) -> Result<()> {
+    pub fn fits(&self, linears: &[LayerShape]) -> Result<()> {
         for layer in &self.layers {
             let Some(found) = linears.iter().find(|l| l.name == layer.name) else {
                 bail!(

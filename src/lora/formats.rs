@@ -8,7 +8,8 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use clap::ValueEnum;
 use serde_json::{Value, json};
 
-use super::adapter::{Adapter, Layer, LinearShape};
+use super::adapter::{Adapter, Layer, LayerShape};
+use super::label::{HASH, Label, hash};
 use crate::io::tensors::{HostTensor, write_tensors};
 use crate::io::weights::Weights;
 
@@ -27,6 +28,12 @@ pub enum Format {
 fn transpose(values: &[f32], rows: usize) -> Vec<f32> {
     let columns = values.len() / rows.max(1);
     (0..columns).flat_map(|c| (0..rows).map(move |r| values[r * columns + c])).collect()
+}
+
+/// Rows of a convolution's A, `[inputs, rank]`, that stand place by place, channel by channel.
+fn by_channel(a: &[f32], channels: usize, places: usize, rank: usize) -> Vec<f32> {
+    let row = |i: usize| (i % places) * channels + i / places;
+    (0..channels * places).flat_map(|i| &a[row(i) * rank..][..rank]).copied().collect()
 }
 
 /// diffusers keeps rank and alpha in the file's metadata, one JSON string.
@@ -52,9 +59,16 @@ pub fn tensors(adapter: &Adapter, format: Format, network: &str) -> Vec<HostTens
     let r = adapter.rank;
     let mut out = Vec::new();
     for l in &adapter.layers {
-        // Files hold PyTorch's [out, in].
-        let (down, up) = (transpose(&l.a, l.inputs), transpose(&l.b, r));
-        let (down_shape, up_shape) = ([r, l.inputs], [l.outputs, r]);
+        // Files hold PyTorch's [out, in], of convolutions [out, in, kernel, kernel].
+        let up = transpose(&l.b, r);
+        let (down, down_shape, up_shape) = match l.kernel {
+            None => (transpose(&l.a, l.inputs), vec![r, l.inputs], vec![l.outputs, r]),
+            Some(k) => {
+                let channels = l.inputs / (k * k);
+                let down = transpose(&by_channel(&l.a, channels, k * k, r), l.inputs);
+                (down, vec![r, channels, k, k], vec![l.outputs, r, 1, 1])
+            }
+        };
         match format {
             Format::Diffusers => {
                 let key = |side: &str| format!("{network}.{}.lora_{side}.weight", l.name);
@@ -75,42 +89,6 @@ pub fn tensors(adapter: &Adapter, format: Format, network: &str) -> Vec<HostTens
         }
     }
     out
-}
-
-/// What a file says of its adapter besides the numbers.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Label {
-    /// The network's place in its pipeline, which keys begin with.
-    pub network: &'static str,
-    /// Entries of the metadata: `modelspec.*`, `ss_*` and `pcpo.*`.
-    pub about: BTreeMap<String, String>,
-}
-
-impl Label {
-    /// Nothing but the network's place.
-    pub fn plain(network: &'static str) -> Self {
-        Self { network, about: BTreeMap::new() }
-    }
-}
-
-/// Whether a metadata entry says what an adapter is, in whichever layout it is written.
-fn is_about(key: &str) -> bool {
-    let sizes = ["ss_network_module", "ss_network_dim", "ss_network_alpha"];
-    let known = ["modelspec.", "ss_", "pcpo."].iter().any(|start| key.starts_with(start));
-    known && key != HASH && !sizes.contains(&key)
-}
-
-/// The modelspec entry of the hash over all values.
-const HASH: &str = "modelspec.hash_sha256";
-
-/// What a file says of its adapter, for it to be written again.
-///
-/// # Errors
-/// When the file cannot be read.
-pub fn about(path: &Path) -> Result<BTreeMap<String, String>> {
-    let mut all = Weights::open_file(path)?.all_metadata()?;
-    all.retain(|key, _| is_about(key));
-    Ok(all)
 }
 
 /// Writes an adapter.
@@ -138,14 +116,6 @@ pub fn save(adapter: &Adapter, path: &Path, format: Format, label: &Label) -> Re
     write_tensors(path, &tensors, &metadata)
 }
 
-/// SHA-256 over all values in the order of the file.
-fn hash(tensors: &[HostTensor]) -> String {
-    use sha2::Digest;
-    let mut hasher = sha2::Sha256::new();
-    tensors.iter().for_each(|t| hasher.update(bytemuck::cast_slice::<f32, u8>(&t.values)));
-    format!("0x{:x}", hasher.finalize())
-}
-
 /// A network's place in a pipeline: what adapters' keys begin with.
 const NETWORKS: [&str; 2] = ["unet", "transformer"];
 
@@ -153,7 +123,7 @@ const NETWORKS: [&str; 2] = ["unet", "transformer"];
 ///
 /// # Errors
 /// When a key is not known, a pair is incomplete, ranks differ, or a layer is not in the network.
-pub fn load(path: &Path, linears: &[LinearShape]) -> Result<Adapter> {
+pub fn load(path: &Path, linears: &[LayerShape]) -> Result<Adapter> {
     let mut adapter = read(path, linears)?;
     // The network's order, so that a loaded adapter has the parameters of a fresh one.
     let order: BTreeMap<&str, usize> =
@@ -161,7 +131,10 @@ pub fn load(path: &Path, linears: &[LinearShape]) -> Result<Adapter> {
     adapter.layers.sort_by_key(|l| order.get(l.name.as_str()).copied().unwrap_or(usize::MAX));
     adapter.fits(linears).with_context(|| path.display().to_string())?;
     for layer in &mut adapter.layers {
-        layer.original = order.get(layer.name.as_str()).and_then(|&i| linears[i].original.clone());
+        if let Some(&i) = order.get(layer.name.as_str()) {
+            layer.original = linears[i].original.clone();
+            layer.kernel = linears[i].kernel;
+        }
     }
     Ok(adapter)
 }
@@ -171,7 +144,7 @@ pub fn load(path: &Path, linears: &[LinearShape]) -> Result<Adapter> {
 ///
 /// # Errors
 /// As [`load`], but for layers that are not in the network.
-pub fn read(path: &Path, linears: &[LinearShape]) -> Result<Adapter> {
+pub fn read(path: &Path, linears: &[LayerShape]) -> Result<Adapter> {
     let file = Weights::open_file(path)?;
     let keys = Keys::of(&file, linears)?;
     let mut rank = None;
@@ -220,7 +193,7 @@ struct Keys {
 }
 
 impl Keys {
-    fn of(file: &Weights, linears: &[LinearShape]) -> Result<Self> {
+    fn of(file: &Weights, linears: &[LayerShape]) -> Result<Self> {
         let mut kohya = BTreeMap::new();
         for l in linears {
             for name in [Some(&l.name), l.original.as_ref()].into_iter().flatten() {
@@ -262,18 +235,25 @@ fn layer(path: &Path, module: &str, down: HostTensor, up: HostTensor) -> Result<
         && u.len() >= 2
         && d[0] == u[1]
         && d.iter().chain(u).all(|&n| n > 0)
-        && d[2..].iter().chain(&u[2..]).all(|&n| n == 1);
+        && u[2..].iter().all(|&n| n == 1)
+        && (d.len() == 4 && d[2] == d[3] || d[2..].iter().all(|&n| n == 1));
     ensure!(
         matrices,
-        "{}: layer {module} has shapes {d:?} and {u:?}, not [rank, in] and [out, rank]",
+        "{}: layer {module} has shapes {d:?} and {u:?}, not [rank, in] and [out, rank], nor \
+         [rank, in, k, k] and [out, rank, 1, 1]",
         path.display()
     );
+    let kernel = (d.len() == 4).then(|| d[2]);
+    let places = kernel.map_or(1, |k| k * k);
+    // Channel by channel in the file, place by place here.
+    let by_place = by_channel(&transpose(&down.values, d[0]), places, d[1], d[0]);
     Ok(Layer {
         name: module.to_string(),
         original: None,
-        inputs: d[1],
+        kernel,
+        inputs: d[1] * places,
         outputs: u[0],
-        a: transpose(&down.values, d[0]),
+        a: by_place,
         b: transpose(&up.values, u[0]),
     })
 }

@@ -2,5 +2,7 @@
 
 pub mod adapter;
 pub mod formats;
+pub mod label;
 
-pub use adapter::{Adapter, LinearShape, Lora};
+pub use adapter::{Adapter, LayerShape, Lora};
+pub use label::Label;

@@ -11,7 +11,7 @@ use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear};
 use super::row_map::RowMap;
 use crate::kernels::frozen_conv::ConvShape;
 use crate::kernels::geglu::geglu;
-use crate::lora::Lora;
+use crate::lora::{LayerShape, Lora};
 
 /// The embedding of time of few conditions, and which of them each row has.
 #[derive(Clone, Copy)]
@@ -71,7 +71,7 @@ impl Resnet {
     /// `[B, H, W, cout]`.
     pub fn forward(&self, x: Tensor<4>, time: Option<Time>, lora: Option<&Lora>) -> Tensor<4> {
         let act = self.spec.activation;
-        let mut h = self.conv1.forward(self.norm1.activated(x.clone(), act));
+        let mut h = self.conv1.adapted(self.norm1.activated(x.clone(), act), lora);
         let time = match (&self.time_emb_proj, time) {
             (Some(proj), Some(Time { embedding, rows })) => {
                 let few = proj.forward(embedding.clone(), lora);
@@ -87,12 +87,19 @@ impl Resnet {
             Some(t) => self.norm2.activated(h + t, act),
             None => self.norm2.activated(h, act),
         };
-        h = self.conv2.forward(h);
+        h = self.conv2.adapted(h, lora);
         let x = match &self.shortcut {
-            Some(conv) => conv.forward(x),
+            Some(conv) => conv.adapted(x, lora),
             None => x,
         };
         if self.spec.output_scale == 1.0 { x + h } else { (x + h) / self.spec.output_scale }
+    }
+
+    /// The layers that a LoRA can target.
+    pub fn targets(&self) -> impl Iterator<Item = &LayerShape> {
+        let convs = [&self.conv1, &self.conv2].into_iter().chain(&self.shortcut);
+        let time = self.time_emb_proj.iter().map(|linear| &linear.shape);
+        convs.map(|conv| &conv.shape).chain(time)
     }
 }
 
@@ -188,15 +195,26 @@ impl Transformer2d {
         let y = self.norm.forward(x.clone());
         let mut y = match &self.proj_in {
             Projection::Linear(p) => p.forward(tokens(y), lora),
-            Projection::Conv(p) => tokens(p.forward(y)),
+            Projection::Conv(p) => tokens(p.adapted(y, lora)),
         };
         for block in &self.blocks {
             y = block.forward(y, context, lora);
         }
         x + match &self.proj_out {
             Projection::Linear(p) => image(p.forward(y, lora)),
-            Projection::Conv(p) => p.forward(image(y)),
+            Projection::Conv(p) => p.adapted(image(y), lora),
         }
+    }
+
+    /// Its projections where they are convolutions.
+    pub fn convolutions(&self) -> Vec<&LayerShape> {
+        let mut all = Vec::new();
+        for projection in [&self.proj_in, &self.proj_out] {
+            if let Projection::Conv(conv) = projection {
+                all.push(&conv.shape);
+            }
+        }
+        all
     }
 
     /// The linear layers that a LoRA can target.
@@ -219,7 +237,7 @@ impl Transformer2d {
 /// diffusers' `Downsample2D`: a 3x3 convolution of stride 2; without padding the image grows right
 /// and below first.
 pub struct Downsample {
-    conv: Conv2d,
+    pub conv: Conv2d,
     pad: bool,
 }
 
@@ -229,15 +247,15 @@ impl Downsample {
         Ok(Self { conv: Conv2d::load(l, "conv", shape)?, pad: padding == 0 })
     }
 
-    pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
+    pub fn forward(&self, x: Tensor<4>, lora: Option<&Lora>) -> Tensor<4> {
         let x = if self.pad { x.pad([(0, 0), (0, 1), (0, 1), (0, 0)], 0.0) } else { x };
-        self.conv.forward(x)
+        self.conv.adapted(x, lora)
     }
 }
 
 /// diffusers' `Upsample2D`: nearest neighbour to a given size, then a 3x3 convolution.
 pub struct Upsample {
-    conv: Conv2d,
+    pub conv: Conv2d,
 }
 
 impl Upsample {
@@ -246,8 +264,13 @@ impl Upsample {
     }
 
     /// `[B, H, W, C] -> [B, size, C]`; `None` doubles.
-    pub fn forward(&self, x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
-        self.conv.forward(nearest(x, size))
+    pub fn forward(
+        &self,
+        x: Tensor<4>,
+        size: Option<[usize; 2]>,
+        lora: Option<&Lora>,
+    ) -> Tensor<4> {
+        self.conv.adapted(nearest(x, size), lora)
     }
 }
 

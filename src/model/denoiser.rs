@@ -12,7 +12,7 @@ use super::config::NetworkConfig;
 use super::reference::ReferenceTensors;
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
-use crate::lora::{LinearShape, Lora};
+use crate::lora::{LayerShape, Lora};
 
 /// The inputs of a network that are not its latents.
 #[derive(Clone, Copy)]
@@ -115,8 +115,9 @@ pub trait Denoiser: Send + Sync {
     /// Tokens that it makes of a latent of a size: what dynamic shifting depends on.
     fn tokens(&self, size: [usize; 2]) -> usize;
 
-    /// The linear layers that a LoRA can target, in the order of the network.
-    fn linears(&self) -> Vec<LinearShape>;
+    /// The layers that a LoRA can target: linear ones in the order of the network, then
+    /// convolutions.
+    fn linears(&self) -> Vec<LayerShape>;
 
     /// Everything before the first block, for latents `[B, C, H, W]`.
     fn start(&self, x: Tensor<4>, inputs: Inputs) -> Hidden;

@@ -11,7 +11,7 @@ use super::component::Component;
 use super::denoiser::Denoiser;
 use super::family::Family;
 use super::loader::Storage;
-use super::single_file::{SingleFile, text_encoder_of, vae_of};
+use super::single_file::{Place, SingleFile, is_t5, text_encoder_of, vae_of};
 use super::text::tokenizer::{CLIP_VOCABULARY, Tokenizer};
 use crate::choice::name;
 use crate::schedule::{PredictionType, Schedule};
@@ -67,13 +67,23 @@ impl ModelFiles {
     /// Names the flag, the file and what is missing, damaged or not supported.
     pub fn open(spec: &ModelSpec) -> Result<Self> {
         let path = &spec.model;
-        ensure!(path.exists(), "--model {}: no such file or folder", path.display());
+        ensure!(path.exists(), "--model {}: no such folder or file", path.display());
+        if let Some(configs) = &spec.config {
+            let shown = configs.display();
+            ensure!(configs.is_dir(), "--model-config {shown}: no such folder");
+            ensure!(
+                !path.is_dir(),
+                "--model-config {shown}: is for a model that is one file, and --model {} is a \
+                 folder with configurations of its own; leave it out",
+                path.display()
+            );
+        }
         if path.is_dir() {
             let network = Component::folder(&network_dir(path)?)?;
             let family = Family::of_network(&network.config)?;
             return Ok(Self { spec: spec.clone(), family, file: None });
         }
-        let file = SingleFile::open(path, spec.config.as_deref())
+        let file = SingleFile::open(path, spec.config.as_deref(), spec.prediction)
             .with_context(|| format!("--model {}", path.display()))?;
         Ok(Self { spec: spec.clone(), family: file.family, file: Some(file) })
     }
@@ -174,22 +184,27 @@ impl ModelFiles {
         let shown = |path: &Path| format!("--text-encoder {}", path.display());
         let mut given = Vec::new();
         for path in &self.spec.text_encoder {
-            given.push((path, text_encoder_of(path).with_context(|| shown(path))?));
+            given.push((path, is_t5(path).with_context(|| shown(path))?));
         }
-        let is_t5 = |encoder: &Component| encoder.config.json["model_type"] == "t5";
         // As many as a file lacks are for these; else they are in the order of the model's.
         let lacking = |part: &&&str| self.file.as_ref().is_some_and(|file| !file.has(part));
         let lacks: Vec<&str> = layout.held().iter().filter(lacking).copied().collect();
-        let count = given.iter().filter(|(_, encoder)| !is_t5(encoder)).count();
+        let count = given.iter().filter(|(_, t5)| !t5).count();
         let places = if lacks.len() == count { &lacks } else { layout.held() };
         let mut clips = places.iter().copied();
-        for (path, encoder) in given {
-            let place = if is_t5(&encoder) { layout.streamed() } else { clips.next() };
+        for (path, t5) in given {
+            let place = if t5 { layout.streamed() } else { clips.next() };
             let place = place.with_context(|| {
                 format!("{}: the model has no place for another text encoder", shown(path))
             })?;
             if place == part {
-                return configured(encoder).with_context(|| shown(path)).map(Some);
+                let kind = match place {
+                    "text_encoder" if self.is_second() => Place::Only,
+                    "text_encoder" => Place::First,
+                    _ => Place::Second,
+                };
+                let found = text_encoder_of(path, kind).and_then(configured);
+                return found.with_context(|| shown(path)).map(Some);
             }
         }
         Ok(None)

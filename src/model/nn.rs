@@ -14,12 +14,13 @@ use crate::kernels::frozen_linear::{LowRank, frozen_linear};
 use crate::kernels::frozen_weight::{FrozenWeight, by_input};
 use crate::kernels::group_norm_silu::group_norm_silu;
 use crate::kernels::layer_norm::layer_norm;
-use crate::lora::{LinearShape, Lora};
+use crate::kernels::low_rank::low_rank;
+use crate::lora::{LayerShape, Lora};
 
 /// `torch.nn.Linear`, with a LoRA where one is given for its name.
 pub struct Linear {
     /// Its full module name is what LoRA targets select.
-    pub shape: LinearShape,
+    pub shape: LayerShape,
     weight: Arc<FrozenWeight>,
     bias: Option<Tensor<1>>,
 }
@@ -34,7 +35,11 @@ impl Linear {
         let weight = Arc::new(weight);
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
         let name = l.name("").trim_end_matches('.').to_string();
-        Ok(Self { shape: LinearShape { name, original: None, inputs, outputs }, weight, bias })
+        Ok(Self {
+            shape: LayerShape { name, original: None, kernel: None, inputs, outputs },
+            weight,
+            bias,
+        })
     }
 
     /// `[.., inputs] -> [.., outputs]`: x W + b, and + s (x A) B where `lora` has this layer.
@@ -45,8 +50,12 @@ impl Linear {
     }
 }
 
-/// `torch.nn.Conv2d`.
-pub struct Conv2d(FrozenConv);
+/// `torch.nn.Conv2d`, with a LoRA where one is given for its name.
+pub struct Conv2d {
+    /// As an adapter sees it.
+    pub shape: LayerShape,
+    conv: FrozenConv,
+}
 
 impl Conv2d {
     /// # Errors
@@ -57,7 +66,12 @@ impl Conv2d {
         let values = l.values("weight", [cout, cin, kernel, kernel])?;
         let bias = if l.has("bias") { Some(l.tensor("bias", [cout])?) } else { None };
         let conv = FrozenConv::new(&values, shape, bias, l.storage, l.device);
-        Ok(Self(if l.exact { conv.exact() } else { conv }))
+        let conv = if l.exact { conv.exact() } else { conv };
+        let name = l.name("").trim_end_matches('.').to_string();
+        let inputs = kernel * kernel * cin;
+        let kernel = Some(kernel);
+        let shape = LayerShape { name, original: None, kernel, inputs, outputs: cout };
+        Ok(Self { shape, conv })
     }
 
     /// A 3x3 convolution that keeps the size.
@@ -77,7 +91,16 @@ impl Conv2d {
 
     /// `[B, H, W, cin] -> [B, H', W', cout]`.
     pub fn forward(&self, x: Tensor<4>) -> Tensor<4> {
-        frozen_conv(x, &self.0)
+        self.adapted(x, None)
+    }
+
+    /// The same with what an adapter adds.
+    pub fn adapted(&self, x: Tensor<4>, lora: Option<&Lora>) -> Tensor<4> {
+        let Some(pair) = lora.and_then(|l| l.get(&self.shape.name)) else {
+            return frozen_conv(x, &self.conv);
+        };
+        let low = LowRank { a: &pair.a, b: &pair.b, scale: pair.scale };
+        frozen_conv(x.clone(), &self.conv) + low_rank(x, self.conv.shape, low)
     }
 }
 

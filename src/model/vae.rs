@@ -246,10 +246,10 @@ impl Coder {
                 x = resnet.forward(x, None, None);
             }
             if let Some(down) = &level.down {
-                x = down.forward(x);
+                x = down.forward(x, None);
             }
             if let Some(up) = &level.up {
-                x = up.forward(x, None);
+                x = up.forward(x, None, None);
             }
         }
         x

@@ -77,7 +77,7 @@ impl Parts {
         if dir.is_file() || network {
             return Ok(vec![Self::Model(ModelFiles::open(spec)?)]);
         }
-        ensure!(dir.is_dir(), "--model {}: no such file or folder", dir.display());
+        ensure!(dir.is_dir(), "--model {}: no such folder or file", dir.display());
         let mut found = Vec::new();
         for (name, classes) in PARTS {
             let below = dir.join(name);

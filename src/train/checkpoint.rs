@@ -14,8 +14,9 @@ use super::metrics::{ScoreRecord, Seconds, UpdateRecord, lines};
 use crate::io;
 use crate::io::tensors::{HostTensor, TensorParts, write_parts, write_tensors};
 use crate::io::weights::Weights;
-use crate::lora::formats::{self, Format, Label};
-use crate::lora::{Adapter, LinearShape};
+use crate::lora::Label;
+use crate::lora::formats::{self, Format};
+use crate::lora::{Adapter, LayerShape};
 use crate::ops::advantage::Tracker;
 
 const VERSION: u32 = 2;
@@ -243,7 +244,7 @@ fn moment(name: &str, i: usize, values: &[f32]) -> HostTensor {
 ///
 /// # Errors
 /// When there is none, it is of another version or another model, or a file is damaged.
-pub fn load(run: &Path, model: &str, linears: &[LinearShape]) -> Result<Loaded> {
+pub fn load(run: &Path, model: &str, linears: &[LayerShape]) -> Result<Loaded> {
     // What a killed run was writing.
     for (_, partial) in named(run, PARTIAL) {
         let _ = std::fs::remove_dir_all(partial);
@@ -274,7 +275,7 @@ pub fn load_before(
     run: &Path,
     epoch: usize,
     model: &str,
-    linears: &[LinearShape],
+    linears: &[LayerShape],
 ) -> Result<Option<Snapshot>> {
     let earlier = numbered(run, EPOCH).into_iter().rfind(|(e, _)| *e < epoch);
     let Some((_, dir)) = earlier else { return Ok(None) };
@@ -299,7 +300,7 @@ fn read(
     dir: &Path,
     state: RunState,
     model: &str,
-    linears: &[LinearShape],
+    linears: &[LayerShape],
 ) -> Result<Loaded> {
     ensure!(
         state.model == model,

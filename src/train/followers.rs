@@ -6,8 +6,9 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::config::{OldDecay, Settings};
-use crate::lora::formats::{self, Format, Label};
-use crate::lora::{Adapter, LinearShape};
+use crate::lora::Label;
+use crate::lora::formats::{self, Format};
+use crate::lora::{Adapter, LayerShape};
 
 /// The followers that a run has.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -60,7 +61,7 @@ impl Followers {
     ///
     /// # Errors
     /// Names the file that is damaged.
-    pub fn load(dir: &Path, linears: &[LinearShape]) -> Result<Self> {
+    pub fn load(dir: &Path, linears: &[LayerShape]) -> Result<Self> {
         let read = |name: &str| {
             let path = dir.join(name);
             path.exists().then(|| formats::load(&path, linears)).transpose()

@@ -3,7 +3,7 @@
 
 use crate::choice::name;
 use crate::config::Settings;
-use crate::lora::formats::Label;
+use crate::lora::Label;
 use crate::model::{Family, Pipeline};
 use crate::sampling::Replica;
 use crate::schedule::Prediction;

@@ -25,7 +25,7 @@ use crate::estimate::{self, Estimate, Target};
 use crate::io;
 use crate::io::weights::Weights;
 use crate::lora::formats;
-use crate::lora::{Adapter, LinearShape};
+use crate::lora::{Adapter, LayerShape};
 use crate::measure::features::FeatureModel;
 use crate::model::config::rows_at_once;
 use crate::model::pipeline::{TextFrom, Texts, embed};
@@ -224,7 +224,7 @@ fn check_branches(branching: &Branching, steps: &[Step]) -> Result<()> {
 }
 
 /// The state of a new run.
-fn begin(s: &Settings, model: String, linears: &[LinearShape]) -> Result<Loaded> {
+fn begin(s: &Settings, model: String, linears: &[LayerShape]) -> Result<Loaded> {
     let adapter = match &s.lora {
         Some(file) => formats::load(file, linears).context("--lora")?,
         None => Adapter::new(linears, &s.target_modules, s.rank, s.alpha, s.seed)?,
@@ -249,7 +249,7 @@ fn begin(s: &Settings, model: String, linears: &[LinearShape]) -> Result<Loaded>
 fn resume(
     job: &Job,
     model: &str,
-    linears: &[LinearShape],
+    linears: &[LayerShape],
     observer: &dyn Observer,
 ) -> Result<Loaded> {
     let loaded = checkpoint::load(&job.out, model, linears)?;

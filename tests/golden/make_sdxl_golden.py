@@ -9,6 +9,8 @@ sdxl-v  v prediction at zero terminal SNR, an end token that is looked for, "" w
 lora/sdxl-peft.safetensors, lora/sdxl-kohya.safetensors and lora/sdxl-reference.safetensors
         an adapter of sdxl, as diffusers saves it and under sd-scripts' names; the inputs of a
         prediction and the prediction with it
+lora/sdxl-conv-*.safetensors
+        the same of an adapter of its convolutions
 sdxl/tiled.safetensors
         latents, and what the VAE decodes of them in tiles of 8 latent pixels
 
@@ -30,7 +32,7 @@ sys.path.insert(0, str(GOLDEN.parents[1] / "scripts"))
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from make_golden import LEAST_SHARE, ddim, least_visible, text, vae
-from make_lora import metadata, random_adapter
+from make_lora import TARGETS, metadata, random_adapter
 from peft import get_peft_model_state_dict
 from reference import load_component, save_tensors, write_reference
 from reference_sdxl import predict_sdxl
@@ -200,51 +202,73 @@ def write_tiles(folder, latents):
     save_tensors(folder / "tiled.safetensors", {"latents": latents, "image": image})
 
 
+RESNET = {
+    "conv1": "in_layers_2",
+    "conv2": "out_layers_3",
+    "time_emb_proj": "emb_layers_1",
+    "conv_shortcut": "skip_connection",
+}
+
+
 def sd_scripts_name(module):
-    """sd-scripts' name of an attention's layer of a UNet with two resnets a level."""
-    place, rest = re.fullmatch(r"(.*?attentions\.\d+)\.(.*)", module).groups()
-    kind, *numbers = re.fullmatch(
-        r"(down|mid|up)_block[s]?\.?(\d*)\.?attentions\.(\d+)", place
+    """sd-scripts' name of a layer of a UNet with two resnets a level."""
+    way, level, part, j, rest = re.fullmatch(
+        r"(down|mid|up)_blocks?\.?(\d*)\.?(attentions|resnets|downsamplers|upsamplers)\.(\d+)\.(.*)",
+        module,
     ).groups()
-    level, j = (int(n or 0) for n in numbers)
-    own = {
-        "down": f"input_blocks_{3 * level + j + 1}_1",
-        "mid": "middle_block_1",
-        "up": f"output_blocks_{3 * level + j}_1",
-    }[kind]
+    level, j = int(level or 0), int(j)
+    if part == "attentions":
+        own = {
+            "down": f"input_blocks_{3 * level + j + 1}_1",
+            "mid": "middle_block_1",
+            "up": f"output_blocks_{3 * level + j}_1",
+        }[way]
+    elif part == "resnets":
+        rest = RESNET[rest]
+        own = {
+            "down": f"input_blocks_{3 * level + j + 1}_0",
+            "mid": f"middle_block_{2 * j}",
+            "up": f"output_blocks_{3 * level + j}_0",
+        }[way]
+    elif part == "downsamplers":
+        own, rest = f"input_blocks_{3 * level + 3}_0", "op"
+    else:
+        # Both levels with one attend.
+        own = f"output_blocks_{3 * level + 2}_2"
     return f"lora_unet_{own}_{rest.replace('.', '_')}"
 
 
-def write_adapter(folder, out):
-    """The adapter's three files."""
+CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
+
+
+def write_adapter(folder, out, name, targets):
+    """An adapter by diffusers' and by sd-scripts' names, and what is predicted with it."""
     torch.manual_seed(7)
     unet = load_component(UNet2DConditionModel, folder / "unet")
     reference = load_file(folder / "reference.safetensors")
     tensors = {f"in.{name}": reference[f"in.{name}"] for name in INPUTS}
-    config = random_adapter(unet)
+    config = random_adapter(unet, targets)
     with torch.no_grad():
         tensors["out.prediction"] = predict_sdxl(unet, *tensors.values())
-    save_tensors(out / "sdxl-reference.safetensors", tensors)
+    save_tensors(out / f"{name}-reference.safetensors", tensors)
     layers = get_peft_model_state_dict(unet)
     StableDiffusionXLPipeline.save_lora_weights(
         out,
         unet_lora_layers=layers,
-        weight_name="sdxl-peft.safetensors",
+        weight_name=f"{name}-peft.safetensors",
         unet_lora_adapter_metadata=metadata(config),
     )
     kohya = {}
     for key, value in layers.items():
         module, side = re.fullmatch(r"(.*)\.lora_([AB])\.weight", key).groups()
-        name = sd_scripts_name(module)
-        kohya[f"{name}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.contiguous()
-        kohya[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))
-    save_file(kohya, out / "sdxl-kohya.safetensors")
-    for name in ["sdxl-peft", "sdxl-kohya"]:
-        (out / f"{name}.safetensors").chmod(0o644)
+        own = sd_scripts_name(module)
+        kohya[f"{own}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.contiguous()
+        kohya[f"{own}.alpha"] = torch.tensor(float(config.lora_alpha))
+    save_file(kohya, out / f"{name}-kohya.safetensors")
+    for kind in ["peft", "kohya"]:
+        (out / f"{name}-{kind}.safetensors").chmod(0o644)
     # diffusers itself has to read the names.
-    state, alphas = StableDiffusionXLPipeline.lora_state_dict(
-        kohya, unet_config=unet.config
-    )
+    state, alphas = StableDiffusionXLPipeline.lora_state_dict(kohya, unet_config=unet.config)
     if len(state) != len(layers) or len(alphas) * 2 != len(layers):
         raise AssertionError(f"diffusers reads {len(state)} of {len(layers)} tensors")
 
@@ -265,7 +289,8 @@ def main():
         for key, tensor in tensors.items():
             print(f"  {key:33} {str(list(tensor.shape)):18} std {tensor.float().std():.3f}")
         check_visible(folder, tensors)
-    write_adapter(GOLDEN / "sdxl", GOLDEN / "lora")
+    write_adapter(GOLDEN / "sdxl", GOLDEN / "lora", "sdxl", TARGETS)
+    write_adapter(GOLDEN / "sdxl", GOLDEN / "lora", "sdxl-conv", CONVOLUTIONS)
     latents = torch.randn(1, 4, 20, 13, generator=torch.Generator().manual_seed(5))
     write_tiles(GOLDEN / "sdxl", latents)
 

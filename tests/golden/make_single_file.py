@@ -3,8 +3,9 @@
     python tests/golden/make_single_file.py
 
 single/NAME.json says of each tensor of such a file of NAME the part of the folder and the tensors
-that lie in it one below the other, and where it is not just these: whether their halves are swapped,
-whether it is transposed, and its shape. The test puts the file together from the folder and opens it.
+that lie in it one below the other, and where it is not just these: whether their halves are
+swapped, whether it is transposed, and its shape. The test puts the file together from the folder
+and opens it.
 
 Every part of every such file goes through diffusers' own conversion here, which has to give the
 folder's tensors back to the bit.
@@ -107,7 +108,9 @@ def unet_name(name, layers):
 def unet_file(tensors, config):
     """The file's tensors, each with what it is made of."""
     names = {name: unet_name(name, config["layers_per_block"]) for name in tensors}
-    attends = {new.rsplit(".norm.", 1)[0] for new in names.values() if new.endswith(".1.norm.weight")}
+    attends = {
+        new.rsplit(".norm.", 1)[0] for new in names.values() if new.endswith(".1.norm.weight")
+    }
     made = {}
     for name, new in names.items():
         if ".UP." in new:
@@ -157,7 +160,7 @@ def clip_file(tensors):
 
 
 def open_clip_file(tensors, extra_layer):
-    """As open_clip has it; `extra_layer`: with the last layer, which Stable Diffusion 2 leaves out."""
+    """As open_clip has it; `extra_layer`: with the last one, that Stable Diffusion 2 lacks."""
     names = {name.removeprefix("text_model."): name for name in tensors}
     layers = 1 + max(int(n.split(".")[2]) for n in names if n.startswith("encoder.layers."))
     made = {
@@ -202,7 +205,9 @@ def sd3_file(tensors, config):
             made[outside(name, SD3)] = {"of": [name], "swap": name.startswith("norm_out")}
             continue
         i, part, kind = found.groups()
-        stream = f"joint_blocks.{i}." + ("context_block" if "context" in part or "add" in part else "x_block")
+        stream = f"joint_blocks.{i}." + (
+            "context_block" if "context" in part or "add" in part else "x_block"
+        )
         if found := re.fullmatch(r"(attn2?)\.(?:to_q|add_q_proj)", part):
             own = ["to_q", "to_k", "to_v"] if "to_q" in part else [f"add_{p}_proj" for p in "qkv"]
             of = [f"transformer_blocks.{i}.{found[1]}.{p}.{kind}" for p in own]
@@ -275,7 +280,11 @@ def put_together(made, tensors):
     """The file's tensors."""
     whole = {}
     for name, how in made.items():
-        tensor = torch.cat([tensors[part] for part in how["of"]]) if how["of"][1:] else tensors[how["of"][0]]
+        tensor = (
+            torch.cat([tensors[part] for part in how["of"]])
+            if how["of"][1:]
+            else tensors[how["of"][0]]
+        )
         if how.get("swap"):
             tensor = torch.cat(tensor.chunk(2)[::-1])
         if how.get("transpose"):
@@ -288,18 +297,30 @@ def same(name, found, expected):
     """Fails unless diffusers' conversion gives the folder's tensors."""
     rename = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
     for old, new in rename.items():
-        expected = {k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v for k, v in expected.items()}
-    strip = lambda tensors: {k.removeprefix("text_model."): v for k, v in tensors.items()}
+        expected = {
+            k.replace(f"attentions.0.{old}.", f"attentions.0.{new}."): v
+            for k, v in expected.items()
+        }
+
+    def strip(tensors):
+        return {k.removeprefix("text_model."): v for k, v in tensors.items()}
+
     found, expected = strip(found), strip(expected)
     wrong = set(found) ^ set(expected)
-    wrong |= {k for k in set(found) & set(expected) if not torch.equal(found[k].reshape(expected[k].shape), expected[k])}
+    wrong |= {
+        k
+        for k in set(found) & set(expected)
+        if not torch.equal(found[k].reshape(expected[k].shape), expected[k])
+    }
     if wrong:
         raise AssertionError(f"{name}: diffusers' conversion differs in {sorted(wrong)[:8]}")
 
 
 def open_clip_conversion(whole, prefix, tensors):
     """diffusers' conversion, which asks a model for its width only."""
-    width = next(t.shape[0] for name, t in tensors.items() if name.endswith("final_layer_norm.bias"))
+    width = next(
+        t.shape[0] for name, t in tensors.items() if name.endswith("final_layer_norm.bias")
+    )
     model = SimpleNamespace(config=SimpleNamespace(hidden_size=width))
     return sfu.convert_open_clip_checkpoint(model, whole, prefix)
 
@@ -317,7 +338,10 @@ def flux_conversion(config):
 
 def parts_of(folder):
     """(part, prefix in the file, what its tensors are made of, diffusers' conversion)."""
-    config = lambda part: json.loads((folder / part / "config.json").read_text())
+
+    def config(part):
+        return json.loads((folder / part / "config.json").read_text())
+
     network = "unet" if (folder / "unet").is_dir() else "transformer"
     net, tensors = config(network), load_part(folder / network)
     unet = "model.diffusion_model."
@@ -333,19 +357,28 @@ def parts_of(folder):
     vae = config("vae")
     made = vae_file(load_part(folder / "vae"), len(vae["block_out_channels"]))
     prefix = "first_stage_model." if network == "unet" or "SD3" in net["_class_name"] else "vae."
-    convert_vae = lambda whole: sfu.convert_ldm_vae_checkpoint(whole, vae)
+
+    def convert_vae(whole):
+        return sfu.convert_ldm_vae_checkpoint(whole, vae)
+
     yield "vae", prefix, made, convert_vae if prefix != "vae." else None
     first = load_part(folder / "text_encoder")
     xl = net.get("addition_embed_type") == "text_time"
     if network == "unet" and net.get("use_linear_projection") and not xl:
         made = open_clip_file(first, extra_layer=1)
-        prefix, extra = "cond_stage_model.model.", f"layers.{config('text_encoder')['num_hidden_layers']}."
-        convert = lambda whole: {
-            # diffusers leaves the last layer out by its number in the published model.
-            name: tensor
-            for name, tensor in open_clip_conversion(whole, prefix, first).items()
-            if extra not in name
-        }
+        prefix, extra = (
+            "cond_stage_model.model.",
+            f"layers.{config('text_encoder')['num_hidden_layers']}.",
+        )
+
+        def convert(whole):
+            return {
+                # diffusers leaves the last layer out by its number in the published model.
+                name: tensor
+                for name, tensor in open_clip_conversion(whole, prefix, first).items()
+                if extra not in name
+            }
+
         yield "text_encoder", prefix, made, convert
     elif network == "unet":
         prefix = "conditioner.embedders.0.transformer." if xl else "cond_stage_model.transformer."
@@ -357,7 +390,10 @@ def parts_of(folder):
     if xl:
         second = load_part(folder / "text_encoder_2")
         prefix = "conditioner.embedders.1.model."
-        convert = lambda whole: open_clip_conversion(whole, prefix, second)
+
+        def convert(whole):
+            return open_clip_conversion(whole, prefix, second)
+
         yield "text_encoder_2", prefix, open_clip_file(second, 0), convert
     elif network == "transformer":
         names = ["text_encoder_2", "text_encoder_3"]
@@ -389,7 +425,10 @@ def main():
                 record[prefix + name] = [part, " ".join(how["of"])] + [own] * bool(own)
         text = json.dumps(record, separators=(",", ":"))
         (GOLDEN / "single" / f"{folder.name}.json").write_text(text + "\n")
-        print(f"{folder.name}: {len(record)} tensors, {len(text)} bytes; by diffusers: {', '.join(proven)}")
+        print(
+            f"{folder.name}: {len(record)} tensors, {len(text)} bytes; "
+            f"by diffusers: {', '.join(proven)}"
+        )
 
 
 if __name__ == "__main__":

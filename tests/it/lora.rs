@@ -4,8 +4,9 @@
 use pcpo_wgpu::device::Compute;
 use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
+use pcpo_wgpu::lora::Label;
 use pcpo_wgpu::lora::adapter::{Adapter, Layer};
-use pcpo_wgpu::lora::formats::{Format, Label, load, save, tensors};
+use pcpo_wgpu::lora::formats::{Format, load, save, tensors};
 use pcpo_wgpu::model::Denoiser;
 use pcpo_wgpu::model::Storage;
 use pcpo_wgpu::model::reference::ReferenceTensors;

@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use pcpo_wgpu::io::weights::Weights;
+use pcpo_wgpu::lora::Label;
 use pcpo_wgpu::lora::adapter::Adapter;
-use pcpo_wgpu::lora::formats::{Format, Label, save};
+use pcpo_wgpu::lora::formats::{Format, save};
 use pcpo_wgpu::model::unet::UNet;
 use pcpo_wgpu::model::{Denoiser, Storage};
 

@@ -5,7 +5,8 @@ use std::path::Path;
 
 use pcpo_wgpu::device::tensor::{read, upload};
 use pcpo_wgpu::io::weights::Weights;
-use pcpo_wgpu::lora::formats::load;
+use pcpo_wgpu::lora::Label;
+use pcpo_wgpu::lora::formats::{Format, load, save};
 use pcpo_wgpu::model::Storage;
 use pcpo_wgpu::model::vae::Vae;
 use pcpo_wgpu::tools::check::{Asked, check};
@@ -22,25 +23,47 @@ fn latents(path: &Path) -> Vec<f32> {
     Weights::open_file(path).unwrap().f32("latents").unwrap().values
 }
 
-/// An adapter that peft made, under diffusers' and sd-scripts' names, gives diffusers' prediction.
+/// Adapters that peft made, of attention and of convolutions, under diffusers' and sd-scripts'
+/// names, give diffusers' prediction.
 #[test]
 fn an_adapter_by_either_names_gives_the_prediction_of_diffusers() {
     for compute in [cpu(), gpu()] {
-        for name in ["sdxl-peft", "sdxl-kohya"] {
+        for (layers, names) in [("sdxl", "peft"), ("sdxl", "kohya"), ("sdxl-conv", "peft")]
+            .into_iter()
+            .chain([("sdxl-conv", "kohya")])
+        {
             let asked = Asked {
                 model: golden("sdxl").as_path().into(),
-                reference: golden("lora/sdxl-reference.safetensors"),
-                lora: Some(golden(&format!("lora/{name}.safetensors"))),
+                reference: golden(&format!("lora/{layers}-reference.safetensors")),
+                lora: Some(golden(&format!("lora/{layers}-{names}.safetensors"))),
                 storage: Storage::F32,
             };
             let lines = check(&asked, &compute).unwrap();
             assert_eq!((lines.len(), lines[0].name), (1, "prediction"));
-            assert!(lines[0].error < 1e-4, "{name}: {:e}", lines[0].error);
+            assert!(lines[0].error < 1e-4, "{layers} {names}: {:e}", lines[0].error);
             // Without the adapter it is another.
             let without = Asked { lora: None, ..asked };
             assert!(check(&without, &compute).unwrap()[0].error > 1e-2);
         }
     }
+}
+
+/// Layers of convolutions are written as they were read, and have the shapes that LoCon files have.
+#[test]
+fn adapters_of_convolutions_are_written_as_they_were_read() {
+    let dir = tempfile::tempdir().unwrap();
+    let linears = files(&golden("sdxl")).load_network(&cpu().burn, Storage::F32).unwrap().linears();
+    let given = Weights::open_file(&golden("lora/sdxl-conv-kohya.safetensors")).unwrap();
+    let adapter = load(&golden("lora/sdxl-conv-peft.safetensors"), &linears).unwrap();
+    let path = dir.path().join("k.safetensors");
+    save(&adapter, &path, Format::Kohya, &Label::plain("unet")).unwrap();
+    let written = Weights::open_file(&path).unwrap();
+    assert!(written.names().eq(given.names()));
+    for name in given.names() {
+        assert_eq!(written.f32(name).unwrap(), given.f32(name).unwrap(), "{name}");
+    }
+    let down = "lora_unet_input_blocks_1_0_in_layers_2.lora_down.weight";
+    assert_eq!(written.shape(down).unwrap(), [4, 8, 3, 3]);
 }
 
 #[test]

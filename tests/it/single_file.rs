@@ -236,6 +236,8 @@ fn files_that_lack_something_are_refused_with_the_way_out() {
         (&all, &["--model-config", &other], "--model-config"),
         (&all, &["--model-config", &config, "--vae", &no_vae], "holds no VAE"),
         (&unet, &[], "diffusers' layout"),
+        (&all, &["--model-config", "nowhere"], "--model-config nowhere: no such folder"),
+        (&config, &with, "one file"),
     ] {
         let args = [&["sample", "--out", &out, "--model", model], flags, &prompt].concat();
         let output = program(&args);
@@ -352,4 +354,42 @@ fn damaged_files_are_refused_without_a_panic() {
         }
     }
     assert!(refused > 60, "{refused} of 175 were refused");
+}
+
+/// Encoders and VAE from files of their own, in either layout, take the places that a file lacks.
+#[test]
+fn parts_from_other_files_take_their_places() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["sd21", "sdxl", "sd35m"] {
+        let whole = tensors(name);
+        let save = |file: &str, prefix: &str, below: bool| {
+            let kept = whole.iter().filter(|t| t.name.starts_with(prefix)).cloned();
+            let short = |t: HostTensor| HostTensor {
+                name: if below { t.name[prefix.len()..].to_string() } else { t.name },
+                ..t
+            };
+            let path = dir.path().join(format!("{name}-{file}.safetensors"));
+            write_tensors(&path, &kept.map(short).collect::<Vec<_>>(), &[]).unwrap();
+            path
+        };
+        let encoders: &[&str] = match name {
+            "sd21" => &["cond_stage_model.model."],
+            "sdxl" => &["conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."],
+            _ => &["text_encoders.clip_l.transformer.", "text_encoders.clip_g.transformer."],
+        };
+        let files = encoders.iter().enumerate();
+        let spec = ModelSpec {
+            text_encoder: files.map(|(i, at)| save(&format!("te{i}"), at, true)).collect(),
+            vae: Some(save("vae", "first_stage_model.", true)),
+            ..spec(&save("net", "model.diffusion_model.", false), name)
+        };
+        let reference = golden(name).join("reference.safetensors");
+        let asked = Asked { model: spec, reference, lora: None, storage: Storage::F32 };
+        let lines = check(&asked, &cpu()).unwrap();
+        let names: Vec<&str> = lines.iter().map(|l| l.name).collect();
+        assert!(names.contains(&"latents") && names.contains(&"image"), "{name}: {names:?}");
+        for line in lines {
+            assert!(line.error < 1e-4, "{name}: {} is off by {:.2e}", line.name, line.error);
+        }
+    }
 }

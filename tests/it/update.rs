@@ -11,7 +11,7 @@ use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::kernels::frozen_weight::FrozenWeight;
 use pcpo_wgpu::lora::formats::{Format, load, tensors};
-use pcpo_wgpu::lora::{Adapter, LinearShape};
+use pcpo_wgpu::lora::{Adapter, LayerShape};
 use pcpo_wgpu::model::{Conditioning, Storage};
 use pcpo_wgpu::ops::policy_objective::{GuidanceGradient, Objective, Surrogate};
 use pcpo_wgpu::sampling::policy::{GuidanceMode, Policy, PromptPair};
@@ -37,7 +37,7 @@ struct Case {
     credit: Credit,
 }
 
-fn cases() -> [Case; 7] {
+fn cases() -> [Case; 8] {
     let ddim = |name, objective, beta, credit| Case {
         name,
         model: emoji(),
@@ -93,6 +93,11 @@ fn cases() -> [Case; 7] {
         Case {
             model: golden("sdxl"),
             ..ddim("sdxl-hinge", Objective::LogHinge, 0.05, Credit::Proportionate).of_steps(6)
+        },
+        // An adapter of convolutions.
+        Case {
+            model: golden("sdxl"),
+            ..ddim("sdxl-conv", Objective::LogHinge, 0.05, Credit::Proportionate).of_steps(6)
         },
     ]
 }
@@ -167,7 +172,7 @@ impl Dump {
     }
 
     /// An adapter that the dump holds under a prefix, by way of a file of its own with its alpha.
-    pub fn adapter(&self, prefix: &str, network: &str, linears: &[LinearShape]) -> Adapter {
+    pub fn adapter(&self, prefix: &str, network: &str, linears: &[LayerShape]) -> Adapter {
         let names = self.file.names().filter(|n| n.starts_with(prefix));
         let own = |n: &str| {
             let t = self.file.f32(n).unwrap();

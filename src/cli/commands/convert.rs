@@ -7,7 +7,8 @@ use burn::tensor::Device;
 use clap::Args;
 
 use crate::cli::args::ModelArg;
-use crate::lora::formats::{self, Format, Label};
+use crate::lora::formats::{self, Format};
+use crate::lora::label::{self, Label};
 use crate::model::{Storage, single_file};
 use crate::tools::convert::write_folder;
 
@@ -45,7 +46,7 @@ fn adapter(args: &ConvertArgs) -> Result<i32> {
     let net = files.load_network(&Device::flex(), Storage::F16)?;
     let adapter = formats::load(&args.input, &net.linears())?;
     let format = args.format.unwrap_or(Format::Kohya);
-    let about = formats::about(&args.input)?;
+    let about = label::about(&args.input)?;
     let label = Label { network: files.family.network(), about };
     formats::save(&adapter, &args.output, format, &label)?;
     println!(

@@ -3,24 +3,25 @@
 //! tensors' names and shapes, the rest are constants of the family; each part is given diffusers'
 //! names and a configuration, and is from there on like one of a folder.
 
+mod part;
 mod text;
 mod transformer;
 mod unet;
 mod vae;
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::component::Component;
-use super::config::Config;
 use super::family::Family;
 use crate::io::weights::Weights;
 use crate::schedule::PredictionType;
 
-pub use self::text::text_encoder_of;
+use self::part::Part;
+pub use self::text::{Place, is_t5, text_encoder_of};
 pub use self::vae::vae_of;
 
 /// Where the network's tensors begin: in a file of several parts, or of it alone.
@@ -38,27 +39,17 @@ pub struct SingleFile {
     guided: bool,
 }
 
-/// A part's tensors under diffusers' names, and what its config.json would say.
-pub(super) struct Part {
-    weights: Weights,
-    config: Value,
-}
-
-impl Part {
-    /// As a component.
-    fn component(self, file: &Path, name: &str) -> Component {
-        let path = PathBuf::from(format!("{}: {name}", file.display()));
-        Component::part(Config { path, json: self.config }, self.weights)
-    }
-}
-
 impl SingleFile {
     /// Finds out what a file holds; `configs` is a folder of configurations that win over what is
-    /// made of the tensors.
+    /// made of the tensors, `prediction` what is said of the network's.
     ///
     /// # Errors
     /// When it holds no network of a known family, or a part that is not supported.
-    pub fn open(path: &Path, configs: Option<&Path>) -> Result<Self> {
+    pub fn open(
+        path: &Path,
+        configs: Option<&Path>,
+        prediction: Option<PredictionType>,
+    ) -> Result<Self> {
         let whole = Weights::open_any(path)?;
         refuse(&whole)?;
         let found = NETWORK.iter().find_map(|prefix| Network::of(&whole, prefix));
@@ -74,7 +65,8 @@ impl SingleFile {
                 let traits = unet::Traits {
                     xl: family == Family::StableDiffusionXl,
                     second,
-                    predicts_v: prediction_of(&whole)? == Some(PredictionType::VPrediction),
+                    predicts_v: prediction.or(prediction_of(&whole)?)
+                        == Some(PredictionType::VPrediction),
                     pooled: pooled.map(|n| n as usize),
                 };
                 unet::part(tensors, &traits)?
@@ -299,21 +291,4 @@ impl Network {
         let second = family == Family::StableDiffusion && linear;
         Some(Self { family, second, tensors })
     }
-}
-
-/// How many numbers from 0 on have a tensor whose name begins with what `prefix` makes of them.
-pub(super) fn count(weights: &Weights, prefix: impl Fn(usize) -> String) -> usize {
-    (0..).take_while(|&i| weights.names_from(&prefix(i)).next().is_some()).count()
-}
-
-/// A tensor's shape, of so many dimensions.
-///
-/// # Errors
-/// When it is missing, or of others.
-pub(super) fn shape<const D: usize>(weights: &Weights, name: &str) -> Result<[usize; D]> {
-    let path = weights.source().display();
-    let found = weights.shape(name).with_context(|| format!("{path}: tensor {name} is missing"))?;
-    found.try_into().ok().with_context(|| {
-        format!("{path}: tensor {name} has shape {found:?}, expected {D} dimensions")
-    })
 }

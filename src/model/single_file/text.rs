@@ -6,7 +6,7 @@ use std::path::Path;
 use anyhow::{Result, bail, ensure};
 use serde_json::json;
 
-use super::{Part, count, shape};
+use super::part::{Part, count, shape};
 use crate::io::weights::Weights;
 use crate::model::clip::open_clip::as_transformers;
 use crate::model::component::Component;
@@ -59,26 +59,44 @@ pub(super) fn parts_of(whole: &Weights, family: Family) -> Result<Vec<(&'static 
     Ok(parts)
 }
 
-/// The encoder that `--text-encoder` names: a folder in transformers' layout, or a file.
+/// Whether what `--text-encoder` names, a folder in transformers' layout or a file, is a T5.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn is_t5(path: &Path) -> Result<bool> {
+    if path.is_dir() {
+        return Ok(Component::folder(path)?.config.json["model_type"] == "t5");
+    }
+    Ok(Weights::open_any(path)?.has("encoder.block.0.layer.0.SelfAttention.q.weight"))
+}
+
+/// Which CLIP stands in a place.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Place {
+    /// OpenAI's.
+    First,
+    /// open_clip's.
+    Second,
+    /// open_clip's, as the only encoder of Stable Diffusion 2.
+    Only,
+}
+
+/// The encoder that `--text-encoder` names, for its place.
 ///
 /// # Errors
 /// When it holds none.
-pub fn text_encoder_of(path: &Path) -> Result<Component> {
+pub fn text_encoder_of(path: &Path, place: Place) -> Result<Component> {
     if path.is_dir() {
         return Component::folder(path);
     }
     let tensors = Weights::open_any(path)?;
-    let t5 = tensors.has("encoder.block.0.layer.0.SelfAttention.q.weight");
-    // OpenAI's CLIP is 768 wide, and has no projection in these files; open_clip's are wider.
-    let projected = tensors.has("text_projection.weight") || tensors.has("text_projection");
-    let kind = match (t5, projected) {
-        (true, _) => Kind::T5,
-        (false, true) => Kind::Open,
-        (false, false) => Kind::Clip,
+    let kind = match place {
+        _ if is_t5(path)? => Kind::T5,
+        Place::First => Kind::Clip,
+        // Files in transformers' layout have left out the last layer already.
+        Place::Only if tensors.has("token_embedding.weight") => Kind::OpenShort,
+        Place::Second | Place::Only => Kind::Open,
     };
-    let wide = tensors.shape("text_model.embeddings.token_embedding.weight");
-    let openai = wide.is_some_and(|shape| shape.last() == Some(&768));
-    let kind = if kind == Kind::Open && openai { Kind::Clip } else { kind };
     Ok(part(tensors, kind)?.component(path, "text encoder"))
 }
 

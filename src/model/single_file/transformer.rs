@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Part, count, shape};
+use super::part::{Part, count, shape};
 use crate::io::weights::Weights;
 
 /// Names outside the blocks of Stable Diffusion 3, the authors' and diffusers'.

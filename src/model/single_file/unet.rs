@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
-use super::{Part, count, shape};
+use super::part::{Part, count, shape};
 use crate::io::weights::Weights;
 use crate::model::conditioning::TIME_IDS;
 use crate::model::unet::config::{LevelConfig, MidKind};

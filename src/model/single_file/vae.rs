@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result, ensure};
 use serde_json::json;
 
-use super::{Part, count, shape};
+use super::part::{Part, count, shape};
 use crate::io::weights::Weights;
 use crate::model::component::Component;
 use crate::model::family::Family;

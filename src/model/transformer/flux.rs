@@ -13,7 +13,7 @@ use super::joint::{
 };
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
-use crate::lora::{LinearShape, Lora};
+use crate::lora::{LayerShape, Lora};
 use crate::model::blocks::FeedForward;
 use crate::model::component::Component;
 use crate::model::config::{BlockShape, Config, NetworkConfig};
@@ -302,7 +302,7 @@ impl Denoiser for Flux {
         (h / PACK) * (w / PACK)
     }
 
-    fn linears(&self) -> Vec<LinearShape> {
+    fn linears(&self) -> Vec<LayerShape> {
         let single = self.single.iter().flat_map(Single::linears);
         let all = self.double.iter().flat_map(Double::linears).chain(single);
         all.map(|l| l.shape.clone()).collect()

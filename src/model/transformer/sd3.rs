@@ -11,7 +11,7 @@ use super::joint::{
     tokens,
 };
 use crate::io::tensors::HostTensor;
-use crate::lora::{LinearShape, Lora};
+use crate::lora::{LayerShape, Lora};
 use crate::model::blocks::FeedForward;
 use crate::model::component::Component;
 use crate::model::config::{BlockShape, Config, NetworkConfig};
@@ -278,7 +278,7 @@ impl Denoiser for Sd3 {
         (h / self.config.patch) * (w / self.config.patch)
     }
 
-    fn linears(&self) -> Vec<LinearShape> {
+    fn linears(&self) -> Vec<LayerShape> {
         self.blocks.iter().flat_map(JointBlock::linears).map(|l| l.shape.clone()).collect()
     }
 

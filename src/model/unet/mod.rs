@@ -22,7 +22,7 @@ use super::loader::{Loader, Storage};
 use super::nn::{Activation, Conv2d, GroupNorm, Linear, channels_first, channels_last};
 use super::reference::ReferenceTensors;
 use crate::io::tensors::HostTensor;
-use crate::lora::{LinearShape, Lora};
+use crate::lora::{LayerShape, Lora};
 
 /// A level on the way down or up: resnets with or without attention, then a change of size.
 struct Level {
@@ -198,17 +198,31 @@ impl Denoiser for UNet {
         h * w
     }
 
-    fn linears(&self) -> Vec<LinearShape> {
-        let down = self.down.iter().flat_map(|b| &b.attentions);
-        let mid = self.mid.iter().flat_map(|m| &m.attention);
-        let up = self.up.iter().flat_map(|b| &b.attentions);
-        let linears = down.chain(mid).chain(up).flat_map(Transformer2d::linears);
-        let names = renamings(&self.config.levels, self.config.mid);
-        let shape = |l: &Linear| LinearShape {
-            original: names.iter().find_map(|n| n.to_theirs(&l.shape.name)),
-            ..l.shape.clone()
+    fn linears(&self) -> Vec<LayerShape> {
+        let attentions = || {
+            let down = self.down.iter().flat_map(|b| &b.attentions);
+            let mid = self.mid.iter().flat_map(|m| &m.attention);
+            down.chain(mid).chain(self.up.iter().flat_map(|b| &b.attentions))
         };
-        linears.map(shape).collect()
+        let resnets = self.down.iter().flat_map(|b| &b.resnets);
+        let resnets = resnets.chain(self.mid.iter().flat_map(|m| &m.resnets));
+        let resnets = resnets.chain(self.up.iter().flat_map(|b| &b.resnets));
+        let levels = self.down.iter().chain(&self.up);
+        let sizes = levels.flat_map(|b| {
+            let (down, up) = (b.down.iter().map(|d| &d.conv), b.up.iter().map(|u| &u.conv));
+            down.chain(up)
+        });
+        // Attention's linear layers first: the noise of a fresh adapter goes by this order.
+        let all = attentions().flat_map(Transformer2d::linears).map(|l: &Linear| &l.shape);
+        let all = all.chain(attentions().flat_map(Transformer2d::convolutions));
+        let all = all.chain(resnets.flat_map(Resnet::targets));
+        let all = all.chain(sizes.map(|conv| &conv.shape));
+        let names = renamings(&self.config.levels, self.config.mid);
+        let named = |shape: &LayerShape| LayerShape {
+            original: names.iter().find_map(|n| n.to_theirs(&shape.name)),
+            ..shape.clone()
+        };
+        all.map(named).collect()
     }
 
     fn start(&self, x: Tensor<4>, inputs: Inputs) -> Hidden {
@@ -246,7 +260,7 @@ impl Denoiser for UNet {
                 flow.push(h.clone());
             }
             Unit::Downsample(i) => {
-                h = self.down[i].down.as_ref().expect("listed as a unit").forward(h);
+                h = self.down[i].down.as_ref().expect("listed as a unit").forward(h, lora);
                 flow.push(h.clone());
             }
             Unit::Mid => {
@@ -262,7 +276,7 @@ impl Denoiser for UNet {
             }
             Unit::Upsample(i) => {
                 let size = flow.last().map(|s| [s.dims()[1], s.dims()[2]]);
-                h = self.up[i].up.as_ref().expect("listed as a unit").forward(h, size);
+                h = self.up[i].up.as_ref().expect("listed as a unit").forward(h, size, lora);
             }
         }
         flow.push(h);
