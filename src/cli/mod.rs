@@ -39,7 +39,7 @@ pub enum Command {
     Recipes,
     /// Draw images from prompts
     #[command(allow_negative_numbers = true)]
-    Sample(sample::SampleArgs),
+    Sample(Box<sample::SampleArgs>),
     /// Measure a model with its adapter, or pictures that exist: rewards, distances, diversity
     #[command(allow_negative_numbers = true)]
     Eval(Box<eval::EvalArgs>),

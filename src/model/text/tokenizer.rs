@@ -49,9 +49,14 @@ fn from_vocabulary(dir: &Path) -> Result<tokenizers::Tokenizer> {
         .map_err(|e| anyhow!("{}: vocab.json and merges.txt cannot be used: {e}", dir.display()))
 }
 
-/// The words of CLIP's own vocabulary, the bytes, the bytes that end a word, what is merged of
-/// them, and the two ends of a text; and what is merged.
-fn clip_words() -> Result<(Vec<String>, Vec<(String, String)>)> {
+/// CLIP's own vocabulary.
+struct ClipWords {
+    /// The bytes, the bytes that end a word, what is merged of them, and the two ends of a text.
+    words: Vec<String>,
+    merges: Vec<(String, String)>,
+}
+
+fn clip_words() -> Result<ClipWords> {
     let mut text = String::new();
     flate2::read::GzDecoder::new(CLIP_MERGES)
         .read_to_string(&mut text)
@@ -68,12 +73,12 @@ fn clip_words() -> Result<(Vec<String>, Vec<(String, String)>)> {
     words.extend(byte_letters().iter().map(|letter| format!("{letter}</w>")));
     words.extend(merges.iter().map(|(a, b)| format!("{a}{b}")));
     words.extend([START.to_string(), END.to_string()]);
-    Ok((words, merges))
+    Ok(ClipWords { words, merges })
 }
 
-/// CLIP's own vocabulary.
+/// The tokenizer of that vocabulary.
 fn clip_vocabulary() -> Result<tokenizers::Tokenizer> {
-    let (words, merges) = clip_words()?;
+    let ClipWords { words, merges } = clip_words()?;
     let vocabulary: Vocab = words.into_iter().zip(0..).collect();
     with_words(BPE::builder().vocab_and_merges(vocabulary, merges))
         .map_err(|e| anyhow!("CLIP's vocabulary: {e}"))
@@ -85,7 +90,7 @@ fn clip_vocabulary() -> Result<tokenizers::Tokenizer> {
 /// # Errors
 /// When a file cannot be written.
 pub fn write_clip_vocabulary(dir: &Path, letter: bool) -> Result<()> {
-    let (words, merges) = clip_words()?;
+    let ClipWords { words, merges } = clip_words()?;
     let vocabulary: serde_json::Map<String, Value> =
         words.into_iter().zip(0..).map(|(word, i)| (word, Value::from(i))).collect();
     crate::io::write(&dir.join("vocab.json"), Value::Object(vocabulary).to_string().as_bytes())?;
