@@ -5,12 +5,11 @@
 
 The reference holds the network's inputs (of a UNet in.latents, in.timestep,
 in.encoder_hidden_states, and of SDXL in.pooled_projections and in.time_ids; of a flow model's
-transformer what reference_flow.py says) and
-out.prediction, the network with the adapter. With --kohya the file has to be in kohya's format
-(lora_unet_....lora_down.weight, .lora_up.weight, .alpha), which is verified of UNets only, else in
-diffusers' (unet. or transformer. ....lora_A.weight, .lora_B.weight). The file goes through the
-pipeline's load_lora_weights; it fails too if diffusers drops one of the file's tensors or if the
-adapter does not change the prediction.
+transformer what reference_flow.py says) and out.prediction, the network with the adapter. With
+--kohya the file has to be in kohya's format (lora_unet_....lora_down.weight, .lora_up.weight,
+.alpha), which is verified of UNets only, else in diffusers' (unet. or transformer.
+....lora_A.weight, .lora_B.weight). The file goes through the pipeline's load_lora_weights; it fails
+too if diffusers drops one of the file's tensors or if the adapter does not change the prediction.
 
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, peft 0.21.2, safetensors 0.8.
 """

@@ -1,13 +1,13 @@
 //! Weights written again under their names of now, in the type that they are stored in.
 
-use std::io::{BufWriter, Error, Write};
+use std::io::Error;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
 use half::f16;
 use safetensors::Dtype;
-use serde_json::{Map, Value, json};
 
+use super::tensors::{Described, write_file};
 use super::weights::{Entry, Weights, e4m3};
 
 /// Bytes of an element, and what safetensors calls its type; 8 bits are written as 16, which
@@ -52,29 +52,17 @@ impl Weights {
     /// # Errors
     /// As [`super::write()`], and when a tensor is of a type that no weight has.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let mut header = Map::new();
-        header.insert("__metadata__".into(), json!({ "format": "pt" }));
-        let mut offset = 0;
+        let source = || self.source().display().to_string();
+        let mut described = Vec::new();
         for (name, e) in &self.entries {
-            let source = || self.source().display().to_string();
             let (size, dtype) = written(name, e).with_context(source)?;
-            let end = offset + size * e.shape.iter().product::<usize>();
-            let entry = json!({ "dtype": dtype, "shape": e.shape, "data_offsets": [offset, end] });
-            header.insert(name.clone(), entry);
-            offset = end;
+            described.push(Described { name, dtype, size, shape: &e.shape });
         }
-        let mut header = Value::Object(header).to_string();
-        // Tensors start at a multiple of 8.
-        header.extend(std::iter::repeat_n(' ', header.len().next_multiple_of(8) - header.len()));
-        super::write_with(path, |file| {
-            let mut out = BufWriter::new(file);
-            out.write_all(&(header.len() as u64).to_le_bytes())?;
-            out.write_all(header.as_bytes())?;
-            for e in self.entries.values() {
+        write_file(path, &[("format", "pt".into())], &described, |out| {
+            self.entries.values().try_for_each(|e| {
                 let stored = self.stored(e, &e.range).map_err(Error::other)?;
-                out.write_all(&in_order(e, &stored))?;
-            }
-            out.flush()
+                out.write_all(&in_order(e, &stored))
+            })
         })
     }
 }

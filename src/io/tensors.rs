@@ -57,11 +57,7 @@ pub fn write_parts(
     metadata: &[(&str, String)],
 ) -> Result<()> {
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    let mut header = Map::new();
-    let metadata: Map<String, Value> =
-        metadata.iter().map(|(k, v)| (k.to_string(), json!(v))).collect();
-    header.insert("__metadata__".into(), Value::Object(metadata));
-    let mut offset = 0;
+    let mut described = Vec::new();
     for t in &tensors {
         let count: usize = t.parts.iter().map(|p| p.len()).sum();
         ensure!(
@@ -71,9 +67,46 @@ pub fn write_parts(
             t.name,
             t.shape
         );
-        let end = offset + count * size_of::<f32>();
-        let entry = json!({ "dtype": "F32", "shape": t.shape, "data_offsets": [offset, end] });
-        header.insert(t.name.clone(), entry);
+        let size = size_of::<f32>();
+        described.push(Described { name: &t.name, dtype: "F32", size, shape: &t.shape });
+    }
+    write_file(path, metadata, &described, |out| {
+        tensors
+            .iter()
+            .flat_map(|t| &t.parts)
+            .try_for_each(|p| out.write_all(bytemuck::cast_slice(p)))
+    })
+}
+
+/// A tensor as a file's header has it.
+pub(super) struct Described<'a> {
+    pub name: &'a str,
+    /// In safetensors' words, and bytes of an element.
+    pub dtype: &'static str,
+    pub size: usize,
+    pub shape: &'a [usize],
+}
+
+/// Writes a safetensors file whole or not at all; `body` writes the tensors' bytes in the order in
+/// which they are described.
+///
+/// # Errors
+/// As [`super::write()`].
+pub(super) fn write_file(
+    path: &Path,
+    metadata: &[(&str, String)],
+    tensors: &[Described],
+    body: impl FnOnce(&mut dyn Write) -> std::io::Result<()>,
+) -> Result<()> {
+    let mut header = Map::new();
+    let metadata: Map<String, Value> =
+        metadata.iter().map(|(k, v)| (k.to_string(), json!(v))).collect();
+    header.insert("__metadata__".into(), Value::Object(metadata));
+    let mut offset = 0;
+    for Described { name, dtype, size, shape } in tensors {
+        let end = offset + size * shape.iter().product::<usize>();
+        let entry = json!({ "dtype": dtype, "shape": shape, "data_offsets": [offset, end] });
+        header.insert(name.to_string(), entry);
         offset = end;
     }
     let mut header = Value::Object(header).to_string();
@@ -83,9 +116,7 @@ pub fn write_parts(
         let mut out = BufWriter::new(file);
         out.write_all(&(header.len() as u64).to_le_bytes())?;
         out.write_all(header.as_bytes())?;
-        for part in tensors.iter().flat_map(|t| &t.parts) {
-            out.write_all(bytemuck::cast_slice(part))?;
-        }
+        body(&mut out)?;
         out.flush()
     })
 }

@@ -11,7 +11,7 @@ use super::component::Component;
 use super::denoiser::Denoiser;
 use super::family::Family;
 use super::loader::Storage;
-use super::single_file::{Place, SingleFile, is_t5, text_encoder_of, vae_of};
+use super::single_file::{Kind, SingleFile, is_t5, text_encoder_of, vae_of};
 use super::text::tokenizer::{CLIP_VOCABULARY, Tokenizer};
 use crate::choice::name;
 use crate::schedule::{PredictionType, Schedule};
@@ -199,9 +199,10 @@ impl ModelFiles {
             })?;
             if place == part {
                 let kind = match place {
-                    "text_encoder" if self.is_second() => Place::Only,
-                    "text_encoder" => Place::First,
-                    _ => Place::Second,
+                    _ if t5 => Kind::T5,
+                    "text_encoder" if self.is_second() => Kind::OpenShort,
+                    "text_encoder" => Kind::Clip,
+                    _ => Kind::Open,
                 };
                 let found = text_encoder_of(path, kind).and_then(configured);
                 return found.with_context(|| shown(path)).map(Some);

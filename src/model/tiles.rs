@@ -1,7 +1,6 @@
-//! Pictures decoded tile by tile, for devices that cannot hold the decoder's largest level:
-//! diffusers'
-//! `AutoencoderKL.tiled_decode`. Group normalisation sees a tile only, so that the picture is not
-//! quite that of one piece; overlaps are blended.
+//! Pictures decoded tile by tile, for devices that cannot hold the decoder's largest level, as
+//! diffusers' `AutoencoderKL.tiled_decode` does it. Group normalisation sees a tile only, so that
+//! the picture is not quite that of one piece; overlaps are blended.
 
 use burn::tensor::{Tensor, TensorData};
 

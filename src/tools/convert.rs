@@ -9,7 +9,6 @@ use crate::io;
 use crate::model::ModelFiles;
 use crate::model::family::Family;
 use crate::model::text::tokenizer::write_clip_vocabulary;
-use crate::schedule::Schedule;
 
 /// Writes a model's parts, its schedule and its tokenizers, whole or not at all; the names of the
 /// folders that were written.
@@ -20,6 +19,9 @@ use crate::schedule::Schedule;
 pub fn write_folder(files: &ModelFiles, out: &Path) -> Result<Vec<String>> {
     ensure!(!out.exists(), "{}: is there already; give a new folder", out.display());
     io::probe(&out.join("model_index.json"))?;
+    // What the schedule lacks is asked for before anything large is written.
+    files.schedule()?;
+    let scheduler = files.scheduler()?;
     let above = out.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
     std::fs::create_dir_all(above).with_context(|| above.display().to_string())?;
     let dir = tempfile::tempdir_in(above).with_context(|| above.display().to_string())?;
@@ -59,9 +61,6 @@ pub fn write_folder(files: &ModelFiles, out: &Path) -> Result<Vec<String>> {
             parts.extend(written.then_some(name));
         }
     }
-    let scheduler = files.scheduler()?;
-    let checked = Schedule::from_config(&scheduler).context("scheduler")?;
-    drop(checked);
     index.insert("scheduler".into(), json!(["diffusers", scheduler["_class_name"]]));
     write_json(&dir.path().join("scheduler").join("scheduler_config.json"), &scheduler)?;
     parts.push("scheduler".into());

@@ -107,7 +107,6 @@ pub struct Loaded {
 }
 
 /// What a checkpoint is written of.
-#[derive(Clone)]
 pub struct Parts<'a> {
     pub state: &'a RunState,
     pub adapter: &'a Adapter,

@@ -33,6 +33,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from make_golden import LEAST_SHARE, ddim, least_visible, text, vae
 from make_lora import TARGETS, metadata, random_adapter
+from make_single_file import load_part, unet_file
 from peft import get_peft_model_state_dict
 from reference import load_component, save_tensors, write_reference
 from reference_sdxl import predict_sdxl
@@ -202,40 +203,14 @@ def write_tiles(folder, latents):
     save_tensors(folder / "tiled.safetensors", {"latents": latents, "image": image})
 
 
-RESNET = {
-    "conv1": "in_layers_2",
-    "conv2": "out_layers_3",
-    "time_emb_proj": "emb_layers_1",
-    "conv_shortcut": "skip_connection",
-}
-
-
-def sd_scripts_name(module):
-    """sd-scripts' name of a layer of a UNet with two resnets a level."""
-    way, level, part, j, rest = re.fullmatch(
-        r"(down|mid|up)_blocks?\.?(\d*)\.?(attentions|resnets|downsamplers|upsamplers)\.(\d+)\.(.*)",
-        module,
-    ).groups()
-    level, j = int(level or 0), int(j)
-    if part == "attentions":
-        own = {
-            "down": f"input_blocks_{3 * level + j + 1}_1",
-            "mid": "middle_block_1",
-            "up": f"output_blocks_{3 * level + j}_1",
-        }[way]
-    elif part == "resnets":
-        rest = RESNET[rest]
-        own = {
-            "down": f"input_blocks_{3 * level + j + 1}_0",
-            "mid": f"middle_block_{2 * j}",
-            "up": f"output_blocks_{3 * level + j}_0",
-        }[way]
-    elif part == "downsamplers":
-        own, rest = f"input_blocks_{3 * level + 3}_0", "op"
-    else:
-        # Both levels with one attend.
-        own = f"output_blocks_{3 * level + 2}_2"
-    return f"lora_unet_{own}_{rest.replace('.', '_')}"
+def sd_scripts_names(folder):
+    """sd-scripts' name of each of a UNet's modules: the authors', without dots."""
+    made = unet_file(load_part(folder / "unet"), UNET)
+    return {
+        how["of"][0].removesuffix(".weight"): "lora_unet_"
+        + theirs.removesuffix(".weight").replace(".", "_")
+        for theirs, how in made.items()
+    }
 
 
 CONVOLUTIONS = ["conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"]
@@ -258,10 +233,10 @@ def write_adapter(folder, out, name, targets):
         weight_name=f"{name}-peft.safetensors",
         unet_lora_adapter_metadata=metadata(config),
     )
-    kohya = {}
+    kohya, names = {}, sd_scripts_names(folder)
     for key, value in layers.items():
         module, side = re.fullmatch(r"(.*)\.lora_([AB])\.weight", key).groups()
-        own = sd_scripts_name(module)
+        own = names[module]
         kohya[f"{own}.lora_{'down' if side == 'A' else 'up'}.weight"] = value.contiguous()
         kohya[f"{own}.alpha"] = torch.tensor(float(config.lora_alpha))
     save_file(kohya, out / f"{name}-kohya.safetensors")

@@ -19,6 +19,15 @@ fn shown(path: &Path) -> String {
     path.to_str().unwrap().to_string()
 }
 
+/// Trains the golden model for an epoch into a folder.
+fn train(out: &Path, flags: &[&str]) {
+    let (model, out) = (shown(&golden("sdxl")), shown(out));
+    let base = ["train", "--model", &model, "--out", &out, "--device", "cpu", "--epochs", "1"];
+    let job = ["--prompt", "a red apple", "--reward", "color:blue", "--group-size", "4"];
+    let output = program(&[&base[..], &job, &["--rank", "2"], flags].concat());
+    assert!(output.status.success(), "{}", error_of(&output));
+}
+
 fn latents(path: &Path) -> Vec<f32> {
     Weights::open_file(path).unwrap().f32("latents").unwrap().values
 }
@@ -207,41 +216,10 @@ fn pictures_decoded_in_tiles_are_those_of_diffusers() {
 #[test]
 fn a_run_trains_and_resumes() {
     let dir = tempfile::tempdir().unwrap();
-    let model = shown(&golden("sdxl"));
     let out = dir.path().join("run");
-    let args = [
-        "train",
-        "--model",
-        &model,
-        "--prompt",
-        "a red apple",
-        "--prompt",
-        "a blue cat",
-        "--reward",
-        "color:blue",
-        "--steps",
-        "4",
-        "--images-per-epoch",
-        "8",
-        "--group-size",
-        "4",
-        "--batch",
-        "4",
-        "--resolution",
-        "32x48",
-        "--rank",
-        "2",
-        "--epochs",
-        "1",
-        "--learning-rate",
-        "1e-2",
-        "--device",
-        "cpu",
-        "--out",
-        &shown(&out),
-    ];
-    let output = program(&args);
-    assert!(output.status.success(), "{}", error_of(&output));
+    let images = ["--images-per-epoch", "8", "--steps", "4", "--batch", "4"];
+    let more = ["--prompt", "a blue cat", "--resolution", "32x48", "--learning-rate", "1e-2"];
+    train(&out, &[&images[..], &more].concat());
     let settings = std::fs::read_to_string(out.join("settings.toml")).unwrap();
     assert!(settings.contains("resolution = [32, 48]"), "{settings}");
     let grid = image::open(out.join("grids/epoch-00001.png")).unwrap();
@@ -259,38 +237,13 @@ fn a_run_trains_and_resumes() {
 fn adapters_say_what_they_are() {
     let dir = tempfile::tempdir().unwrap();
     let model = shown(&golden("sdxl"));
-    let train = |name: &str| {
+    let small = ["--images-per-epoch", "4", "--steps", "2", "--seed", "3"];
+    let adapter = |name: &str| {
         let out = dir.path().join(name);
-        let args = [
-            "train",
-            "--model",
-            &model,
-            "--prompt",
-            "a red apple",
-            "--reward",
-            "color:blue",
-            "--steps",
-            "2",
-            "--images-per-epoch",
-            "4",
-            "--group-size",
-            "4",
-            "--rank",
-            "2",
-            "--epochs",
-            "1",
-            "--seed",
-            "3",
-            "--device",
-            "cpu",
-            "--out",
-            &shown(&out),
-        ];
-        let output = program(&args);
-        assert!(output.status.success(), "{}", error_of(&output));
+        train(&out, &small);
         out.join("adapter.safetensors")
     };
-    let (one, other) = (train("one"), train("other"));
+    let (one, other) = (adapter("one"), adapter("other"));
     assert_eq!(std::fs::read(&one).unwrap(), std::fs::read(&other).unwrap());
     let kohya = dir.path().join("k.safetensors");
     let args = ["convert", &shown(&one), &shown(&kohya), "--model", &model];

@@ -21,7 +21,7 @@ use crate::io::weights::Weights;
 use crate::schedule::PredictionType;
 
 use self::part::Part;
-pub use self::text::{Place, is_t5, text_encoder_of};
+pub use self::text::{Kind, is_t5, text_encoder_of};
 pub use self::vae::vae_of;
 
 /// Where the network's tensors begin: in a file of several parts, or of it alone.

@@ -13,14 +13,15 @@ use crate::model::component::Component;
 use crate::model::family::Family;
 
 /// What an encoder is, which its tensors do not show.
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
     /// OpenAI's, or another in transformers' layout.
     Clip,
     /// Of open_clip's project: its activation is the exact gelu.
     Open,
     /// The same without its last layer, as Stable Diffusion 2 takes it.
     OpenShort,
+    /// Google's T5.
     T5,
 }
 
@@ -70,32 +71,19 @@ pub fn is_t5(path: &Path) -> Result<bool> {
     Ok(Weights::open_any(path)?.has("encoder.block.0.layer.0.SelfAttention.q.weight"))
 }
 
-/// Which CLIP stands in a place.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub enum Place {
-    /// OpenAI's.
-    First,
-    /// open_clip's.
-    Second,
-    /// open_clip's, as the only encoder of Stable Diffusion 2.
-    Only,
-}
-
-/// The encoder that `--text-encoder` names, for its place.
+/// The encoder that `--text-encoder` names, of a kind.
 ///
 /// # Errors
 /// When it holds none.
-pub fn text_encoder_of(path: &Path, place: Place) -> Result<Component> {
+pub fn text_encoder_of(path: &Path, kind: Kind) -> Result<Component> {
     if path.is_dir() {
         return Component::folder(path);
     }
     let tensors = Weights::open_any(path)?;
-    let kind = match place {
-        _ if is_t5(path)? => Kind::T5,
-        Place::First => Kind::Clip,
+    let kind = match kind {
         // Files in transformers' layout have left out the last layer already.
-        Place::Only if tensors.has("token_embedding.weight") => Kind::OpenShort,
-        Place::Second | Place::Only => Kind::Open,
+        Kind::OpenShort if !tensors.has("token_embedding.weight") => Kind::Open,
+        kind => kind,
     };
     Ok(part(tensors, kind)?.component(path, "text encoder"))
 }

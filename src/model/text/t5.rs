@@ -149,8 +149,7 @@ impl Layer {
 }
 
 impl T5Encoder {
-    /// Opens a text encoder; nothing is read but the configuration and the list of
-    /// tensors.
+    /// Opens a text encoder; nothing is read but the configuration and the list of tensors.
     ///
     /// # Errors
     /// Names the file and the field that is missing or not supported.

@@ -13,7 +13,7 @@ use crate::model::denoiser::{Fixed, Inputs};
 use crate::model::loader::Loader;
 use crate::model::nn::{Activation, Linear, RmsNorm};
 
-/// Width of the sinusoidal embedding of time and guidance.
+/// The sinusoidal embedding of time and guidance.
 const WAVES: Waves = Waves { width: 256, flip: true, shift: 0.0 };
 
 /// Tokens as `Hidden` holds them: with one dimension more.
