@@ -4,7 +4,7 @@
 # Without a desktop session Mesa complains that this is missing, and then does without.
 export XDG_RUNTIME_DIR ?= /tmp
 
-.PHONY: run test check fix build driver lavapipe readers bench
+.PHONY: run test test-mpi check fix build driver lavapipe readers bench
 
 run: driver
 	cargo run --release -- train
@@ -28,6 +28,13 @@ readers:
 
 test: lavapipe readers check
 	cargo test --release
+
+# Several processes by MPI, which is installed where it can be; skipped where it cannot.
+test-mpi: lavapipe
+	-@sh scripts/install-mpi.sh
+	@if command -v mpicc >/dev/null 2>&1; then \
+		cargo test --release --features mpi --test it -- mpi; \
+	else echo "skipped: no MPI was found (mpicc)"; fi
 
 # Format, lints and documentation; a warning fails.
 check:

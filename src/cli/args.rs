@@ -10,7 +10,8 @@ use crate::config::numbers::{self, MOST, Range};
 use crate::config::prompts::model_folder;
 use crate::config::recipe::Recipe;
 use crate::config::{Options, Settings};
-use crate::device::{self, Compute, ComputeType};
+use crate::device::chosen::open_one;
+use crate::device::{Compute, ComputeType};
 use crate::model::{Family, ModelFiles, ModelSpec, Storage};
 use crate::reward::{self, JudgeAnswer, RemoteOptions, RewardSpec};
 use crate::schedule::{Grid, PredictionType, Sampler};
@@ -111,7 +112,7 @@ pub struct DeviceArg {
 impl DeviceArg {
     /// Opens the device.
     pub fn quietly(&self) -> Result<Compute> {
-        device::open_with(&self.device, self.compute.into())
+        open_one("--device", &self.device, self.compute.into())
     }
 
     /// Opens the device and prints the line that names it.

@@ -15,6 +15,7 @@ use crate::model::conditioning::MicroConditioning;
 use crate::model::pipeline::{TextFrom, Texts, embed};
 use crate::model::{Pipeline, Resolution};
 use crate::sampling::Replica;
+use crate::sampling::fleet::Fleet;
 use crate::sampling::policy::Weighted;
 use crate::schedule::{Sampler, Sampling, Step};
 use crate::tools::draw::{Canvas, given_latents};
@@ -157,7 +158,7 @@ impl DrawArgs {
             adapters,
             guidance_scale: self.guidance.unwrap_or(family.default_guidance()),
             steps: self.deterministic_steps(&pipeline, shape)?,
-            replicas: [Replica { compute, pipeline }],
+            fleet: Fleet::of_one(Replica { compute, pipeline })?,
             seed: self.seed,
             latents,
             shape,
@@ -180,7 +181,7 @@ impl DrawArgs {
 
     /// The steps of the family's trainers, with their noise.
     pub fn noisy_steps(&self, canvas: &Canvas) -> Result<Vec<Step>> {
-        let pipeline = &canvas.replicas[0].pipeline;
+        let pipeline = &canvas.fleet.first().pipeline;
         let given = self.steps.sampler.filter(|s| *s != Sampler::Ode);
         let sampler = given.unwrap_or(Sampler::of_trainers(pipeline.family.is_flow()));
         let steps = self.steps.steps.unwrap_or(sampler.default_steps());

@@ -57,7 +57,8 @@ pub struct Options {
     /// T5 tokens of a prompt [default: 256 for Stable Diffusion 3, 512 for FLUX]
     #[arg(long, value_name = "TOKENS", help_heading = "Model and device")]
     pub max_sequence_length: Option<usize>,
-    /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices` [default: auto]
+    /// Device: auto, cpu, a number or a part of a name of `pcpo-wgpu devices`, several of these
+    /// with commas between, or all hardware: all [default: auto]
     #[arg(long, help_heading = "Model and device")]
     pub device: Option<String>,
     /// What convolutions, linear layers and attention take, added up in f32; f16 on GPUs [default:

@@ -10,7 +10,9 @@ use serde::{Serialize, Serializer};
 use super::choices::{LrScheduler, Objective, OldDecay, Preset, Switch};
 use super::numbers;
 use super::rollout::{Branching, Plain, Rollout};
-use crate::device::{self, Compute, ComputeType};
+use crate::device::adapters::Opening;
+use crate::device::chosen::{OnHost, open_all, open_one};
+use crate::device::{Compute, ComputeType};
 use crate::measure::collapse::Bounds;
 use crate::model::conditioning::MicroConditioning;
 use crate::model::{ModelFiles, ModelSpec, Resolution, Storage};
@@ -185,12 +187,21 @@ impl Settings {
         }
     }
 
-    /// Opens the device of the training.
+    /// Opens the devices of the training, of several processes on a machine this one's.
     ///
     /// # Errors
-    /// As [`device::open`], and when it cannot compute in the type.
-    pub fn open_device(&self) -> Result<Compute> {
-        device::open_with(&self.device, self.compute.into())
+    /// As [`open_all`], and when one cannot compute in the type.
+    pub fn open_devices(&self, process: OnHost) -> Result<Vec<Compute>> {
+        open_all(&self.device, self.compute.into(), process)
+    }
+
+    /// Opens the device of reward models where it is not the training's.
+    ///
+    /// # Errors
+    /// As [`open_one`].
+    pub fn open_reward_device(&self) -> Result<Option<Compute>> {
+        let open = |name| open_one("--reward-device", name, Opening::default());
+        self.own_reward_device().map(open).transpose()
     }
 
     /// Prompts an epoch.

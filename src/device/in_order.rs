@@ -36,17 +36,23 @@ pub fn map<T: Sync, R: Send>(
         (0..threads).map(|_| pool(cores)).collect::<Result<_>>()?;
     let mut results = Vec::with_capacity(items.len());
     let on = |pool: &rayon::ThreadPool, item: &T| pool.install(|| work(item));
-    in_order(&workers, items, on, |result| {
-        results.push(result);
-        Ok(())
-    })?;
+    in_order(
+        &workers,
+        items,
+        |_, _| true,
+        on,
+        |result| {
+            results.push(result);
+            Ok(())
+        },
+    )?;
     Ok(results)
 }
 
 /// What the workers share.
 struct Queue<R, F> {
-    /// The next item to begin, and the next to fold.
-    begun: usize,
+    /// Which items have begun, and the next to fold.
+    begun: Vec<bool>,
     folded: usize,
     /// Results that wait for an earlier one.
     waiting: BTreeMap<usize, R>,
@@ -54,7 +60,28 @@ struct Queue<R, F> {
     error: Option<(usize, anyhow::Error)>,
 }
 
+/// What a worker does next.
+enum Next {
+    Item(usize),
+    /// There is no room for its next item's result.
+    Wait,
+    End,
+}
+
 impl<R, F: FnMut(R) -> Result<()>> Queue<R, F> {
+    /// The first item that has not begun of those that a worker may take.
+    fn next(&mut self, most: usize, may: impl Fn(usize) -> bool) -> Next {
+        let mut left = (self.folded..self.begun.len()).filter(|i| !self.begun[*i] && may(*i));
+        match left.next().filter(|_| self.error.is_none()) {
+            None => Next::End,
+            Some(i) if i < self.folded + most => {
+                self.begun[i] = true;
+                Next::Item(i)
+            }
+            Some(_) => Next::Wait,
+        }
+    }
+
     fn fail(&mut self, item: usize, error: anyhow::Error) {
         if self.error.as_ref().is_none_or(|(first, _)| item < *first) {
             self.error = Some((item, error));
@@ -76,39 +103,39 @@ impl<R, F: FnMut(R) -> Result<()>> Queue<R, F> {
     }
 }
 
-/// Runs all items, each on one of the workers, a thread for each worker; folds the results in the
-/// items' order. A worker that is far ahead waits: no more than two results a worker are held.
+/// Runs all items, each on one of the workers that may take it, a thread for each worker; folds the
+/// results in the items' order. A worker that is far ahead waits: no more than two results a worker
+/// are held. What no worker may take is left undone, and all behind it.
 ///
 /// # Errors
 /// The first item's error; work that has not begun by then is left undone.
 pub fn in_order<W: Sync, T: Sync, R: Send>(
     workers: &[W],
     items: &[T],
+    may: impl Fn(&W, &T) -> bool + Sync,
     work: impl Fn(&W, &T) -> Result<R> + Sync,
     fold: impl FnMut(R) -> Result<()> + Send,
 ) -> Result<()> {
     let most = 2 * workers.len();
-    let queue = Queue { begun: 0, folded: 0, waiting: BTreeMap::new(), fold, error: None };
+    let begun = vec![false; items.len()];
+    let queue = Queue { begun, folded: 0, waiting: BTreeMap::new(), fold, error: None };
     let (queue, turn) = (Mutex::new(queue), Condvar::new());
     // The next item, once there is room for its result.
-    let next = || {
+    let next = |worker: &W| {
         let mut q = queue.lock().expect("no holder panics");
         loop {
-            if q.error.is_some() || q.begun == items.len() {
-                return None;
+            match q.next(most, |i| may(worker, &items[i])) {
+                Next::Item(i) => return Some(i),
+                Next::End => return None,
+                Next::Wait => q = turn.wait(q).expect("no holder panics"),
             }
-            if q.begun < q.folded + most {
-                q.begun += 1;
-                return Some(q.begun - 1);
-            }
-            q = turn.wait(q).expect("no holder panics");
         }
     };
     std::thread::scope(|scope| {
         for worker in workers {
             let (work, next, queue, turn) = (&work, &next, &queue, &turn);
             scope.spawn(move || {
-                while let Some(i) = next() {
+                while let Some(i) = next(worker) {
                     let result = guard(|| work(worker, &items[i]));
                     queue.lock().expect("no holder panics").finish(i, result);
                     turn.notify_all();
@@ -149,14 +176,38 @@ mod tests {
         };
         let items: Vec<usize> = (0..60).collect();
         let mut folded = Vec::new();
-        in_order(&[(); 3], &items, work, |result| {
-            folded.push(result.1);
-            Ok(())
-        })
+        in_order(
+            &[(); 3],
+            &items,
+            |_, _| true,
+            work,
+            |result| {
+                folded.push(result.1);
+                Ok(())
+            },
+        )
         .unwrap();
         assert_eq!(folded, items);
         let most = most.load(Ordering::SeqCst);
         assert!(most <= 6, "{most} results were held, three threads may hold six");
+    }
+
+    /// Each worker has its own items: a slow one holds nobody up but by the order of the results.
+    #[test]
+    fn a_worker_takes_what_it_may() {
+        let items: Vec<usize> = (0..40).collect();
+        let may = |worker: &usize, i: &usize| i % 2 == *worker;
+        let work = |worker: &usize, i: &usize| {
+            std::thread::sleep(Duration::from_millis(3 * *worker as u64));
+            Ok((*worker, *i))
+        };
+        let mut folded = Vec::new();
+        in_order(&[0, 1], &items, may, work, |result| {
+            folded.push(result);
+            Ok(())
+        })
+        .unwrap();
+        assert_eq!(folded, items.iter().map(|i| (i % 2, *i)).collect::<Vec<_>>());
     }
 
     #[test]
@@ -175,14 +226,20 @@ mod tests {
         };
         let items: Vec<usize> = (0..1000).collect();
         let mut folded = Vec::new();
-        let error = in_order(&[(); 2], &items, work, |i| {
-            folded.push(i);
-            Ok(())
-        });
+        let error = in_order(
+            &[(); 2],
+            &items,
+            |_, _| true,
+            work,
+            |i| {
+                folded.push(i);
+                Ok(())
+            },
+        );
         let error = error.unwrap_err().to_string();
         assert!(error.contains("item 4") || error.contains("item 5"), "{error}");
         assert!(begun.load(Ordering::SeqCst) < 20 && folded == items[..folded.len()]);
-        let folded = in_order(&[(); 2], &items[..4], work, |_| bail!("the fold"));
+        let folded = in_order(&[(); 2], &items[..4], |_, _| true, work, |_| bail!("the fold"));
         assert_eq!(folded.unwrap_err().to_string(), "the fold");
     }
 }

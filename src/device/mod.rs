@@ -2,6 +2,7 @@
 //! machine.
 
 pub mod adapters;
+pub mod chosen;
 pub mod compute;
 pub mod gpu;
 pub mod guard;

@@ -6,6 +6,26 @@ pub fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, |n| n.get())
 }
 
+/// The numbers of these cores, where the system tells.
+pub fn allowed_cores() -> Vec<usize> {
+    #[cfg(target_os = "linux")]
+    {
+        // SAFETY: the set is plain memory that the call fills, of the size that it is told.
+        let set = unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            match libc::sched_getaffinity(0, size_of::<libc::cpu_set_t>(), &mut set) {
+                0 => Some(set),
+                _ => None,
+            }
+        };
+        // SAFETY: the numbers are below the size of the set.
+        let within = |i: &usize| set.is_some_and(|set| unsafe { libc::CPU_ISSET(*i, &set) });
+        (0..libc::CPU_SETSIZE as usize).filter(within).collect()
+    }
+    #[cfg(not(target_os = "linux"))]
+    Vec::new()
+}
+
 /// Sets the C library's heaps for batches that run side by side.
 ///
 /// Left alone it keeps eight heaps, each with the holes that a batch leaves: twice the memory. With

@@ -7,14 +7,16 @@
 //! `memory_estimates_are_within_20_percent_of_the_measured_peak` holds them to it.
 
 pub mod shapes;
+pub mod target;
 
 use anyhow::{Result, bail};
 
 pub use self::shapes::Shapes;
+pub use self::target::Target;
 use crate::choice::name;
 use crate::config::{Rollout, Settings, Switch};
+use crate::device::rows_at_a_time;
 use crate::device::system::memory_text;
-use crate::device::{Compute, rows_at_a_time};
 use crate::model::Storage;
 use crate::model::config::{BlockShape, rows_at_once};
 use crate::ops::Guidance;
@@ -103,35 +105,6 @@ impl Estimate {
     }
 }
 
-/// Which device an estimate is for.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Target {
-    pub gpu: bool,
-    /// A GPU path that computes on the CPU.
-    pub software: bool,
-    /// Batches that run at once: one a core on the CPU.
-    pub threads: usize,
-    /// Bytes that it offers, where it says so.
-    pub offered: Option<u64>,
-}
-
-impl Target {
-    pub fn of(compute: &Compute) -> Self {
-        let gpu = compute.gpu.is_some();
-        Self {
-            gpu,
-            software: compute.software,
-            threads: compute.threads(),
-            offered: compute.memory,
-        }
-    }
-
-    /// With a limit in GiB in place of what the device says.
-    pub fn with_limit(self, gib: Option<f64>) -> Self {
-        Self { offered: gib.map(|g| (g * f64::from(1 << 30)) as u64).or(self.offered), ..self }
-    }
-}
-
 /// What a run's batches are like on a device.
 struct Batches {
     /// Rows of the network in a batch of an update, guidance's second among them.
@@ -149,13 +122,13 @@ impl Batches {
     fn of(shapes: &Shapes, s: &Settings, target: Target) -> Self {
         let guided = !shapes.distilled && Guidance::new(s.guidance_scale) != Guidance::Off;
         // Branches of a root are one row of the network in an update.
-        let batch = rows_at_a_time(target.threads, s.trajectories_per_update(), s.batch);
+        let batch = rows_at_a_time(target.layout, s.trajectories_per_update(), s.batch);
         let drawn = match &s.rollout {
             Rollout::Plain(_) => batch,
             // Branches end as images of their own.
             Rollout::Branching(b) => {
                 let most = b.branch.iter().max().map_or(1, |k| k * s.trajectories());
-                rows_at_a_time(target.threads, most, s.batch).max(batch)
+                rows_at_a_time(target.layout, most, s.batch).max(batch)
             }
         };
         // An update runs its own share of the batches, a rollout all of them.
@@ -226,7 +199,7 @@ fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: 
     let text = &shapes.text;
     Estimate {
         weights: shapes.weights,
-        reward: shapes.reward * s.storage.dtype().size() as f64,
+        reward: if target.first { shapes.reward * s.storage.dtype().size() as f64 } else { 0.0 },
         program: program + cast,
         // On the host the values and two moments, now and at the last good epoch, and the sum of
         // gradients; on the device the values once; of each batch its gradient there and on the
@@ -244,8 +217,11 @@ fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: 
         // card.
         on_host: target.gpu && !target.software,
         // The host has what each encoder makes of the prompts beside what is put together of it.
-        encode: text.weights
-            + 4.0 * (INFERENCE.stream * text.stream + 2.0 * text.embedding * prompts),
+        encode: if target.first {
+            text.weights + 4.0 * (INFERENCE.stream * text.stream + 2.0 * text.embedding * prompts)
+        } else {
+            0.0
+        },
         rollout: rollout(shapes, &batches) * sampling + on_device,
         update: update(shapes, checkpointing, &batches, target) * updating,
         decode: decode(&shapes.decoder) * sampling,

@@ -26,7 +26,7 @@ use crate::device::tensor::{host, upload};
 /// What each sample leaves in the statistics; kept in sync with the struct of the same name in
 /// `shaders/policy_objective.wgsl` and `shaders/credit_reduce.wgsl`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable, Serialize, Deserialize)]
 pub struct SampleStats {
     pub log_rho: f32,
     pub loss: f32,

@@ -7,7 +7,7 @@ use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::Replica;
-use super::parallel::map_batches;
+use super::fleet::{Batch, Fleet};
 use super::policy::{GuidanceMode, Policy, PromptPair, Weighted};
 use super::trajectory::{Noise, Trajectory, Transition, sample};
 use crate::device::tensor::upload;
@@ -37,8 +37,8 @@ pub struct ImageRequest {
 #[derive(Clone, Copy)]
 pub struct Request<'a> {
     pub images: &'a [ImageRequest],
-    /// Which images are one batch.
-    pub batches: &'a [Range<usize>],
+    /// Which images are one batch, and on which device.
+    pub batches: &'a [Batch],
     pub embeddings: &'a PromptEmbeddings,
     /// Whose outputs are added up, the model's own without an adapter.
     pub policies: &'a [Weighted<Option<&'a Adapter>>],
@@ -64,45 +64,51 @@ pub struct Generated {
     pub calls: usize,
 }
 
-/// Draws all images; `finish` takes each batch on the replica that drew it. `tick` is called after
-/// each step of each batch.
+/// Draws the images of this process's devices; `finish` takes each batch on the replica that drew
+/// it, and what it makes of it has the batch's number. `tick` is called after each step of each
+/// batch.
 ///
 /// # Errors
 /// When the device fails, an embedding is damaged, `finish` fails or `tick` asks to stop.
 pub fn generate<R: Send>(
-    replicas: &[Replica],
+    fleet: &Fleet,
     request: &Request,
     tick: &(dyn Fn() -> Result<()> + Sync),
     finish: impl Fn(&Replica, Generated) -> Result<R> + Sync,
-) -> Result<Vec<R>> {
+) -> Result<Vec<(usize, R)>> {
+    let replicas = &fleet.replicas[..];
     let loras: Vec<Vec<Lora>> =
         request.policies.iter().map(|p| upload_adapter(replicas, p.value)).collect();
-    map_batches(replicas, request.batches, |replica, images| {
-        let own = &request.images[images.clone()];
-        let prompts = prompt_pair(replica, request.embeddings, own, request.latent)?;
-        let guidance = GuidanceMode::new(&*replica.pipeline.net, request.guidance_scale);
-        let mut policies = Vec::new();
-        for (given, loras) in request.policies.iter().zip(&loras) {
-            let value = Policy {
-                compute: &replica.compute,
-                net: &*replica.pipeline.net,
-                lora: lora_of(loras, replicas, replica),
-                guidance,
-                prompts: &prompts,
-            };
-            policies.push(Weighted { weight: given.weight, value });
-        }
-        let first_image = request.noise.first_image + images.start as u32;
-        let noise = Noise { first_image, ..request.noise };
-        let latents = initial_latents(request, &request.images[images.clone()]);
-        let equal = policies[0].value.equal_rows(&latents);
-        let [c, h, w] = request.latent;
-        let latents = upload(&latents, [images.len(), c, h, w], &replica.compute.burn);
-        let (steps, keep) = (request.steps, request.keep);
-        let Trajectory { latents, transitions, calls } =
-            sample(&policies, latents, &equal, steps, keep, noise, &|| tick())?;
-        finish(replica, Generated { images: images.clone(), latents, transitions, calls })
-    })
+    fleet.map(
+        request.batches,
+        |batch| batch.device,
+        |replica, Batch { rows: images, .. }| {
+            let own = &request.images[images.clone()];
+            let prompts = prompt_pair(replica, request.embeddings, own, request.latent)?;
+            let guidance = GuidanceMode::new(&*replica.pipeline.net, request.guidance_scale);
+            let mut policies = Vec::new();
+            for (given, loras) in request.policies.iter().zip(&loras) {
+                let value = Policy {
+                    compute: &replica.compute,
+                    net: &*replica.pipeline.net,
+                    lora: lora_of(loras, replicas, replica),
+                    guidance,
+                    prompts: &prompts,
+                };
+                policies.push(Weighted { weight: given.weight, value });
+            }
+            let first_image = request.noise.first_image + images.start as u32;
+            let noise = Noise { first_image, ..request.noise };
+            let latents = initial_latents(request, &request.images[images.clone()]);
+            let equal = policies[0].value.equal_rows(&latents);
+            let [c, h, w] = request.latent;
+            let latents = upload(&latents, [images.len(), c, h, w], &replica.compute.burn);
+            let (steps, keep) = (request.steps, request.keep);
+            let Trajectory { latents, transitions, calls } =
+                sample(&policies, latents, &equal, steps, keep, noise, &|| tick())?;
+            finish(replica, Generated { images: images.clone(), latents, transitions, calls })
+        },
+    )
 }
 
 /// The adapter on every replica's device.

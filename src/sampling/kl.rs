@@ -3,6 +3,7 @@
 use anyhow::Result;
 
 use super::Replica;
+use super::fleet::Fleet;
 use super::generate::{Generated, Request, generate, prompt_pair};
 use super::policy::{Branch, GuidanceMode, Policy};
 use super::trajectory::Noise;
@@ -19,7 +20,7 @@ use crate::schedule::Step;
 /// # Errors
 /// As [`generate`].
 pub fn trajectory_kl(
-    replicas: &[Replica],
+    fleet: &Fleet,
     request: &Request,
     tick: &(dyn Fn() -> Result<()> + Sync),
 ) -> Result<Vec<f64>> {
@@ -30,7 +31,7 @@ pub fn trajectory_kl(
     let keep: Vec<usize> = noisy.iter().map(|step| step.index).collect();
     let request = Request { keep: &keep, ..*request };
     let kl = |replica: &Replica, drawn: Generated| batch_kl(replica, &request, &noisy, &drawn);
-    Ok(generate(replicas, &request, tick, kl)?.concat())
+    Ok(fleet.share(generate(fleet, &request, tick, kl))?.concat())
 }
 
 /// The same for the images of a batch.

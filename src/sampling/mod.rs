@@ -1,10 +1,12 @@
 //! Sampling: a policy, the chain of its steps, and the batches of all devices.
 
+pub mod fleet;
 pub mod generate;
 pub mod kl;
-pub mod parallel;
+pub mod mpi;
 pub mod policy;
 pub mod trajectory;
+pub mod world;
 
 use crate::device::Compute;
 use crate::model::Pipeline;

@@ -3,6 +3,7 @@
 use anyhow::{Result, ensure};
 use burn::tensor::Tensor;
 use image::RgbImage;
+use serde::{Deserialize, Serialize};
 
 use super::policy::{Branch, Pass, Policy, Weighted};
 use crate::device::tensor::{read, read_all};
@@ -13,7 +14,7 @@ use crate::schedule::Step;
 
 /// What the update reads of one step of one batch. On the host: a GPU holds one batch of them at a
 /// time.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Transition {
     /// Latents before the step, `[B, C, H, W]`.
     pub x: Vec<f32>,

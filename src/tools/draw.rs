@@ -11,15 +11,15 @@ use crate::lora::Adapter;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::philox::Stream;
 use crate::sampling::Replica;
+use crate::sampling::fleet::{Batch, Fleet};
 use crate::sampling::generate::{Generated, ImageRequest, InitialLatent, Request, generate};
-use crate::sampling::parallel::batches;
 use crate::sampling::policy::Weighted;
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
 
 /// A model that is ready to draw.
 pub struct Canvas {
-    pub replicas: [Replica; 1],
+    pub fleet: Fleet,
     pub embeddings: PromptEmbeddings,
     /// In the order of the pictures.
     pub prompts: Vec<String>,
@@ -86,7 +86,9 @@ impl Canvas {
         tick: &(dyn Fn() -> Result<()> + Sync),
         finish: impl Fn(&Replica, Generated) -> Result<R> + Sync,
     ) -> Result<Vec<R>> {
-        self.request(drawing, |request| generate(&self.replicas, request, tick, finish))
+        let drawn =
+            self.request(drawing, |request| generate(&self.fleet, request, tick, finish))?;
+        Ok(drawn.into_iter().map(|(_, made)| made).collect())
     }
 
     /// Hands over what a drawing asks of the sampler.
@@ -112,8 +114,8 @@ impl Canvas {
         })
     }
 
-    fn batches(&self, drawing: &Drawing) -> Vec<std::ops::Range<usize>> {
-        batches(&self.replicas[0].compute, self.total(), drawing.at_once)
+    fn batches(&self, drawing: &Drawing) -> Vec<Batch> {
+        self.fleet.layout.batches(self.total(), drawing.at_once)
     }
 
     fn images(&self, first: usize) -> Result<Vec<ImageRequest>> {

@@ -180,7 +180,7 @@ pub fn kl(
 ) -> Result<f64> {
     let policies = canvas.policies();
     let drawing = Drawing { policies: &policies, steps, first: 0, at_once };
-    let each = canvas.request(&drawing, |r| trajectory_kl(&canvas.replicas, r, tick))?;
+    let each = canvas.request(&drawing, |r| trajectory_kl(&canvas.fleet, r, tick))?;
     Ok(each.iter().sum::<f64>() / each.len() as f64)
 }
 

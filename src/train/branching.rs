@@ -5,19 +5,17 @@
 //! the root's own prediction in the rollout, and one call in the update, whose prediction serves
 //! the noise and the advantage of each.
 
-use std::ops::Range;
-
 use anyhow::Result;
 
-use super::plan::{EpochPlan, Part};
+use super::plan::{EpochPlan, Part, shares};
 use super::run::Run;
-use super::sampled::{Sampled, Tick, in_rollout};
+use super::sampled::{Ends, Sampled, Tick, in_rollout};
 use super::update::TrajectoryBatch;
 use crate::device::tensor::read;
 use crate::lora::Adapter;
 use crate::ops::{self, Coefficients, Guidance, StepContext};
+use crate::sampling::fleet::Batch;
 use crate::sampling::generate::{Generated, ImageRequest, InitialLatent, Request, generate};
-use crate::sampling::parallel::batches;
 use crate::sampling::policy::Weighted;
 use crate::sampling::trajectory::Transition;
 use crate::schedule::Step;
@@ -36,14 +34,15 @@ pub(super) fn sample(run: &Run, plan: &EpochPlan) -> Result<Sampled> {
         };
         let batches: Vec<TrajectoryBatch> = plan.parts.iter().map(batch).collect();
         let mut calls = roots.calls;
-        let mut latents = vec![Vec::new(); plan.prompts.len()];
+        let mut latents = Vec::new();
         for at in 0..plan.policy_steps {
             let own: Vec<&TrajectoryBatch> = tree.of_step(&batches, at).collect();
-            let ends = tree.branches(at, &own, tick)?;
-            calls += ends.calls;
-            let images = own.iter().flat_map(|batch| batch.part.images.clone());
-            images.zip(ends.latents).for_each(|(image, values)| latents[image] = values);
+            let drawn = tree.branches(at, &own, tick)?;
+            calls += drawn.calls;
+            // An image a row, since those of a batch may lie apart.
+            latents.extend(drawn.ends);
         }
+        latents.sort_by_key(|ends| ends.images.rows.start);
         Ok(Sampled { batches, latents, calls })
     })
 }
@@ -67,9 +66,9 @@ struct Roots {
 }
 
 /// What branches leave.
-struct Ends {
-    /// Of each image.
-    latents: Vec<Vec<f32>>,
+struct Branches {
+    /// Of each image that a device of this process drew.
+    ends: Vec<Ends>,
     calls: usize,
 }
 
@@ -93,8 +92,14 @@ impl<'a> Tree<'a> {
     }
 
     /// Batches of rows that the network takes one call each for.
-    fn shares(&self, rows: usize) -> Vec<Range<usize>> {
-        batches(&self.run.first().compute, rows, self.run.settings.batch)
+    fn shares(&self, rows: usize) -> Vec<Batch> {
+        self.run.fleet.layout.batches(rows, self.run.settings.batch)
+    }
+
+    /// The same of the roots: as the updates will read them.
+    fn root_shares(&self) -> Vec<Batch> {
+        let (s, layout) = (self.run.settings, self.run.fleet.layout);
+        (0..s.updates_per_epoch).flat_map(|update| shares(s, layout, update)).collect()
     }
 
     /// Steps of batches, over all of the rollout.
@@ -106,7 +111,7 @@ impl<'a> Tree<'a> {
             self.shares(images).len() * (plan.steps.len() - step.index - 1)
         };
         let branches = plan.trained[..plan.policy_steps].iter().enumerate().map(of_step);
-        self.shares(plan.starts.len()).len() * self.length + branches.sum::<usize>()
+        self.root_shares().len() * self.length + branches.sum::<usize>()
     }
 
     /// The batches that train one of the trained steps.
@@ -122,7 +127,7 @@ impl<'a> Tree<'a> {
     fn request<'b>(
         &'b self,
         images: &'b [ImageRequest],
-        batches: &'b [Range<usize>],
+        batches: &'b [Batch],
         policies: &'b [Weighted<Option<&'b Adapter>>],
         steps: &'b [Step],
     ) -> Result<Request<'b>> {
@@ -142,22 +147,23 @@ impl<'a> Tree<'a> {
     fn roots(&self, tick: Tick) -> Result<Roots> {
         let (run, plan) = (self.run, self.plan);
         let keep: Vec<usize> = plan.trained.iter().map(|step| step.index).collect();
-        let (shares, policies) =
-            (self.shares(plan.starts.len()), [Weighted::whole(Some(&run.adapter))]);
+        let (shares, policies) = (self.root_shares(), [Weighted::whole(Some(&run.adapter))]);
         let steps = &self.quiet[..self.length];
         let request =
             Request { keep: &keep, ..self.request(&plan.starts, &shares, &policies, steps)? };
-        let drawn = generate(&run.replicas, &request, tick, |_, drawn: Generated| {
+        let drawn = generate(&run.fleet, &request, tick, |_, drawn: Generated| {
             Ok((drawn.transitions, drawn.calls))
-        })?;
+        });
+        // A few rows, which every process reads.
+        let own_calls = |(_, (_, calls)): &(usize, (Vec<Transition>, usize))| *calls;
+        let calls = drawn.iter().flatten().map(own_calls).sum();
+        let drawn = run.fleet.share(drawn)?;
         let nothing = || Transition { x: Vec::new(), old_prediction: Vec::new() };
         // A batch keeps its transitions in sampling order.
         let mut order: Vec<usize> = (0..keep.len()).collect();
         order.sort_by_key(|at| keep[*at]);
         let mut transitions: Vec<Transition> = keep.iter().map(|_| nothing()).collect();
-        let mut calls = 0;
-        for (own, n) in drawn {
-            calls += n;
+        for (own, _) in drawn {
             for (at, part) in order.iter().zip(own) {
                 transitions[*at].x.extend(part.x);
                 transitions[*at].old_prediction.extend(part.old_prediction);
@@ -167,7 +173,7 @@ impl<'a> Tree<'a> {
     }
 
     /// Where the branches of batches at a trained step end.
-    fn branches(&self, at: usize, own: &[&TrajectoryBatch], tick: Tick) -> Result<Ends> {
+    fn branches(&self, at: usize, own: &[&TrajectoryBatch], tick: Tick) -> Result<Branches> {
         let (run, plan) = (self.run, self.plan);
         let step = &plan.trained[at];
         let mut images = Vec::new();
@@ -182,15 +188,21 @@ impl<'a> Tree<'a> {
         }
         let (shares, policies) = (self.shares(images.len()), [Weighted::whole(Some(&run.adapter))]);
         let request = self.request(&images, &shares, &policies, &self.quiet[step.index + 1..])?;
-        let drawn = generate(&run.replicas, &request, tick, |_, drawn: Generated| {
-            Ok((drawn.images.len(), read(&drawn.latents)?, drawn.calls))
+        let drawn = generate(&run.fleet, &request, tick, |_, drawn: Generated| {
+            Ok((drawn.images, read(&drawn.latents)?, drawn.calls))
         })?;
-        let mut ends = Ends { latents: Vec::new(), calls: 0 };
-        for (n, latents, calls) in drawn {
-            ends.calls += calls;
-            ends.latents.extend(latents.chunks_exact(latents.len() / n).map(<[f32]>::to_vec));
+        let numbers: Vec<usize> = own.iter().flat_map(|b| b.part.images.clone()).collect();
+        let mut found = Branches { ends: Vec::new(), calls: 0 };
+        for (share, (images, latents, calls)) in drawn {
+            found.calls += calls;
+            let device = shares[share].device;
+            let rows = latents.chunks_exact(latents.len() / images.len());
+            found.ends.extend(numbers[images].iter().zip(rows).map(|(image, row)| Ends {
+                images: Batch { rows: *image..*image + 1, device },
+                latents: row.to_vec(),
+            }));
         }
-        Ok(ends)
+        Ok(found)
     }
 
     /// The latents of a batch's rows after their one step with noise, from the prediction that the

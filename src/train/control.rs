@@ -17,7 +17,11 @@ use crate::io;
 /// When the device fails.
 pub(super) fn hear(run: &mut Run, state: &EpochState) -> Result<()> {
     let dir = run.folder.dir.clone();
-    if Wish::Save.take(&dir) {
+    let world = &run.fleet.world;
+    // The first process hears for all.
+    let heard = |wish: Wish| world.from_first(world.is_first().then(|| Ok(wish.take(&dir))));
+    let (save, sample) = (heard(Wish::Save)?, heard(Wish::Sample)?);
+    if save {
         let said = if state.updates.is_empty() {
             "saved: nothing was learnt since the last complete epoch".to_string()
         } else {
@@ -31,11 +35,12 @@ pub(super) fn hear(run: &mut Run, state: &EpochState) -> Result<()> {
         run.forget_after(epoch, lines);
         run.observer.on(Event::Notice(&said));
     }
-    if Wish::Sample.take(&dir) {
+    if sample {
         let pictures = run.draw(&run.plan_evaluation(Extent::Full)?)?;
-        let grid = grid(run.settings, &pictures);
         let file = dir.join(sample_name(run.state.updates));
-        io::write(&file, &io::png(&grid)?)?;
+        let write = || io::write(&file, &io::png(&grid(run.settings, &pictures))?);
+        let written = if run.folder.writes() { write() } else { Ok(()) };
+        run.fleet.world.agree(written)?;
         run.observer.on(Event::Notice(&format!("sampled: {}", file.display())));
     }
     Ok(())

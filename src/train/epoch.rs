@@ -41,11 +41,17 @@ fn tensor_name(part: &str, step: usize) -> String {
 }
 
 impl EpochState {
-    /// What a checkpoint keeps of an epoch that is suspended, from where it lies.
-    pub fn tensors(&self) -> Vec<TensorParts<'_>> {
+    /// What a checkpoint keeps of an epoch that is suspended, from where it lies: in this process,
+    /// and in `others` what further processes have sampled, by the batch's number.
+    pub fn tensors<'a>(
+        &'a self,
+        others: &'a BTreeMap<usize, TrajectoryBatch>,
+    ) -> Vec<TensorParts<'a>> {
+        let whole = |(i, own): (usize, &'a TrajectoryBatch)| others.get(&i).unwrap_or(own);
+        let batches: Vec<&TrajectoryBatch> = self.batches.iter().enumerate().map(whole).collect();
         let (images, trajectories) = (self.rewards.len(), self.plan.starts.len());
         let column = |part: &str, of: fn(&Transition) -> &Vec<f32>, step: usize| {
-            let own = self.batches.iter().filter_map(|b| b.at(step));
+            let own = batches.iter().filter_map(|b| b.at(step));
             let parts: Vec<&[f32]> = own.map(|transition| &of(transition)[..]).collect();
             let values: usize = parts.iter().map(|p| p.len()).sum();
             TensorParts {
@@ -62,7 +68,7 @@ impl EpochState {
             })
             .collect();
         if forward {
-            let parts: Vec<&[f32]> = self.batches.iter().map(|b| &b.ends[..]).collect();
+            let parts: Vec<&[f32]> = batches.iter().map(|b| &b.ends[..]).collect();
             let values: usize = parts.iter().map(|p| p.len()).sum();
             tensors.push(TensorParts {
                 name: "ends".into(),
@@ -138,16 +144,19 @@ impl EpochState {
             skipped_updates,
             rollout_calls: *rollout_calls,
             update_calls: updates.iter().map(|u| u.calls).sum(),
+            device_batches: Vec::new(),
             warnings: Vec::new(),
         }
     }
 
-    /// Restores a suspended epoch from its checkpoint's file.
+    /// Restores a suspended epoch from its checkpoint's file: of the tensors what the parts of this
+    /// process's devices read.
     ///
     /// # Errors
     /// When the checkpoint does not fit the settings.
     pub fn restore(
         plan: EpochPlan,
+        is_mine: impl Fn(&Part) -> bool,
         latent: [usize; 3],
         file: &Weights,
         unfinished: Unfinished,
@@ -169,12 +178,13 @@ impl EpochState {
         };
         let forward = !plan.times.is_empty();
         let batch = |part: &Part| {
+            let mine = is_mine(part);
             let transition = |step: usize| {
                 let x = rows("x", step, &part.trajectories)?;
                 Ok(Transition { x, old_prediction: rows("old", step, &part.trajectories)? })
             };
-            let steps = if forward { 0..0 } else { part.steps.clone() };
-            let ends = forward.then(|| tensor("ends", &part.images)).transpose()?;
+            let steps = if forward || !mine { 0..0 } else { part.steps.clone() };
+            let ends = (forward && mine).then(|| tensor("ends", &part.images)).transpose()?;
             Ok(TrajectoryBatch {
                 noise: part.noise(plan.noise),
                 latent,

@@ -77,6 +77,9 @@ pub struct EpochRecord {
     /// evaluation, the KL's reference and the second pass of checkpointing are not among them.
     #[serde(default)]
     pub update_calls: usize,
+    /// Batches that each device did, in the devices' order: of rollout, decoding and updates.
+    #[serde(default, skip_serializing_if = "is_one")]
+    pub device_batches: Vec<usize>,
     /// What the user was warned of in the epoch.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub warnings: Vec<String>,
@@ -113,6 +116,11 @@ pub struct PeakMemory {
     pub update: Option<u64>,
 }
 
+/// Whether there is nothing to say of devices.
+fn is_one(device_batches: &[usize]) -> bool {
+    device_batches.len() <= 1
+}
+
 impl EpochRecord {
     /// The line for people, and one for each of several rewards.
     pub fn text(&self, epochs: usize) -> String {
@@ -128,6 +136,10 @@ impl EpochRecord {
             self.update_calls,
             self.seconds
         );
+        if !is_one(&self.device_batches) {
+            let counts: Vec<String> = self.device_batches.iter().map(usize::to_string).collect();
+            text += &format!(", batches by device: {}", counts.join(" + "));
+        }
         for (name, r) in self.rewards.iter().filter(|_| self.rewards.len() > 1) {
             text += &format!(
                 "\n  {name}: {:.4}, within groups +- {:.4}, {:.0}% of them flat",

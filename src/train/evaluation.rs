@@ -1,7 +1,5 @@
 //! The pictures that show where a run stands: fixed prompts and noise, before, after and between.
 
-use std::ops::Range;
-
 use image::{Rgb, RgbImage, imageops};
 
 use crate::config::Settings;
@@ -9,9 +7,8 @@ use crate::config::settings::GRID_COLUMNS;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::philox::Stream;
 use crate::reward::Prompt;
-use crate::sampling::Replica;
+use crate::sampling::fleet::{Batch, Fleet};
 use crate::sampling::generate::{ImageRequest, InitialLatent};
-use crate::sampling::parallel::batches;
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
 
@@ -31,7 +28,7 @@ pub(crate) struct EvaluationPlan {
     /// One for each image.
     pub prompts: Vec<Prompt>,
     pub images: Vec<ImageRequest>,
-    pub batches: Vec<Range<usize>>,
+    pub batches: Vec<Batch>,
     /// Without noise for a flow, as its users will draw it.
     pub steps: Vec<Step>,
     pub noise: Noise,
@@ -48,7 +45,7 @@ impl EvaluationPlan {
     /// When a prompt has no embedding.
     pub fn new(
         s: &Settings,
-        replica: &Replica,
+        fleet: &Fleet,
         steps: &[Step],
         embeddings: &PromptEmbeddings,
         extent: Extent,
@@ -64,14 +61,14 @@ impl EvaluationPlan {
             let initial = InitialLatent::Noise(Stream::Evaluation, i as u32);
             anyhow::Ok(ImageRequest { prompt: embeddings.row_of(&prompt.text)?, initial })
         };
-        let deterministic = replica.pipeline.family.is_flow();
+        let deterministic = fleet.first().pipeline.family.is_flow();
         let step = |s: &Step| if deterministic { s.without_noise() } else { *s };
         // Images numbered from the top, which no rollout reaches.
         let first_image = u32::MAX - s.evaluated() as u32;
         Ok(Self {
             images: prompts.iter().enumerate().map(image).collect::<anyhow::Result<_>>()?,
             prompts,
-            batches: batches(&replica.compute, total, columns.min(s.batch)),
+            batches: fleet.layout.batches(total, columns.min(s.batch)),
             steps: steps.iter().map(step).collect(),
             noise: Noise { seed: s.seed, first_image },
             extent,

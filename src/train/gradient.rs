@@ -14,8 +14,8 @@ use crate::lora::{Adapter, Lora};
 use crate::ops::forward_objective::{ForwardObjective, ForwardSurrogate};
 use crate::ops::policy_objective::{self, Surrogate};
 use crate::sampling::Replica;
+use crate::sampling::fleet::in_their_order;
 use crate::sampling::generate::{lora_of, upload_adapter};
-use crate::sampling::parallel::fold_batches;
 use crate::sampling::policy::{GuidanceMode, Policy};
 
 /// What an update minimises.
@@ -57,7 +57,7 @@ impl Loss {
     }
 }
 
-/// The gradient of an update, batch by batch.
+/// The gradient of an update, batch by batch in their order; in the first of several processes.
 pub(super) fn gradient(
     run: &Run,
     state: &EpochState,
@@ -72,10 +72,16 @@ pub(super) fn gradient(
     let work = |replica: &Replica, batch: &&TrajectoryBatch| {
         batch_on(replica, run, state, batch, loss, &adapters)
     };
-    fold_batches(&run.replicas, batches, work, |batch| {
-        sum.add(batch);
-        Ok(())
-    })?;
+    let (fleet, device) = (&run.fleet, |batch: &&TrajectoryBatch| batch.part.device);
+    if fleet.world.size() == 1 {
+        fleet.fold(batches, device, work, |_, batch| {
+            sum.add(batch);
+            Ok(())
+        })?;
+        return Ok(sum);
+    }
+    let of_all = fleet.world.gather(fleet.map(batches, device, work))?;
+    in_their_order(of_all).into_iter().for_each(|batch| sum.add(batch));
     Ok(sum)
 }
 
@@ -91,7 +97,7 @@ struct Adapters {
 
 impl Adapters {
     fn of_policy(run: &Run) -> Self {
-        let now = upload_adapter(&run.replicas, Some(&run.adapter));
+        let now = upload_adapter(&run.fleet.replicas, Some(&run.adapter));
         Self { now, old: Vec::new(), sampled: Vec::new() }
     }
 
@@ -103,8 +109,8 @@ impl Adapters {
         };
         let sampled = later.then(good).transpose()?;
         Ok(Self {
-            old: upload_adapter(&run.replicas, run.followers.old.as_ref()),
-            sampled: upload_adapter(&run.replicas, sampled),
+            old: upload_adapter(&run.fleet.replicas, run.followers.old.as_ref()),
+            sampled: upload_adapter(&run.fleet.replicas, sampled),
             ..Self::of_policy(run)
         })
     }
@@ -125,7 +131,7 @@ fn batch_on(
     let policy = Policy {
         compute: &replica.compute,
         net,
-        lora: lora_of(&adapters.now, &run.replicas, replica),
+        lora: lora_of(&adapters.now, &run.fleet.replicas, replica),
         guidance: GuidanceMode::new(net, s.guidance_scale),
         prompts: &prompts,
     };
@@ -138,7 +144,7 @@ fn batch_on(
             batch_gradient(&policy, &run.adapter, batch, &plan.trained, &options, &tick)
         }
         Loss::Forward(surrogate) => {
-            let old = lora_of(&adapters.old, &run.replicas, replica);
+            let old = lora_of(&adapters.old, &run.fleet.replicas, replica);
             let options = ForwardOptions {
                 surrogate,
                 guidance_gradient: s.guidance_gradient,
@@ -146,7 +152,7 @@ fn batch_on(
                 times: &plan.times[batch.part.images.clone()],
                 pass: state.updates.len() / s.updates_per_epoch,
                 old: old.context("the old policy is not known")?,
-                sampled: lora_of(&adapters.sampled, &run.replicas, replica),
+                sampled: lora_of(&adapters.sampled, &run.fleet.replicas, replica),
                 rows_at_once,
                 test: !run.tested,
             };

@@ -17,7 +17,9 @@ use crate::measure::pixels::PixelStatistics;
 pub(super) fn evaluate(run: &mut Run, extent: Extent) -> Result<Evaluation> {
     let plan = run.plan_evaluation(extent)?;
     let images = run.draw(&plan)?;
-    let scores = run.score(&images, &plan.prompts)?;
+    let own = run.fleet.part_of(images.len());
+    let numbers: Vec<usize> = own.clone().collect();
+    let scores = run.score(&numbers, &images[own], &plan.prompts)?;
     let totals = scores.totals();
     let reward_mean = totals.iter().sum::<f64>() / totals.len() as f64;
     let measures = match extent {
@@ -28,11 +30,19 @@ pub(super) fn evaluate(run: &mut Run, extent: Extent) -> Result<Evaluation> {
     Ok(Evaluation { grid, reward_mean, rewards: scores.means(), measures })
 }
 
+/// What pictures are compared by, where the run has a model for it: each process looks at its part.
+fn features(run: &Run, images: &[RgbImage]) -> Result<Option<Vec<Vec<f32>>>> {
+    let Some(model) = &run.features else { return Ok(None) };
+    let own = run.fleet.part_of(images.len());
+    let found = if own.is_empty() { Ok(Vec::new()) } else { model.of(&images[own]) };
+    Ok(Some(run.fleet.world.all(found)?.concat()))
+}
+
 /// Measures the pictures of a whole evaluation, drawn by the adapter as it is. The first time their
 /// features become the run's base.
 fn measures(run: &mut Run, images: &[RgbImage], scores: &Scores) -> Result<Measures> {
     let prompts = run.settings.evaluation_prompts().len();
-    let features = run.features.as_ref().map(|model| model.of(images)).transpose()?;
+    let features = features(run, images)?;
     let prompt_of: Vec<usize> = (0..images.len()).map(|i| i % prompts).collect();
     let found = features.as_ref().map(|rows| over_prompts(rows, &prompt_of));
     if run.state.epoch == 0 && run.state.updates == 0 && run.base_features.is_none() {

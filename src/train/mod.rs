@@ -53,6 +53,7 @@ pub mod wishes;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use image::RgbImage;
 
 use self::adamw::{AdamWConfig, clip_norm};
 use self::checkpoint::RunState;
@@ -69,10 +70,11 @@ use self::rollout::rollout;
 use self::run::Run;
 pub use self::run::{DumpRequest, Job, Summary};
 use self::run_folder::{ABOUT, SETTINGS, open_grid};
-use self::update::{TrajectoryBatch, all_stats, credit_table};
+use self::update::{TrajectoryBatch, UpdateGradient, all_stats, credit_table};
 use self::watch::best_epoch;
 use crate::device;
 use crate::device::system::{peak, reset_peak};
+use crate::sampling::fleet::Picture;
 use crate::sampling::trajectory::NotFinite;
 
 /// Updates in a row that may be skipped for values that are not finite.
@@ -85,15 +87,16 @@ const MAX_SKIPPED: usize = 3;
 /// the adapter diverges; when it was asked to stop. The message says how to continue where there is
 /// something to continue from.
 pub fn train(mut job: Job, observer: &dyn Observer) -> Result<Summary> {
-    let reward = job.reward.take();
-    let Prepared { mut run, transitions } = prepare(&mut job, reward, observer)?;
+    let Prepared { mut run, transitions } = prepare(&mut job, observer)?;
     let result = device::guard(|| {
         // Also of a resumed run, which may have been given more epochs.
         let settings = toml::to_string(run.settings).context("settings")?;
         run.folder.file(SETTINGS, settings.into_bytes());
-        let about = About::this(&run.first().compute.name);
+        let about = About::this(&run.fleet.names.join(" + "));
         run.folder.file(ABOUT, serde_json::to_vec_pretty(&about)?);
-        wishes::forget(&run.folder.dir);
+        if run.folder.writes() {
+            wishes::forget(&run.folder.dir);
+        }
         let mut restored = restore(&mut run, transitions)?;
         // A run that has gone back to its beginning has its first pictures already.
         if run.state.epoch == 0 && restored.is_none() && run.folder.reward_of(0).is_err() {
@@ -104,7 +107,7 @@ pub fn train(mut job: Job, observer: &dyn Observer) -> Result<Summary> {
         }
         finish(&mut run)
     });
-    result.map_err(|e| match &run.kept {
+    run.fleet.world.agree(result).map_err(|e| match &run.kept {
         None => e,
         Some(kept) => e.context(format!(
             "the run ended; {kept} are kept; continue with `pcpo-wgpu train --resume {}`",
@@ -138,6 +141,7 @@ fn epoch(run: &mut Run, restored: Option<EpochState>) -> Result<()> {
     };
     // A panic of the device in the middle of an update leaves the state before the update.
     let result = device::guard(|| updates(run, &mut state).and_then(|()| record(run, &state)));
+    let result = run.fleet.world.agree(result);
     match result {
         // An adapter with an infinity in it could not be read again.
         Err(e) if e.is::<NotFinite>() || !run.adapter.is_finite() => Err(diverged(run, e)),
@@ -171,7 +175,7 @@ fn updates(run: &mut Run, state: &mut EpochState) -> Result<()> {
             bail!(NotFinite(format!("{MAX_SKIPPED} updates in a row were not finite")));
         }
         if state.updates.len() < total {
-            run.hear_stop()?;
+            run.hear_stop_together()?;
         }
     }
     run.observer.on(Event::PhaseEnds);
@@ -185,7 +189,6 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
     let share = state.updates.len() % s.updates_per_epoch;
     let own = |b: &&TrajectoryBatch| b.part.update == share;
     let batches: Vec<&TrajectoryBatch> = state.batches.iter().filter(own).collect();
-    let trained = &state.plan.trained[..state.plan.policy_steps];
     let loss = Loss::new(s, state.entries(s, &batches), state.rows(&batches));
     if let Loss::Policy(surrogate) = &loss
         && state.restored
@@ -193,17 +196,49 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
     {
         test_restored(run, state, batches[0], surrogate)?;
     }
-    let mut sum = gradient(run, state, &batches, &loss)?;
+    let sum = gradient(run, state, &batches, &loss)?;
+    let first = run.fleet.world.is_first();
+    let stepped = first.then(|| optimizer_step(run, state, &batches, &loss, sum));
+    // As metrics.jsonl has it.
+    let told = stepped.map(|record| Ok(serde_json::to_string(&record?)?));
+    let record: UpdateRecord = serde_json::from_str(&run.fleet.world.from_first(told)?)?;
+    run.tested = true;
+    run.state.updates = record.update;
+    if record.skipped {
+        run.state.skipped += 1;
+        run.skipped_in_a_row += 1;
+        run.warn(&format!(
+            "update {} has a loss or gradient that is not finite and is skipped",
+            record.update
+        ));
+    } else {
+        run.skipped_in_a_row = 0;
+        run.share_adapter()?;
+        let step = run.optimizer.step;
+        run.followers.after_step(s, &run.adapter, step);
+    }
+    Ok(record)
+}
+
+/// The step of an update's gradient, which the first of several processes takes.
+fn optimizer_step(
+    run: &mut Run,
+    state: &EpochState,
+    batches: &[&TrajectoryBatch],
+    loss: &Loss,
+    mut sum: UpdateGradient,
+) -> Result<UpdateRecord> {
+    let s = run.settings;
     if !run.tested {
         let found = self_test::self_test(s, &all_stats(&sum.stats), &sum.gradients)?;
         let self_test::SelfTest { of, largest, bound } = found;
         run.observer.on(Event::SelfTest { of, largest, bound });
-        run.tested = true;
     }
+    let trained = &state.plan.trained[..state.plan.policy_steps];
     let table = credit_table(&run.first().compute, trained, &sum)?;
     let number = run.state.updates + 1;
     if let Some(request) = run.dump.take_if(|d| d.update == number) {
-        let update = dump::Update { run, batches: &batches, loss: &loss, gradient: &sum, state };
+        let update = dump::Update { run, batches, loss, gradient: &sum, state };
         dump::write(&update, &request)?;
         run.observer.on(Event::Dumped { update: number, file: &request.file });
     }
@@ -211,19 +246,9 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
     let epoch = run.state.epoch + 1;
     let took = Took { learning_rate: s.learning_rate_at(number - 1), grad_norm, calls: sum.calls };
     let record = UpdateRecord::new(epoch, number, &table, took);
-    run.state.updates = number;
-    if record.skipped {
-        run.state.skipped += 1;
-        run.skipped_in_a_row += 1;
-        run.warn(&format!(
-            "update {number} has a loss or gradient that is not finite and is skipped"
-        ));
-    } else {
-        run.skipped_in_a_row = 0;
+    if !record.skipped {
         let config = AdamWConfig::new(record.learning_rate, s.weight_decay);
         run.optimizer.update(&config, run.adapter.parameters_mut(), &sum.gradients);
-        let step = run.optimizer.step;
-        run.followers.after_step(s, &run.adapter, step);
     }
     Ok(record)
 }
@@ -233,6 +258,7 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
     let s = run.settings;
     let state = RunState { epoch: run.state.epoch + 1, unfinished: None, ..run.state.clone() };
     let mut record = done.record(state.epoch, state.skipped);
+    record.device_batches = run.fleet.take_counts()?;
     // Before anything is changed: a reward program that dies here must not cost the epoch.
     let shown = if state.epoch == s.epochs || state.epoch.is_multiple_of(s.eval_every) {
         Some(evaluate(run, Extent::Full)?)
@@ -271,20 +297,26 @@ fn record(run: &mut Run, done: &EpochState) -> Result<()> {
 /// The run's first and last pictures side by side.
 fn finish(run: &mut Run) -> Result<Summary> {
     let (dir, last) = (run.folder.dir.clone(), run.state.epoch);
-    let before = open_grid(&dir, 0)?;
+    let world = &run.fleet.world;
+    let before =
+        world.from_first(world.is_first().then(|| open_grid(&dir, 0).map(Picture::from)))?;
+    let before = RgbImage::from(before);
     let drawn = open_grid(&dir, last).ok().filter(|g| g.dimensions() == before.dimensions());
-    let after = match drawn {
-        Some(grid) => grid,
-        // The run was meant to be longer when its last epoch was drawn, in one row or not at all.
-        None => {
-            let shown = evaluate(run, Extent::Full)?;
-            let grid = shown.grid.clone();
-            run.show(last, shown)?;
-            grid
-        }
+    // The run was meant to be longer when its last epoch was drawn, in one row or not at all.
+    let undrawn = world.from_first(world.is_first().then(|| Ok(drawn.is_none())))?;
+    let after = if undrawn {
+        let shown = evaluate(run, Extent::Full)?;
+        let grid = shown.grid.clone();
+        run.show(last, shown)?;
+        Some(grid)
+    } else {
+        drawn
     };
-    run.folder.picture("before_after.png", &before_after(&before, &after))?;
-    run.folder.flush(|_| Ok(()))?;
+    if let Some(after) = after {
+        run.folder.picture("before_after.png", &before_after(&before, &after))?;
+    }
+    let written = run.folder.flush(|_| Ok(()));
+    run.fleet.world.agree(written)?;
     let (before, after) = (run.folder.reward_of(0)?, run.folder.reward_of(last)?);
     let best_epoch = best_epoch(run.settings, run.folder.records());
     run.written();

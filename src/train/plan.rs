@@ -4,13 +4,12 @@ use std::collections::BTreeSet;
 use std::ops::Range;
 
 use crate::config::Settings;
-use crate::device::Compute;
 use crate::model::row_map::RowMap;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::philox::{self, Stream};
 use crate::reward::Prompt;
+use crate::sampling::fleet::{Batch, Layout};
 use crate::sampling::generate::ImageRequest;
-use crate::sampling::parallel::batches;
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
 use crate::schedule::credit::{self, Credit, Total};
@@ -42,6 +41,9 @@ pub(crate) struct EpochPlan {
 pub struct Part {
     /// Which of the epoch's updates it belongs to.
     pub update: usize,
+    /// Which of the job's devices trains it, and samples it where its images have trajectories of
+    /// their own.
+    pub device: usize,
     /// Its images; none where only the KL is taken.
     pub images: Range<usize>,
     /// Which of the trained steps.
@@ -54,9 +56,10 @@ pub struct Part {
 
 impl Part {
     /// Images with trajectories of their own, at all trained steps.
-    pub fn of_images(update: usize, images: Range<usize>, steps: usize) -> Self {
+    pub fn of_images(update: usize, images: Batch, steps: usize) -> Self {
+        let Batch { rows: images, device } = images;
         let rows = RowMap::identity(images.len());
-        Self { update, trajectories: images.clone(), images, steps: 0..steps, rows }
+        Self { update, device, trajectories: images.clone(), images, steps: 0..steps, rows }
     }
 
     /// The noise that its rows draw.
@@ -86,7 +89,7 @@ pub(crate) fn drawn_prompts(s: &Settings) -> Vec<String> {
 pub(crate) struct PlanContext<'a> {
     /// Counted from 0.
     pub epoch: usize,
-    pub compute: &'a Compute,
+    pub layout: Layout,
     pub embeddings: &'a PromptEmbeddings,
     /// All steps of the sampler, with their credit.
     pub steps: &'a [Step],
@@ -95,11 +98,14 @@ pub(crate) struct PlanContext<'a> {
 }
 
 /// The batches of an update, as ranges of the epoch's trajectories.
-pub(super) fn shares(s: &Settings, compute: &Compute, update: usize) -> Vec<Range<usize>> {
+pub(super) fn shares(s: &Settings, layout: Layout, update: usize) -> Vec<Batch> {
     let each = s.trajectories_per_update();
     let first = update * each;
-    let all = batches(compute, each, s.batch).into_iter();
-    all.map(|share| first + share.start..first + share.end).collect()
+    let moved = |Batch { rows, device }: Batch| Batch {
+        rows: first + rows.start..first + rows.end,
+        device,
+    };
+    layout.batches(each, s.batch).into_iter().map(moved).collect()
 }
 
 /// Where the total credit is that of the trained steps, which only the epoch knows.

@@ -8,6 +8,7 @@ use crate::model::row_map::RowMap;
 use crate::ops::advantage::Advantage;
 use crate::philox::{self, Stream};
 use crate::reward::Prompt;
+use crate::sampling::fleet::Batch;
 use crate::sampling::generate::{ImageRequest, InitialLatent};
 use crate::sampling::trajectory::Noise;
 use crate::schedule::Step;
@@ -22,7 +23,7 @@ pub(super) fn plan_branches(
     b: &Branching,
     context: &PlanContext,
 ) -> Result<EpochPlan> {
-    let PlanContext { epoch, compute, embeddings, steps, .. } = *context;
+    let PlanContext { epoch, layout, embeddings, steps, .. } = *context;
     let (of_epoch, roots) = (chosen(s, epoch), s.trajectories());
     let prompt = |root: usize| &s.prompt[of_epoch[root % of_epoch.len()]];
     let start = |root: usize| {
@@ -33,9 +34,15 @@ pub(super) fn plan_branches(
     let (trained, policy_steps) = trained_steps(s, b, context);
     let (mut prompts, mut groups, mut parts) = (Vec::<Prompt>::new(), Vec::new(), Vec::new());
     for update in 0..s.updates_per_epoch {
-        let shares = shares(s, compute, update);
+        let shares = shares(s, layout, update);
+        let mut dealt = 0;
+        // Devices of one kind can train what any of them has sampled.
+        let mut device = |of_share: usize| {
+            dealt += 1;
+            if layout.alike { (dealt - 1) % layout.devices } else { of_share }
+        };
         for (at, (step, k)) in b.steps().enumerate() {
-            for trajectories in shares.iter().cloned() {
+            for Batch { rows: trajectories, device: of_share } in shares.iter().cloned() {
                 let begin = prompts.len();
                 for root in trajectories.clone() {
                     let prompt = prompt(root);
@@ -51,6 +58,7 @@ pub(super) fn plan_branches(
                 let of: Vec<usize> = (0..trajectories.len() * k).map(|row| row / k).collect();
                 parts.push(Part {
                     update,
+                    device: device(of_share),
                     images: begin..prompts.len(),
                     steps: at..at + 1,
                     trajectories,
@@ -59,12 +67,13 @@ pub(super) fn plan_branches(
             }
         }
         for at in policy_steps..trained.len() {
-            parts.extend(shares.iter().cloned().map(|trajectories| Part {
+            parts.extend(shares.iter().cloned().map(|share| Part {
                 update,
+                device: device(share.device),
                 images: 0..0,
                 steps: at..at + 1,
-                rows: RowMap::identity(trajectories.len()),
-                trajectories,
+                rows: RowMap::identity(share.rows.len()),
+                trajectories: share.rows,
             }));
         }
     }

@@ -15,7 +15,7 @@ use crate::schedule::Step;
 /// # Errors
 /// When a prompt has no embedding.
 pub(super) fn plan_images(s: &Settings, plain: &Plain, context: &PlanContext) -> Result<EpochPlan> {
-    let PlanContext { epoch, compute, embeddings, steps, .. } = *context;
+    let PlanContext { epoch, layout, embeddings, steps, .. } = *context;
     let (groups, total) = (s.groups(), plain.images_per_epoch);
     let chosen = chosen(s, epoch);
     let first = (epoch * total) as u32;
@@ -40,7 +40,7 @@ pub(super) fn plan_images(s: &Settings, plain: &Plain, context: &PlanContext) ->
         philox::choose(s.seed, Stream::TrainSteps, number, trained.len(), k)
     };
     let of_update = |update: usize| {
-        let (all, steps) = (shares(s, compute, update).into_iter(), trained.len());
+        let (all, steps) = (shares(s, layout, update).into_iter(), trained.len());
         all.map(move |images| Part::of_images(update, images, steps))
     };
     Ok(EpochPlan {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
 
 use super::adamw::AdamWState;
 use super::base_features::load_base;
@@ -21,7 +22,7 @@ use crate::config::{Branching, Objective, Plain, Rollout, Settings, Switch};
 use crate::device::system::memory_text;
 use crate::device::{self, Compute, rows_at_a_time};
 use crate::estimate::shapes::shapes;
-use crate::estimate::{self, Estimate, Target};
+use crate::estimate::{self, Estimate, Shapes, Target};
 use crate::io;
 use crate::io::weights::Weights;
 use crate::lora::formats;
@@ -32,8 +33,9 @@ use crate::model::pipeline::{TextFrom, Texts, embed};
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::model::{ModelFiles, Pipeline};
 use crate::ops::advantage::Tracker;
-use crate::reward::Reward;
 use crate::sampling::Replica;
+use crate::sampling::fleet::{Fleet, Layout, Roll};
+use crate::sampling::world::World;
 use crate::schedule::Step;
 use crate::schedule::credit;
 
@@ -46,38 +48,43 @@ pub(crate) struct Prepared<'a> {
 /// Checks everything that can be checked and opens what the run needs.
 ///
 /// # Errors
-/// Names the flag, file or field, before anything is written.
-pub(crate) fn prepare<'a>(
-    job: &'a mut Job,
-    reward: Option<Box<dyn Reward>>,
-    observer: &'a dyn Observer,
-) -> Result<Prepared<'a>> {
+/// Names the flag, file or field, before anything is written; in every process what one of them
+/// lacks.
+pub(crate) fn prepare<'a>(job: &'a mut Job, observer: &'a dyn Observer) -> Result<Prepared<'a>> {
+    let world = job.world.clone();
+    world.agree(prepare_here(job, observer))
+}
+
+fn prepare_here<'a>(job: &'a mut Job, observer: &'a dyn Observer) -> Result<Prepared<'a>> {
+    let (world, reward) = (job.world.clone(), job.reward.take());
+    job.settings.check()?;
+    // The first process chooses a free name.
+    job.out = world.from_first(world.is_first().then(|| Ok(job.out.clone())))?;
+    let folder = world.agree(open_folder(job, &world))?;
     let s = &job.settings;
-    s.check()?;
-    let folder = if job.resume { RunFolder::resume(&job.out)? } else { RunFolder::new(&job.out)? };
+    alike(s, &world)?;
     Rewards::check(s)?;
-    let compute = s.open_device()?;
-    observer.on(Event::Device(&compute.name));
+    let computes = s.open_devices(world.on_host())?;
+    let roll = Roll::call(world, &computes)?;
+    roll.names.iter().for_each(|name| observer.on(Event::Device(name)));
     let found = shapes(s, adapter_file(job).as_deref())?;
-    let target = Target::of(&compute).with_limit(s.memory);
-    let estimated = estimate::check(&found, s, target)?;
-    // What is chosen by this device's memory is saved with the run, which goes on to the bit.
-    job.settings.activation_checkpointing = estimated.checkpointing.into();
-    job.settings.vae_tiling = estimated.tiling.into();
+    let targets = Target::of_all(&computes, roll.layout.threads, s.memory);
+    let estimated = fit(&mut job.settings, &found, &targets, &roll)?;
     let (job, s) = (&*job, &job.settings);
-    let rewards = device::guard(|| Rewards::open(s, reward, &compute))?;
-    let features = device::guard(|| features(s, &compute))?;
+    let rewards = device::guard(|| Rewards::open(s, reward, &computes[0]))?;
+    let features = device::guard(|| features(s, &computes[0]))?;
     let files = s.files()?;
     // What the schedule lacks is asked for before the encoders run.
     files.schedule()?;
-    let embeddings = device::guard(|| encode(s, &files, &compute))?;
-    let pipeline = device::guard(|| {
-        Pipeline::load(&files, &compute.burn, s.storage, s.resolution, s.micro()?)
-            .map(|pipeline| pipeline.in_tiles(s.vae_tiling == Switch::True))
-    })?;
-    let (steps, trainable) = steps(s, &pipeline)?;
+    let embeddings = device::guard(|| encode(s, &files, &computes[0]))?;
+    let replicas: Vec<Replica> =
+        computes.into_iter().map(|compute| replica(s, &files, compute)).collect::<Result<_>>()?;
+    let pipeline = &replicas[0].pipeline;
+    let (steps, trainable) = steps(s, pipeline)?;
     let linears = pipeline.net.linears();
     let model = files.fingerprint(s.embeddings.as_deref())?;
+    let way_out = "give all processes the same files";
+    roll.world.ensure_alike("the model's hash", &model, way_out)?;
     let loaded = match job.resume {
         true => resume(job, &model, &linears, observer)?,
         false => begin(s, model, &linears)?,
@@ -86,18 +93,18 @@ pub(crate) fn prepare<'a>(
         loaded;
     check_dump(job, &state)?;
     let counts = StepCounts { all: steps.len(), trainable: trainable.len() };
-    let lines = summary(s, &compute, &adapter, &estimated, counts);
+    let lines = summary(s, roll.layout, &adapter, &estimated, counts);
     observer.on(Event::Ready(&lines));
     let kept = job.resume.then(|| format!("{} complete epochs and what followed", state.epoch));
     let run = Run {
         settings: s,
         observer,
-        replicas: vec![Replica { compute, pipeline }],
+        fleet: Fleet::new(roll, replicas),
         rewards: Mutex::new(rewards),
         embeddings,
         steps,
         trainable,
-        rows_at_once: estimated.checkpointing.then(|| rows_at_once(&found.blocks)),
+        rows_at_once: estimated[0].checkpointing.then(|| rows_at_once(&found.blocks)),
         state,
         adapter,
         optimizer,
@@ -117,11 +124,69 @@ pub(crate) fn prepare<'a>(
     Ok(Prepared { run, transitions })
 }
 
+/// The run's folder, which the first process alone writes to.
+fn open_folder(job: &Job, world: &World) -> Result<RunFolder> {
+    match (world.is_first(), job.resume) {
+        (true, true) => RunFolder::resume(&job.out),
+        (true, false) => RunFolder::new(&job.out),
+        (false, true) => RunFolder::read(&job.out),
+        (false, false) => Ok(RunFolder::elsewhere(&job.out)),
+    }
+}
+
+/// Checks that all processes run one version with one set of settings, but for their devices.
+fn alike(s: &Settings, world: &World) -> Result<()> {
+    if world.size() == 1 {
+        return Ok(());
+    }
+    let version = env!("CARGO_PKG_VERSION");
+    world.ensure_alike("the program's version", version, "install one version everywhere")?;
+    let (device, reward_device, memory) = (String::new(), None, None);
+    let text = toml::to_string(&Settings { device, reward_device, memory, ..s.clone() })?;
+    world.ensure_alike("a setting", &text, "start all processes with the same flags and files")
+}
+
+/// The memory of each of this process's devices. What is chosen by it is one choice for all
+/// devices, and saved with the run, which goes on to the bit.
+fn fit(s: &mut Settings, found: &Shapes, targets: &[Target], roll: &Roll) -> Result<Vec<Estimate>> {
+    let check = |s: &Settings| -> Result<Vec<Estimate>> {
+        let device = |i: usize| format!("device {}", roll.names[i]);
+        let one = |(i, target): (usize, &Target)| {
+            let estimated = estimate::check(found, s, *target);
+            if targets.len() == 1 { estimated } else { estimated.with_context(|| device(i)) }
+        };
+        targets.iter().enumerate().map(one).collect()
+    };
+    let own = check(s).map(|all| Chosen {
+        checkpointing: all.iter().any(|e| e.checkpointing),
+        tiling: all.iter().any(|e| e.tiling),
+    });
+    let all = roll.world.all(own)?;
+    s.activation_checkpointing = all.iter().any(|c| c.checkpointing).into();
+    s.vae_tiling = all.iter().any(|c| c.tiling).into();
+    check(s)
+}
+
+/// What a process's devices leave no other room for.
+#[derive(Serialize, Deserialize)]
+struct Chosen {
+    checkpointing: bool,
+    tiling: bool,
+}
+
+/// A device with the model on it.
+fn replica(s: &Settings, files: &ModelFiles, compute: Compute) -> Result<Replica> {
+    let pipeline = device::guard(|| {
+        Pipeline::load(files, &compute.burn, s.storage, s.resolution, s.micro()?)
+            .map(|pipeline| pipeline.in_tiles(s.vae_tiling == Switch::True))
+    })?;
+    Ok(Replica { compute, pipeline })
+}
+
 /// What the diversity of pictures is measured by, on the device of the reward models.
 fn features(s: &Settings, compute: &Compute) -> Result<Option<FeatureModel>> {
     let Some(given) = &s.features else { return Ok(None) };
-    let own = s.own_reward_device().map(device::open).transpose();
-    let compute = own.context("--reward-device")?.unwrap_or_else(|| compute.clone());
+    let compute = s.open_reward_device()?.unwrap_or_else(|| compute.clone());
     FeatureModel::open(given, &compute, s.storage).map(Some)
 }
 
@@ -268,6 +333,10 @@ fn resume(
 
 fn check_dump(job: &Job, state: &RunState) -> Result<()> {
     let Some(dump) = &job.dump else { return Ok(()) };
+    ensure!(
+        job.world.size() == 1,
+        "--dump-update: an update of several processes is whole in none of them; start one"
+    );
     let s = &job.settings;
     let (done, last) = (state.updates, s.epochs * s.updates_per_epoch * s.inner_epochs);
     ensure!(
@@ -287,12 +356,15 @@ struct StepCounts {
 /// What the run is, in lines for people.
 fn summary(
     s: &Settings,
-    compute: &Compute,
+    layout: Layout,
     adapter: &Adapter,
-    estimated: &Estimate,
+    estimated: &[Estimate],
     steps: StepCounts,
 ) -> Vec<String> {
-    let batch = rows_at_a_time(compute.threads(), s.images_per_update(), s.batch);
+    let batch = rows_at_a_time(layout.threads, s.images_per_update(), s.batch);
+    let largest = |a: &&Estimate, b: &&Estimate| a.peak().total_cmp(&b.peak());
+    let estimated = estimated.iter().max_by(largest).expect("a run has a device");
+    let of_each = if layout.devices > 1 { " on a device" } else { "" };
     let given: Vec<&str> = s.reward.iter().map(|r| r.shown.as_str()).collect();
     vec![
         format!(
@@ -316,7 +388,7 @@ fn summary(
             given.join(" + ")
         ),
         format!(
-            "memory: about {} at most, {} of it for weights; a rollout keeps {} for the update; \
+            "memory: about {} at most{of_each}, {} of it for weights; a rollout keeps {} for the update; \
              activation checkpointing {}",
             memory_text(estimated.peak() as u64),
             memory_text(estimated.weights as u64),

@@ -1,6 +1,8 @@
 //! What keeps a run's work: an epoch is suspended and restored, and a run that has diverged goes
 //! back to its last good state.
 
+use std::collections::BTreeMap;
+
 use anyhow::{Result, anyhow};
 
 use super::checkpoint::{self, Parts, RunState, Snapshot, Unfinished};
@@ -9,6 +11,7 @@ use super::evaluation::Extent;
 use super::label::label;
 use super::metrics::{Record, SuspendedRecord};
 use super::observer::Event;
+use super::plan::Part;
 use super::run::{BEST, EMA, Run};
 use super::self_test::self_test;
 use super::update::{GradientOptions, TrajectoryBatch, all_stats, batch_gradient};
@@ -39,20 +42,41 @@ pub(super) fn suspend(run: &mut Run, state: &EpochState) -> Result<()> {
         seconds: None,
     };
     let stopped = RunState { unfinished: Some(unfinished), ..run.state.clone() };
-    run.save(stopped, state.tensors())?;
+    let others = of_others(run, state)?;
+    run.save(stopped, state.tensors(&others))?;
     run.kept = Some(format!("{} updates of epoch {epoch}", state.updates.len()));
     Ok(())
+}
+
+/// What other processes have sampled of an epoch, by the batch's number, in the one that writes.
+fn of_others(run: &Run, state: &EpochState) -> Result<BTreeMap<usize, TrajectoryBatch>> {
+    let fleet = &run.fleet;
+    let mine = |(_, batch): &(usize, &TrajectoryBatch)| {
+        !fleet.world.is_first() && fleet.local(batch.part.device).is_some()
+    };
+    let own = state.batches.iter().enumerate().filter(mine);
+    type Sampled = (usize, (Vec<Transition>, Vec<f32>));
+    let own: Vec<Sampled> =
+        own.map(|(i, batch)| (i, (batch.transitions.clone(), batch.ends.clone()))).collect();
+    let whole = |(i, (transitions, ends)): Sampled| {
+        let TrajectoryBatch { part, noise, latent, .. } = &state.batches[i];
+        let (part, noise, latent) = (part.clone(), *noise, *latent);
+        (i, TrajectoryBatch { part, noise, latent, transitions, ends })
+    };
+    Ok(fleet.world.gather(Ok(own))?.into_iter().flatten().map(whole).collect())
 }
 
 /// A policy may turn out to have diverged when it is drawn with: the state before the first epoch,
 /// which has no checkpoint of its own, is kept beside what comes of it.
 pub(super) fn keep_beginning(run: &mut Run) -> Result<()> {
     let Some(good) = run.good.clone().filter(|g| g.state.epoch == 0) else { return Ok(()) };
-    if checkpoint::exists(&run.folder.dir, 0) {
-        return Ok(());
-    }
-    let parts = parts(run, &good);
-    run.folder.flush(|dir| checkpoint::write(dir, &parts, Vec::new()).map(drop))
+    let written = if run.folder.writes() && !checkpoint::exists(&run.folder.dir, 0) {
+        let parts = parts(run, &good);
+        run.folder.flush(|dir| checkpoint::write(dir, &parts, Vec::new()).map(drop))
+    } else {
+        Ok(())
+    };
+    run.fleet.world.agree(written)
 }
 
 fn parts<'a>(run: &Run, snapshot: &'a Snapshot) -> Parts<'a> {
@@ -77,7 +101,8 @@ pub(super) fn restore(run: &mut Run, transitions: Option<Weights>) -> Result<Opt
     let (plan, latent) = (run.plan_epoch()?, run.latent_shape());
     // Its beginning is a complete epoch.
     run.good = earlier(run, run.state.epoch + 1)?;
-    EpochState::restore(plan, latent, &file, unfinished, seconds).map(Some)
+    let is_mine = |part: &Part| run.fleet.local(part.device).is_some();
+    EpochState::restore(plan, is_mine, latent, &file, unfinished, seconds).map(Some)
 }
 
 /// The self-test of an epoch that another process began: its adapter has been updated since, so
@@ -148,7 +173,8 @@ pub(super) fn diverged(run: &mut Run, error: anyhow::Error) -> anyhow::Error {
         format!("lower --learning-rate {} or --max-grad-norm {}", s.learning_rate, s.max_grad_norm);
     // What is on disk would end like this again: nobody is told to continue with it.
     run.kept = None;
-    let good = match last_good(run) {
+    let found = last_good(run);
+    let good = match run.fleet.world.agree(found) {
         Ok(Some(good)) => good,
         Ok(None) => {
             return error.context(format!(
@@ -208,7 +234,7 @@ fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
     run.forget_after(good.state.epoch, good.state.metrics_lines);
     let parts = parts(run, &good);
     let label = &parts.label;
-    run.folder.flush(|dir| {
+    let written = run.folder.flush(|dir| {
         let file = dir.join("adapter.safetensors");
         formats::save(&good.adapter, &file, Format::Diffusers, label)?;
         if let Some(ema) = &good.followers.mean {
@@ -219,7 +245,8 @@ fn go_back(run: &mut Run, good: Snapshot) -> Result<()> {
             formats::save(shown, &dir.join(BEST), Format::Diffusers, label)?;
         }
         checkpoint::rewind(dir, &parts)
-    })?;
+    });
+    run.fleet.world.agree(written)?;
     let Snapshot { state, adapter, optimizer, followers } = good;
     (run.state, run.adapter, run.optimizer, run.followers) = (state, adapter, optimizer, followers);
     Ok(())

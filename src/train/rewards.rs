@@ -8,10 +8,12 @@ use image::RgbImage;
 use super::checkpoint::RunState;
 use super::metrics::ScoreRecord;
 use crate::config::Settings;
-use crate::device::{self, Compute};
+use crate::device::Compute;
 use crate::measure::bootstrap::means_by_prompt;
 use crate::ops::advantage::{Advantage, Weighted, mixed};
 use crate::reward::{self, Prompt, Reward, RewardContext, RewardSpec};
+use crate::sampling::fleet::in_their_order;
+use crate::sampling::world::World;
 
 /// A reward with what it is called and whether it is trained on.
 struct Scorer {
@@ -51,9 +53,8 @@ impl Rewards {
     pub fn open(s: &Settings, own: Option<Box<dyn Reward>>, compute: &Compute) -> Result<Self> {
         let mut context =
             RewardContext { compute: compute.clone(), storage: s.storage, remote: s.remote() };
-        if let Some(name) = s.own_reward_device() {
-            let opened = device::open(name);
-            context.compute = opened.map_err(|e| e.context("--reward-device"))?;
+        if let Some(own) = s.open_reward_device()? {
+            context.compute = own;
         }
         let scorer = |spec: &RewardSpec, trained: bool| {
             let reward = reward::open(&spec.reward, &context)?;
@@ -75,16 +76,29 @@ impl Rewards {
         Ok(Self(all))
     }
 
-    /// Scores images by all rewards.
+    /// Scores images by all rewards: each process its own, whose numbers among all are `numbers`;
+    /// every process has all scores then.
     ///
     /// # Errors
     /// When a reward fails, or gives something else than a number for each image.
-    pub fn score(&mut self, images: &[RgbImage], prompts: &[Prompt]) -> Result<Scores> {
-        ensure!(images.len() == prompts.len(), "{} prompts for pictures", prompts.len());
-        let prompts: Vec<&Prompt> = prompts.iter().collect();
+    pub fn score(
+        &mut self,
+        world: &World,
+        numbers: &[usize],
+        images: &[RgbImage],
+        prompts: &[Prompt],
+    ) -> Result<Scores> {
+        let own: Vec<&Prompt> = numbers.iter().map(|i| &prompts[*i]).collect();
         let column = |scorer: &mut Scorer| {
             let Scorer { spec, trained, reward } = scorer;
-            let scores = reward::score(&mut **reward, &spec.shown, images, &prompts)?;
+            let scores = match images {
+                // A process with more devices than images asks nothing.
+                [] => Ok(Vec::new()),
+                _ => reward::score(&mut **reward, &spec.shown, images, &own),
+            };
+            let own = scores.map(|scores| numbers.iter().copied().zip(scores).collect());
+            let scores = in_their_order::<f64>(world.all(own)?);
+            ensure!(scores.len() == prompts.len(), "{} scores of pictures", scores.len());
             Ok(Column { spec: spec.clone(), trained: *trained, scores })
         };
         let scores = Scores(self.0.iter_mut().map(column).collect::<Result<_>>()?);

@@ -8,16 +8,16 @@ use image::RgbImage;
 use super::branching;
 use super::epoch::EpochState;
 use super::metrics::{PeakMemory, Seconds};
-use super::plan::EpochPlan;
+use super::plan::{EpochPlan, Part};
 use super::rewards::flat;
 use super::run::Run;
-use super::sampled::{Sampled, in_rollout};
+use super::sampled::{Ends, Sampled, in_rollout};
 use super::update::TrajectoryBatch;
 use crate::config::Rollout;
 use crate::device::system::{peak, reset_peak};
 use crate::device::tensor::{read, upload};
+use crate::sampling::fleet::Batch;
 use crate::sampling::generate::{Generated, Request, generate};
-use crate::sampling::parallel::map_batches;
 use crate::sampling::policy::Weighted;
 use crate::sampling::trajectory::decode;
 
@@ -26,6 +26,8 @@ pub(super) fn rollout(run: &mut Run) -> Result<EpochState> {
     let start = Instant::now();
     let s = run.settings;
     let plan = run.plan_epoch()?;
+    // What was drawn to look at belongs to no epoch.
+    run.fleet.take_counts()?;
 
     // ------------------------------------------------------------------------------------- ROLLOUT
     reset_peak();
@@ -38,13 +40,17 @@ pub(super) fn rollout(run: &mut Run) -> Result<EpochState> {
     // ------------------------------------------------------------------------------ DECODE, REWARD
     reset_peak();
     let [c, h, w] = run.latent_shape();
-    let images: Vec<RgbImage> = map_batches(&run.replicas, &latents, |replica, latents| {
-        let shape = [latents.len() / (c * h * w), c, h, w];
+    let device = |ends: &Ends| ends.images.device;
+    let pictures = run.fleet.map(&latents, device, |replica, Ends { images, latents }| {
+        let shape = [images.rows.len(), c, h, w];
         decode(&replica.pipeline.vae, &upload(latents, shape, &replica.compute.burn))
-    })?
-    .concat();
+    });
     let (decoded, decoding_peak) = (start.elapsed().as_secs_f64(), peak());
-    let scores = run.score(&images, &plan.prompts)?;
+    // Each process scores what its devices have drawn.
+    let numbers: Vec<usize> = latents.iter().flat_map(|ends| ends.images.rows.clone()).collect();
+    let pictures: Vec<RgbImage> =
+        run.fleet.world.agree(pictures)?.into_iter().flat_map(|(_, pictures)| pictures).collect();
+    let scores = run.score(&numbers, &pictures, &plan.prompts)?;
     let scored = start.elapsed().as_secs_f64();
 
     // ----------------------------------------------------------------------------------- ADVANTAGE
@@ -67,7 +73,7 @@ pub(super) fn rollout(run: &mut Run) -> Result<EpochState> {
         rewards,
         scores,
         advantages,
-        rollout_calls: calls,
+        rollout_calls: run.fleet.world.all(Ok(calls))?.iter().sum(),
         updates: Vec::new(),
         seconds,
         peaks,
@@ -82,7 +88,8 @@ fn sample(run: &Run, plan: &EpochPlan) -> Result<Sampled> {
     let forward = s.objective.forward();
     let trained = if forward { &[][..] } else { &plan.trained };
     let keep: Vec<usize> = trained.iter().map(|step| step.index).collect();
-    let parts: Vec<_> = plan.parts.iter().map(|part| part.images.clone()).collect();
+    let share = |part: &Part| Batch { rows: part.images.clone(), device: part.device };
+    let parts: Vec<Batch> = plan.parts.iter().map(share).collect();
     let request = Request {
         images: &plan.starts,
         batches: &parts,
@@ -96,20 +103,26 @@ fn sample(run: &Run, plan: &EpochPlan) -> Result<Sampled> {
     };
     let units = parts.len() * plan.steps.len();
     let sampled = in_rollout(run, units, &|tick| {
-        generate(&run.replicas, &request, tick, |_, drawn: Generated| {
+        generate(&run.fleet, &request, tick, |_, drawn: Generated| {
             Ok((drawn.transitions, read(&drawn.latents)?, drawn.calls))
         })
     })?;
-    let mut found = Sampled { batches: Vec::new(), latents: Vec::new(), calls: 0 };
-    for (part, (transitions, latents, calls)) in plan.parts.iter().zip(sampled) {
-        found.batches.push(TrajectoryBatch {
-            noise: part.noise(plan.noise),
-            latent: request.latent,
-            transitions,
-            ends: if forward { latents.clone() } else { Vec::new() },
-            part: part.clone(),
-        });
-        found.latents.push(latents);
+    let batch = |part: &Part| TrajectoryBatch {
+        noise: part.noise(plan.noise),
+        latent: request.latent,
+        transitions: Vec::new(),
+        ends: Vec::new(),
+        part: part.clone(),
+    };
+    let batches = plan.parts.iter().map(batch).collect();
+    let mut found = Sampled { batches, latents: Vec::new(), calls: 0 };
+    for (i, (transitions, latents, calls)) in sampled {
+        let batch = &mut found.batches[i];
+        batch.transitions = transitions;
+        if forward {
+            batch.ends.clone_from(&latents);
+        }
+        found.latents.push(Ends { images: parts[i].clone(), latents });
         found.calls += calls;
     }
     Ok(found)

@@ -31,10 +31,12 @@ use crate::measure::features::FeatureModel;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::reward::{Prompt, Reward, RewardSpec};
 use crate::sampling::Replica;
+use crate::sampling::fleet::{Fleet, Picture};
 use crate::sampling::generate::{Request, generate, prompt_pair};
 use crate::sampling::kl::trajectory_kl;
 use crate::sampling::policy::{PromptPair, Weighted};
 use crate::sampling::trajectory::decode;
+use crate::sampling::world::World;
 use crate::schedule::Step;
 
 /// What is to be trained, where the run writes, and what it starts from.
@@ -44,12 +46,14 @@ pub struct Job {
     pub(crate) resume: bool,
     pub(crate) dump: Option<DumpRequest>,
     pub(crate) reward: Option<Box<dyn Reward>>,
+    pub(crate) world: World,
 }
 
 impl Job {
     /// A new run in the folder `out`, which must not exist or be empty.
     pub fn new(settings: Settings, out: impl Into<PathBuf>) -> Self {
-        Self { settings, out: out.into(), resume: false, dump: None, reward: None }
+        let (out, world) = (out.into(), World::default());
+        Self { settings, out, resume: false, dump: None, reward: None, world }
     }
 
     /// The run in the folder `out` goes on with the settings that it was begun with. Options that
@@ -72,6 +76,13 @@ impl Job {
     pub fn with_reward(mut self, name: &str, reward: impl Reward + 'static) -> Self {
         self.settings.reward = vec![RewardSpec::named(name)];
         self.reward = Some(Box::new(reward));
+        self
+    }
+
+    /// As one of several processes, which all run the same job.
+    #[doc(hidden)]
+    pub fn with_world(mut self, world: World) -> Self {
+        self.world = world;
         self
     }
 
@@ -138,7 +149,7 @@ pub(crate) struct Evaluation {
 pub(crate) struct Run<'a> {
     pub settings: &'a Settings,
     pub observer: &'a dyn Observer,
-    pub replicas: Vec<Replica>,
+    pub fleet: Fleet,
     /// Behind a lock: the threads of the devices share the run, and ask no reward.
     pub rewards: Mutex<Rewards>,
     /// Of all prompts that the run draws, and of the empty one.
@@ -177,7 +188,7 @@ pub(crate) struct Run<'a> {
 impl Run<'_> {
     /// The replica that does what is done once.
     pub fn first(&self) -> &Replica {
-        &self.replicas[0]
+        self.fleet.first()
     }
 
     pub fn latent_shape(&self) -> [usize; 3] {
@@ -188,7 +199,7 @@ impl Run<'_> {
     pub fn plan_epoch(&self) -> Result<EpochPlan> {
         let context = PlanContext {
             epoch: self.state.epoch,
-            compute: &self.first().compute,
+            layout: self.fleet.layout,
             embeddings: &self.embeddings,
             steps: &self.steps,
             trainable: &self.trainable,
@@ -215,15 +226,21 @@ impl Run<'_> {
         Ok(PromptPair { cond: pair.cond.at(rows), uncond: pair.uncond.at(rows) })
     }
 
-    /// Scores images by all rewards.
-    pub fn score(&mut self, images: &[RgbImage], prompts: &[Prompt]) -> Result<Scores> {
-        self.rewards.get_mut().expect("no thread panics with it").score(images, prompts)
+    /// Scores images by all rewards: each process its own, whose numbers are `numbers`.
+    pub fn score(
+        &mut self,
+        numbers: &[usize],
+        images: &[RgbImage],
+        prompts: &[Prompt],
+    ) -> Result<Scores> {
+        let rewards = self.rewards.get_mut().expect("no thread panics with it");
+        rewards.score(&self.fleet.world, numbers, images, prompts)
     }
 
     /// What an evaluation draws.
     pub fn plan_evaluation(&self, extent: Extent) -> Result<EvaluationPlan> {
         let (steps, embeddings) = (&self.steps, &self.embeddings);
-        EvaluationPlan::new(self.settings, self.first(), steps, embeddings, extent)
+        EvaluationPlan::new(self.settings, &self.fleet, steps, embeddings, extent)
     }
 
     /// The adapter that is evaluated and given away: the running mean, where the run has one.
@@ -245,11 +262,10 @@ impl Run<'_> {
             Extent::Full | Extent::Row => self.shown(),
         }))];
         let request = self.request(plan, &policies)?;
-        let pictures =
-            generate(&self.replicas, &request, &|| self.hear_stop(), |replica, drawn| {
-                decode(&replica.pipeline.vae, &drawn.latents)
-            })?;
-        Ok(pictures.concat())
+        let pictures = generate(&self.fleet, &request, &|| self.hear_stop(), |replica, drawn| {
+            Ok(Picture::list(decode(&replica.pipeline.vae, &drawn.latents)?))
+        });
+        Ok(self.fleet.share(pictures)?.into_iter().flatten().map(RgbImage::from).collect())
     }
 
     /// The KL of an evaluation's trajectories to the model without its adapter, by the noise of the
@@ -257,7 +273,7 @@ impl Run<'_> {
     pub fn kl(&self, plan: &EvaluationPlan) -> Result<f64> {
         let policies = [Weighted::whole(Some(self.shown()))];
         let request = Request { steps: &self.steps, ..self.request(plan, &policies)? };
-        let each = trajectory_kl(&self.replicas, &request, &|| self.hear_stop())?;
+        let each = trajectory_kl(&self.fleet, &request, &|| self.hear_stop())?;
         Ok(each.iter().sum::<f64>() / each.len() as f64)
     }
 
@@ -277,6 +293,14 @@ impl Run<'_> {
             latent: self.latent_shape(),
             noise: plan.noise,
         })
+    }
+
+    /// Between two updates, where all processes stop together.
+    ///
+    /// # Errors
+    /// When one of them was asked to.
+    pub fn hear_stop_together(&self) -> Result<()> {
+        self.fleet.world.agree(self.hear_stop())
     }
 
     /// Between two steps.
@@ -321,17 +345,30 @@ impl Run<'_> {
         }
     }
 
+    /// Takes over the adapter that the first of several processes has stepped.
+    pub fn share_adapter(&mut self) -> Result<()> {
+        let world = &self.fleet.world;
+        if world.size() == 1 {
+            return Ok(());
+        }
+        let own = || (self.optimizer.step, self.adapter.parameters().cloned().collect::<Vec<_>>());
+        let (step, values) = world.from_first(world.is_first().then(|| Ok(own())))?;
+        self.optimizer.step = step;
+        self.adapter.parameters_mut().zip(values).for_each(|(p, v)| *p = v);
+        Ok(())
+    }
+
     /// Writes what is pending, the adapter, and the checkpoint of a state.
     pub fn save(&mut self, state: RunState, transitions: Vec<TensorParts>) -> Result<()> {
         let state = RunState { optimizer_step: self.optimizer.step, ..state };
-        let label = label(self.settings, &self.replicas[0], state.epoch);
+        let label = label(self.settings, self.first(), state.epoch);
         let (adapter, optimizer) = (&self.adapter, &self.optimizer);
         let keep = Keep { last: self.settings.keep_last, every: self.settings.keep_every };
         let followers = &self.followers;
         let parts = checkpoint::Parts { state: &state, adapter, optimizer, followers, label };
         let label = &parts.label;
         let (best, base_features) = (&self.best, &self.base_features);
-        self.folder.flush(|dir| {
+        let written = self.folder.flush(|dir| {
             let file = dir.join("adapter.safetensors");
             formats::save(adapter, &file, Format::Diffusers, label)?;
             if let Some(ema) = &followers.mean {
@@ -342,7 +379,8 @@ impl Run<'_> {
             }
             save_base(dir, base_features.as_deref())?;
             checkpoint::save(dir, &parts, transitions, keep)
-        })?;
+        });
+        self.fleet.world.agree(written)?;
         self.best = None;
         self.written();
         Ok(())
@@ -359,6 +397,9 @@ impl Run<'_> {
     pub fn forget_after(&mut self, epoch: usize, lines: usize) -> Vec<Record> {
         let later = |path: &Path| grid_epoch(path).is_some_and(|of| of > epoch);
         self.folder.drop_pending(later);
+        if !self.folder.writes() {
+            return self.folder.keep_records(lines);
+        }
         let grids = std::fs::read_dir(self.folder.dir.join(GRIDS)).into_iter().flatten().flatten();
         for path in grids.map(|entry| entry.path()).filter(|path| later(path)) {
             // The epoch's next grid writes over one that stays.

@@ -18,8 +18,8 @@ pub struct RunFolder {
     /// The folders that were made for the run, innermost first.
     made: Vec<PathBuf>,
     pending: Vec<(PathBuf, Vec<u8>)>,
-    /// Locked as long as the run writes here.
-    _lock: std::fs::File,
+    /// Locked as long as the run writes here; nothing in the processes that do not write.
+    lock: Option<std::fs::File>,
 }
 
 /// The file that marks a folder as being written to.
@@ -74,7 +74,7 @@ impl RunFolder {
         // A run that has just ended may have filled it meanwhile.
         ensure!(empty(), occupied());
         Ok(Self {
-            _lock: lock,
+            lock: Some(lock),
             dir: dir.to_path_buf(),
             records: Vec::new(),
             fresh: true,
@@ -89,17 +89,39 @@ impl RunFolder {
     /// When another run writes there, or the metrics cannot be read.
     pub fn resume(dir: &Path) -> Result<Self> {
         let lock = lock(dir, "--resume")?;
-        let path = dir.join(METRICS);
-        let record = |(i, line): (usize, &str)| read_record(&path, i + 1, line);
-        let text = io::read_text(&path)?;
-        Ok(Self {
-            _lock: lock,
+        let mut folder = Self::read(dir)?;
+        folder.lock = Some(lock);
+        Ok(folder)
+    }
+
+    /// A new run's folder in a process of several that does not write.
+    pub fn elsewhere(dir: &Path) -> Self {
+        Self {
+            lock: None,
             dir: dir.to_path_buf(),
-            records: text.lines().enumerate().map(record).collect::<Result<_>>()?,
+            records: Vec::new(),
             fresh: false,
             made: Vec::new(),
             pending: Vec::new(),
-        })
+        }
+    }
+
+    /// A run's folder to continue in a process that does not write.
+    ///
+    /// # Errors
+    /// When the metrics cannot be read.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(METRICS);
+        let record = |(i, line): (usize, &str)| read_record(&path, i + 1, line);
+        let text = io::read_text(&path)?;
+        let mut folder = Self::elsewhere(dir);
+        folder.records = text.lines().enumerate().map(record).collect::<Result<_>>()?;
+        Ok(folder)
+    }
+
+    /// Whether this process writes here.
+    pub fn writes(&self) -> bool {
+        self.lock.is_some()
     }
 
     /// Adds a record.
@@ -166,6 +188,10 @@ impl RunFolder {
     /// # Errors
     /// Names the file that cannot be written.
     pub fn flush(&mut self, last: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+        if !self.writes() {
+            self.pending.clear();
+            return Ok(());
+        }
         let written = self.write(last);
         if written.is_ok() {
             self.fresh = false;
@@ -196,6 +222,9 @@ impl RunFolder {
 
 impl Drop for RunFolder {
     fn drop(&mut self) {
+        if !self.writes() {
+            return;
+        }
         let _ = std::fs::remove_file(self.dir.join(LOCK));
         if self.fresh {
             // Removes the folders that were made, while they are empty.

@@ -5,15 +5,23 @@ use anyhow::Result;
 use super::observer::Event;
 use super::run::Run;
 use super::update::TrajectoryBatch;
+use crate::sampling::fleet::Batch;
 
 /// What sampling leaves.
 pub(super) struct Sampled {
-    /// One for each part of the plan.
+    /// One for each part of the plan, in the process whose device it is with its transitions.
     pub batches: Vec<TrajectoryBatch>,
-    /// Where the images end, several at a time in their order.
-    pub latents: Vec<Vec<f32>>,
-    /// Rows that the network has computed.
+    /// Where the images of this process's devices end, in their order.
+    pub latents: Vec<Ends>,
+    /// Rows that the network of this process's devices has computed.
     pub calls: usize,
+}
+
+/// Where a few images end.
+pub(super) struct Ends {
+    pub images: Batch,
+    /// `[B, C, H, W]`
+    pub latents: Vec<f32>,
 }
 
 /// What is called after each step of each batch.
@@ -31,5 +39,5 @@ pub(super) fn in_rollout<R>(
         run.hear_stop()
     });
     run.observer.on(Event::PhaseEnds);
-    done
+    run.fleet.world.agree(done)
 }

@@ -3,6 +3,7 @@
 
 use anyhow::Result;
 use burn::tensor::{Device, Tensor};
+use serde::{Deserialize, Serialize};
 
 use super::backward::{Forward, GradientAccumulator, LoraPair};
 use super::plan::Part;
@@ -55,6 +56,7 @@ impl TrajectoryBatch {
 }
 
 /// What a batch adds to an update.
+#[derive(Serialize, Deserialize)]
 pub struct BatchGradient {
     /// Gradients of A and B of each layer, in the order of [`Adapter::parameters`].
     pub gradients: Vec<Vec<f32>>,
@@ -258,6 +260,7 @@ mod tests {
     use crate::model::{Component, Conditioning, Denoiser, Storage};
     use crate::ops::policy_objective::Objective;
     use crate::philox::{Stream, noise};
+    use crate::sampling::fleet::Batch;
     use crate::sampling::policy::{GuidanceMode, PromptPair};
     use crate::schedule::Ddim;
 
@@ -305,7 +308,10 @@ mod tests {
                 latent: [4, 16, 16],
                 transitions: vec![Transition { x: all(3), old_prediction: all(5) }],
                 ends: Vec::new(),
-                part: Part { rows: rows.clone(), ..Part::of_images(0, images.clone(), 1) },
+                part: Part {
+                    rows: rows.clone(),
+                    ..Part::of_images(0, Batch { rows: images.clone(), device: 0 }, 1)
+                },
             };
             let advantage = &advantage[images.clone()];
             let options = GradientOptions { surrogate: &surrogate, advantage, rows_at_once: None };
@@ -348,7 +354,7 @@ mod tests {
             old_prediction: draw(4 + i, 4 * 16 * 16),
         };
         let batch = TrajectoryBatch {
-            part: Part::of_images(0, 0..1, 2),
+            part: Part::of_images(0, Batch { rows: 0..1, device: 0 }, 2),
             noise: Noise { seed: 1, first_image: 0 },
             latent: [4, 16, 16],
             transitions: vec![transition(0), transition(1)],

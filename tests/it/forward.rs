@@ -12,6 +12,7 @@ use pcpo_wgpu::ops::forward_objective::{
 };
 use pcpo_wgpu::ops::policy_objective::GuidanceGradient;
 use pcpo_wgpu::philox::{Stream, noise};
+use pcpo_wgpu::sampling::fleet::Batch;
 use pcpo_wgpu::sampling::policy::{GuidanceMode, Policy, PromptPair};
 use pcpo_wgpu::sampling::trajectory::Noise;
 use pcpo_wgpu::schedule::{Grid, Sampler, Sampling, Step};
@@ -211,7 +212,7 @@ fn replay(case: &Case, compute: &Compute, rows_at_once: Option<usize>) -> Gradie
         uncond: dump.conditioning(compute, "negative_", 0, n),
     };
     let batch = TrajectoryBatch {
-        part: Part::of_images(0, 0..n, trained.len()),
+        part: Part::of_images(0, Batch { rows: 0..n, device: 0 }, trained.len()),
         noise: Noise {
             seed: dump.metadata("seed").parse().unwrap(),
             first_image: dump.metadata("first_image").parse().unwrap(),

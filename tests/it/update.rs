@@ -14,6 +14,7 @@ use pcpo_wgpu::lora::formats::{Format, load, tensors};
 use pcpo_wgpu::lora::{Adapter, LayerShape};
 use pcpo_wgpu::model::{Conditioning, Storage};
 use pcpo_wgpu::ops::policy_objective::{GuidanceGradient, Objective, Surrogate};
+use pcpo_wgpu::sampling::fleet::Batch;
 use pcpo_wgpu::sampling::policy::{GuidanceMode, Policy, PromptPair};
 use pcpo_wgpu::sampling::trajectory::{Noise, Transition};
 use pcpo_wgpu::schedule::credit::{Credit, apply};
@@ -246,7 +247,7 @@ fn replay(case: &Case, how: Replay) -> Gradients {
             old_prediction: part(&old, s, first, n),
         };
         let batch = TrajectoryBatch {
-            part: Part::of_images(0, first..first + n, trained.len()),
+            part: Part::of_images(0, Batch { rows: first..first + n, device: 0 }, trained.len()),
             noise: Noise { seed, first_image: first_image + first as u32 },
             latent: [c, h, w],
             transitions: (0..trained.len()).map(transition).collect(),

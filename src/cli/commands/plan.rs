@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::cli::args::JobArgs;
+use crate::device::chosen::OnHost;
 use crate::estimate::{self, Target, shapes};
 
 #[derive(Args)]
@@ -15,11 +16,15 @@ pub struct PlanArgs {
 pub fn run(args: &PlanArgs) -> Result<i32> {
     let settings = args.job.resolve()?;
     let shapes = shapes::shapes(&settings, settings.lora.as_deref())?;
-    let compute = settings.open_device()?;
-    println!("device: {}", compute.name);
-    let target = Target::of(&compute).with_limit(settings.memory);
-    let found = estimate::estimate(&shapes, &settings, target);
-    let largest = estimate::largest_batch(&shapes, &settings, target);
-    print!("{}", estimate::text(&found, &settings, largest));
-    Ok(if found.offered.is_some_and(|o| found.peak() > o as f64) { 1 } else { 0 })
+    let computes = settings.open_devices(OnHost::ALONE)?;
+    let targets = Target::of_all(&computes, computes[0].threads(), settings.memory);
+    let mut fits = true;
+    for (compute, target) in computes.iter().zip(targets) {
+        println!("device: {}", compute.name);
+        let found = estimate::estimate(&shapes, &settings, target);
+        let largest = estimate::largest_batch(&shapes, &settings, target);
+        print!("{}", estimate::text(&found, &settings, largest));
+        fits &= found.offered.is_none_or(|offered| found.peak() <= offered as f64);
+    }
+    Ok(if fits { 0 } else { 1 })
 }

@@ -6,11 +6,13 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::cli::args::JobArgs;
-use crate::cli::console::catch_signals;
+use crate::cli::console::{STOPPED, catch_signals};
 use crate::cli::listeners::Listeners;
 use crate::config::Options;
+use crate::sampling::mpi;
+use crate::stop;
 use crate::train::run_folder::default_folder;
-use crate::train::{self, DumpRequest, Job};
+use crate::train::{self, DumpRequest, Job, Silent};
 
 #[derive(Args)]
 pub struct TrainArgs {
@@ -34,17 +36,15 @@ pub struct TrainArgs {
 }
 
 pub fn run(args: TrainArgs) -> Result<i32> {
-    let job = match &args.resume {
-        Some(dir) => Job::resume(&args.job.options, dir)?,
-        None => {
-            let settings = args.job.resolve()?;
-            let name = crate::choice::name(settings.preset);
-            Job::new(settings, args.out.unwrap_or_else(|| default_folder(&name)))
-        }
-    };
+    let world = mpi::world()?;
     catch_signals();
+    let job = world.agree(job(&args)).map(|job| job.with_world(world.clone()));
+    if !world.is_first() {
+        return work_for_first(job);
+    }
+    let job = job?;
     let listeners = Listeners::new(job.settings().tensorboard);
-    let done = train::train(job.with_dump(args.dump_update), &listeners)?;
+    let done = train::train(job, &listeners)?;
     if let Some(reason) = &done.stopped {
         println!("stopped: the pictures have collapsed: {reason}");
     }
@@ -57,4 +57,27 @@ pub fn run(args: TrainArgs) -> Result<i32> {
         done.out.display()
     );
     Ok(0)
+}
+
+/// What is asked for, new or resumed.
+fn job(args: &TrainArgs) -> Result<Job> {
+    let job = match &args.resume {
+        Some(dir) => Job::resume(&args.job.options, dir)?,
+        None => {
+            let settings = args.job.resolve()?;
+            let name = crate::choice::name(settings.preset);
+            let out = args.out.clone();
+            Job::new(settings, out.unwrap_or_else(|| default_folder(&name)))
+        }
+    };
+    Ok(job.with_dump(args.dump_update.clone()))
+}
+
+/// A process of several that is not the first: what it would say, that one does.
+fn work_for_first(job: Result<Job>) -> Result<i32> {
+    match job.and_then(|job| train::train(job, &Silent)) {
+        Ok(_) => Ok(0),
+        Err(_) if stop::requested() => Ok(STOPPED),
+        Err(_) => Ok(2),
+    }
 }

@@ -135,3 +135,73 @@ fn compute_in_f16_needs_a_gpu() {
         assert!(!std::path::Path::new(out).exists(), "{command:?}: nothing is written");
     }
 }
+
+/// Two replicas of one device have its bits, and an unlike one beside it is within rounding of it.
+/// Each does its share.
+#[test]
+fn several_devices_train_like_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = gpu_name();
+    let job = [
+        "--epochs",
+        "1",
+        "--images-per-epoch",
+        "8",
+        "--group-size",
+        "4",
+        "--batch",
+        "2",
+        "--steps",
+        "3",
+        "--train-steps",
+        "1",
+        "--eval-images",
+        "1",
+        "--eval-prompt",
+        "owl",
+    ];
+    let on = |name: &str, device: &str| {
+        let lines = run(&dir.path().join(name), &[&["--device", device], &job[..]].concat());
+        let update = of(&lines, "update").last().unwrap().clone();
+        let adapter = std::fs::read(dir.path().join(name).join("adapter.safetensors")).unwrap();
+        (of(&lines, "epoch").next().unwrap().clone(), update, adapter)
+    };
+    let (one, update, adapter) = on("one", &device);
+    assert!(one.get("device_batches").is_none(), "{one}");
+    let (two, of_two, of_both) = on("two", &format!("{device},{device}"));
+    assert_eq!(update, of_two);
+    assert!(adapter == of_both, "two replicas have the bits of one");
+    // Four batches to sample and decode, two of them in each of two updates.
+    assert_eq!(two["device_batches"], serde_json::json!([6, 6]));
+    let (mixed, of_mixed, _) = on("mixed", &format!("{device},cpu"));
+    assert_eq!(mixed["device_batches"], serde_json::json!([6, 6]));
+    let (a, b) = (update["grad_norm"].as_f64().unwrap(), of_mixed["grad_norm"].as_f64().unwrap());
+    assert!((a - b).abs() < 5e-2 * a, "{a} and {b}");
+    // It goes on with another number of devices.
+    let resumed = dir.path().join("two");
+    let more = ["train", "--resume", resumed.to_str().unwrap(), "--device", "cpu", "--epochs", "2"];
+    let output = program(&more);
+    assert!(output.status.success(), "{}", error_of(&output));
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(!text.contains("batches by device"), "{text}");
+}
+
+#[test]
+fn a_list_of_devices_that_is_none_is_refused() {
+    for (bad, words) in [
+        ("cpu,", "--device cpu,: an entry between the commas is empty"),
+        ("cpu,all", "--device cpu,all: all stands alone"),
+        ("cpu,no-such-card", "--device no-such-card: no adapter has that name"),
+        ("cpu,99", "--device 99: there are"),
+    ] {
+        let output = program(&["train", "--device", bad, "--out", "unused-folder"]);
+        assert_eq!(output.status.code(), Some(2), "{bad}");
+        assert!(error_of(&output).contains(words), "{}", error_of(&output));
+    }
+    let output = program(&["sample", "--prompt", "owl", "--device", "cpu,cpu"]);
+    assert!(
+        error_of(&output).contains("--device cpu,cpu: takes one device"),
+        "{}",
+        error_of(&output)
+    );
+}

@@ -9,6 +9,8 @@ mod gpu;
 mod library;
 mod memory;
 mod method;
+mod mpi;
+mod ranks;
 mod resume;
 mod reward;
 mod schedule;
