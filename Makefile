@@ -4,7 +4,7 @@
 # Without a desktop session Mesa complains that this is missing, and then does without.
 export XDG_RUNTIME_DIR ?= /tmp
 
-.PHONY: run test test-mpi check fix build driver lavapipe readers bench
+.PHONY: run test test-mpi reliability check fix build driver lavapipe readers bench
 
 run: driver
 	cargo run --release -- train
@@ -35,6 +35,10 @@ test-mpi: lavapipe
 	@if command -v mpicc >/dev/null 2>&1; then \
 		cargo test --release --features mpi --test it -- mpi; \
 	else echo "skipped: no MPI was found (mpicc)"; fi
+
+# Faults on purpose, in the form whose figures are in docs/RELIABILITY.md.
+reliability: lavapipe
+	PCPO_LONG=1 cargo test --release --test it -- faults --nocapture --test-threads 1
 
 # Format, lints and documentation; a warning fails.
 check:

@@ -1,5 +1,7 @@
 //! `pcpo-wgpu`: see `pcpo-wgpu --help`.
 
+use std::io::Write;
+
 use clap::Parser;
 use pcpo_wgpu::cli::console::STOPPED;
 use pcpo_wgpu::cli::{Cli, run};
@@ -16,7 +18,8 @@ fn main() {
     let cli = Cli::parse();
     note_panics();
     let code = guard(|| run(cli)).unwrap_or_else(|error| {
-        eprintln!("error: {error:#}");
+        // That nobody reads it any more is no reason to panic.
+        let _ = writeln!(std::io::stderr(), "error: {error:#}");
         if pcpo_wgpu::stop::requested() { STOPPED } else { 2 }
     });
     std::process::exit(code);

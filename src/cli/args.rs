@@ -118,7 +118,7 @@ impl DeviceArg {
     /// Opens the device and prints the line that names it.
     pub fn open(&self) -> Result<Compute> {
         let compute = self.quietly()?;
-        println!("device: {}", compute.name);
+        say!("device: {}", compute.name);
         Ok(compute)
     }
 }

@@ -57,7 +57,7 @@ impl Phase {
             *last = Instant::now();
             let (done, units) = (self.bar.position(), self.bar.length().unwrap_or(0));
             let left = HumanDuration(self.bar.eta());
-            println!("{} {done}/{units}, {left} to go", self.name);
+            say!("{} {done}/{units}, {left} to go", self.name);
         }
     }
 }
@@ -71,11 +71,11 @@ impl Drop for Phase {
 impl Observer for Console {
     fn on(&self, event: Event) {
         match event {
-            Event::Device(name) => println!("device: {name}"),
+            Event::Device(name) => say!("device: {name}"),
             Event::Resuming { folder, epoch } => {
-                println!("resuming {} after epoch {epoch}", folder.display());
+                say!("resuming {} after epoch {epoch}", folder.display());
             }
-            Event::Ready(lines) => lines.iter().for_each(|line| println!("{line}")),
+            Event::Ready(lines) => lines.iter().for_each(|line| say!("{line}")),
             Event::PhaseBegins { phase, units, done } => {
                 *self.phase() = Some(Phase::new(phase, units, done));
             }
@@ -86,15 +86,15 @@ impl Observer for Console {
             }
             Event::PhaseEnds => *self.phase() = None,
             Event::SelfTest { of, largest, bound } => {
-                println!("self-test: {of}, to {largest:.1e} (at most {bound:.0e})");
+                say!("self-test: {of}, to {largest:.1e} (at most {bound:.0e})");
             }
-            Event::Warning(text) => eprintln!("warning: {text}"),
-            Event::Notice(text) => println!("{text}"),
+            Event::Warning(text) => complain!("warning: {text}"),
+            Event::Notice(text) => say!("{text}"),
             Event::Written { .. } => {}
             Event::Dumped { update, file } => {
-                println!("update {update} written to {}", file.display());
+                say!("update {update} written to {}", file.display());
             }
-            Event::Epoch { record, epochs } => println!("{}", record.text(epochs)),
+            Event::Epoch { record, epochs } => say!("{}", record.text(epochs)),
         }
     }
 }
@@ -122,7 +122,7 @@ pub fn catch_signals() {
         if stop::request() {
             std::process::exit(STOPPED);
         }
-        eprintln!(
+        complain!(
             "stopping: an update in progress is finished and saved, a rollout is dropped; a second \
              signal ends the run at once"
         );

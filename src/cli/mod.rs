@@ -1,5 +1,24 @@
 //! The command line: what can be said, and who does it. Nothing else prints.
 
+/// Prints a line. That nobody reads it, since the terminal or the pipe was closed, ends nothing.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let _ = std::io::Write::write_fmt(
+            &mut std::io::stdout().lock(),
+            format_args!("{}\n", format_args!($($text)*)),
+        );
+    }};
+}
+/// The same of what is wrong.
+macro_rules! complain {
+    ($($text:tt)*) => {{
+        let _ = std::io::Write::write_fmt(
+            &mut std::io::stderr().lock(),
+            format_args!("{}\n", format_args!($($text)*)),
+        );
+    }};
+}
+
 mod args;
 mod commands;
 pub mod console;

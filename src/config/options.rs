@@ -100,7 +100,8 @@ pub struct Options {
     /// Device of the reward models [default: that of the training]
     #[arg(long, value_name = "DEVICE", help_heading = "Prompts and reward")]
     pub reward_device: Option<String>,
-    /// Seconds that a reward's server has for an answer [default: 60]
+    /// Seconds that a reward's server has for an answer; a program has ten times as long [default:
+    /// 60]
     #[arg(long, value_name = "SECONDS", help_heading = "Prompts and reward")]
     pub reward_timeout: Option<f64>,
     /// What a judge is asked, with {prompt} in its place [default: by --judge-answer]

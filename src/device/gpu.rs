@@ -125,6 +125,13 @@ pub fn buffer<const D: usize>(tensor: &Tensor<D>) -> Buffer {
 /// What has been opened, by Burn's device.
 static OPENED: RwLock<Vec<(Device, Gpu)>> = RwLock::new(Vec::new());
 
+/// Destroys all that has been opened, as a driver does that loses its device: for tests.
+#[doc(hidden)]
+pub fn lose_all() {
+    let opened = OPENED.read().unwrap_or_else(PoisonError::into_inner);
+    opened.iter().for_each(|(_, gpu)| gpu.device.destroy());
+}
+
 impl Gpu {
     /// Burn's wgpu device and queue for our pipelines, found again by [`Self::of`].
     pub fn new(burn: &Device, device: wgpu::Device, queue: wgpu::Queue, kernels: Kernels) -> Self {

@@ -1,6 +1,8 @@
 //! Files: every result is written to a temporary name and renamed; every error names the file.
 
 pub mod checkpoint;
+#[doc(hidden)]
+pub mod disk;
 pub mod imports;
 pub mod layout;
 pub mod mapped;
@@ -17,6 +19,19 @@ use anyhow::{Context, Result, ensure};
 use image::ExtendedColorType;
 use image::codecs::jpeg::JpegEncoder;
 
+/// What the names of files and folders begin with until they are whole.
+pub const PARTIAL: &str = ".partial-";
+
+/// Removes what a program that was killed was writing in a folder.
+pub fn sweep(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(|name| name.starts_with(PARTIAL)) {
+            let path = entry.path();
+            let _ = std::fs::remove_file(&path).or_else(|_| std::fs::remove_dir_all(&path));
+        }
+    }
+}
+
 /// Writes a whole file or nothing: to a temporary name beside it, then renamed.
 ///
 /// # Errors
@@ -30,24 +45,26 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// As [`write()`].
 pub fn write_with(path: &Path, body: impl FnOnce(&mut File) -> std::io::Result<()>) -> Result<()> {
-    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let dir = disk::parent(path);
     let failed = || {
         let path = path.display();
         format!("{path}: cannot be written (is the disk full, or the folder read-only?)")
     };
-    std::fs::create_dir_all(dir).with_context(failed)?;
-    let mut file = tempfile::NamedTempFile::new_in(dir).with_context(failed)?;
+    disk::make_dir(dir).with_context(failed)?;
+    let mut builder = tempfile::Builder::new();
+    let mut file = builder.prefix(PARTIAL).tempfile_in(dir).with_context(failed)?;
     body(file.as_file_mut()).with_context(failed)?;
-    file.as_file().sync_all().with_context(failed)?;
-    let kept = file.persist(path).map_err(|e| e.error).with_context(failed)?;
     // A temporary file is private; a result is as readable as any other file.
     #[cfg(unix)]
     {
         use std::os::unix::fs::PermissionsExt;
-        kept.set_permissions(std::fs::Permissions::from_mode(0o644)).with_context(failed)?;
+        let readable = std::fs::Permissions::from_mode(0o644);
+        file.as_file().set_permissions(readable).with_context(failed)?;
     }
-    drop(kept);
-    Ok(())
+    disk::sync_file(file.path(), file.as_file()).with_context(failed)?;
+    let temporary = file.path().to_path_buf();
+    file.persist(path).map_err(|e| e.error).with_context(failed)?;
+    disk::renamed(&temporary, path).with_context(failed)
 }
 
 /// A picture as the bytes of a PNG file.
@@ -73,6 +90,43 @@ pub fn jpeg(image: &image::RgbImage, quality: u8) -> Result<Vec<u8>> {
         .encode(image.as_raw(), width, height, ExtendedColorType::Rgb8)
         .context("an image cannot be written as JPEG")?;
     Ok(bytes)
+}
+
+/// Writes a whole folder or nothing: `body` fills one of another name beside it, then it is
+/// renamed. What is there already goes when the new one is whole.
+///
+/// # Errors
+/// When it cannot be written; names the folder. What `body` fails with.
+pub fn write_dir(path: &Path, body: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+    let dir = disk::parent(path);
+    let failed = || format!("{}: cannot be written", path.display());
+    disk::make_dir(dir).with_context(failed)?;
+    let temporary =
+        tempfile::Builder::new().prefix(PARTIAL).tempdir_in(dir).with_context(failed)?;
+    disk::made_dir(temporary.path());
+    body(temporary.path())?;
+    if path.exists() {
+        remove_dir(path)?;
+    }
+    disk::rename(temporary.path(), path).with_context(failed)?;
+    // It is not there to be removed any more.
+    let _ = temporary.keep();
+    Ok(())
+}
+
+/// Removes a folder: from one moment to the next it is not there any more. What is left of it when
+/// that is cut short is swept.
+///
+/// # Errors
+/// Names the folder.
+pub fn remove_dir(path: &Path) -> Result<()> {
+    let aside = || {
+        let aside = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(disk::parent(path))?;
+        disk::made_dir(aside.path());
+        disk::rename(path, &aside.path().join("old"))?;
+        disk::remove_dir(&aside.keep())
+    };
+    aside().with_context(|| format!("{}: cannot be removed", path.display()))
 }
 
 /// Checks that a file can be written where it shall be, without leaving anything: what takes hours

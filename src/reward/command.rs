@@ -31,11 +31,14 @@ pub struct Command {
     /// Its answers, read by a thread: a wait for one can be broken off.
     answers: Mutex<Receiver<String>>,
     folder: tempfile::TempDir,
+    /// How long it may take for an answer.
+    patience: Duration,
 }
 
 impl Command {
-    /// Starts the program through the system's shell.
-    pub fn start(program: &str) -> Result<Self> {
+    /// Starts the program through the system's shell. It has ten times as long for an answer as a
+    /// server: it may load a model first, or take all pictures at once.
+    pub fn start(program: &str, timeout: Duration) -> Result<Self> {
         ensure!(
             !program.trim().is_empty(),
             "--reward command: has no program; write command:PROGRAM ARGUMENTS"
@@ -53,7 +56,8 @@ impl Command {
             stdout.lines().map_while(Result::ok).try_for_each(|line| send.send(line))
         });
         let folder = tempfile::tempdir().context("a folder for the reward program's images")?;
-        Ok(Self { program: program.into(), child, stdin, answers: Mutex::new(answers), folder })
+        let (answers, patience) = (Mutex::new(answers), timeout.saturating_mul(10));
+        Ok(Self { program: program.into(), child, stdin, answers, folder, patience })
     }
 }
 
@@ -78,20 +82,34 @@ fn shell(program: &str) -> std::process::Command {
     command
 }
 
-/// Waits for the program to end by itself, for a while, then ends it. Its status, if it ended by
-/// itself.
+/// Waits for the program to end by itself, for a while, then ends it, and in any case what it has
+/// started. Its status, if it ended by itself.
 fn end(child: &mut Child) -> Option<ExitStatus> {
     let start = Instant::now();
-    while start.elapsed() < GRACE {
-        match child.try_wait() {
-            Ok(None) => std::thread::sleep(Duration::from_millis(10)),
-            Ok(status) => return status,
-            Err(_) => break,
-        }
+    while start.elapsed() < GRACE && !has_ended(child) {
+        std::thread::sleep(Duration::from_millis(10));
     }
+    let by_itself = has_ended(child);
     kill(child);
-    let _ = child.wait();
-    None
+    child.wait().ok().filter(|_| by_itself)
+}
+
+/// Whether the program has ended. It is not waited for: its number stays its own, and that of the
+/// group that what it has started is in.
+#[cfg(unix)]
+fn has_ended(child: &mut Child) -> bool {
+    let options = libc::WEXITED | libc::WNOHANG | libc::WNOWAIT;
+    // SAFETY: the call fills plain memory; of a child that runs it leaves the zeros.
+    unsafe {
+        let mut about: libc::siginfo_t = std::mem::zeroed();
+        let found = libc::waitid(libc::P_PID, child.id(), &mut about, options);
+        found != 0 || about.si_pid() != 0
+    }
+}
+
+#[cfg(windows)]
+fn has_ended(child: &mut Child) -> bool {
+    !matches!(child.try_wait(), Ok(None))
 }
 
 /// Kills the program with everything that its shell started.
@@ -136,16 +154,33 @@ impl Reward for Command {
         let answers = std::thread::scope(|scope| {
             let writer =
                 scope.spawn(|| stdin.write_all(lines.as_bytes()).and_then(|()| stdin.flush()));
-            let (mut answers, mut status) = (Vec::new(), None);
+            let (mut answers, mut status, mut asked) = (Vec::new(), None, Instant::now());
             while answers.len() < images.len() {
                 match self.answers.get_mut().expect("no thread panics with it").recv_timeout(LOOK) {
-                    Ok(line) => answers.push(line),
+                    Ok(line) => {
+                        answers.push(line);
+                        asked = Instant::now();
+                    }
                     Err(RecvTimeoutError::Disconnected) => {
                         // The writer may wait for a program that reads no more, here and below.
                         status = Some(end(&mut self.child));
                         break;
                     }
                     Err(RecvTimeoutError::Timeout) => {
+                        // What it has started may hold its output open.
+                        if has_ended(&mut self.child) {
+                            status = Some(end(&mut self.child));
+                            break;
+                        }
+                        if asked.elapsed() > self.patience {
+                            kill(&mut self.child);
+                            bail!(
+                                "--reward command:{}: no answer within {} seconds, ten times \
+                                 --reward-timeout; look what the program does, or give it more time",
+                                self.program,
+                                self.patience.as_secs_f64()
+                            );
+                        }
                         if let Err(stopped) = stop::check() {
                             kill(&mut self.child);
                             return Err(stopped);
@@ -200,7 +235,7 @@ mod tests {
     fn a_program_that_does_not_end_is_ended_with_what_it_started() {
         let endless =
             if cfg!(windows) { "ping -n 600 127.0.0.1" } else { "sleep 600 & echo started; wait" };
-        let mut command = Command::start(endless).unwrap();
+        let mut command = Command::start(endless, Duration::from_secs(60)).unwrap();
         let answers = std::mem::replace(&mut command.answers, Mutex::new(sync_channel(1).1));
         let answers = answers.into_inner().unwrap();
         answers.recv_timeout(Duration::from_secs(60)).unwrap();

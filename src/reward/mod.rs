@@ -128,7 +128,7 @@ pub const REWARDS: [Named; 12] = [
         name: "command",
         argument: Some("PROGRAM"),
         model: None,
-        open: |o| Ok(Box::new(command::Command::start(o.argument)?)),
+        open: |o| Ok(Box::new(command::Command::start(o.argument, o.remote.timeout)?)),
     },
 ];
 

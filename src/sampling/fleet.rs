@@ -14,6 +14,7 @@ use super::Replica;
 use super::world::World;
 use crate::device::in_order::{in_order, pool};
 use crate::device::{Compute, guard, rows_at_a_time, system};
+use crate::stop;
 
 /// Rows that go through a network together, and the device that they go to.
 #[derive(Clone, Debug, PartialEq)]
@@ -184,7 +185,9 @@ impl Fleet {
             let done = guard(|| work(&self.replicas[dealt.replica], dealt.item));
             self.done[dealt.replica].fetch_add(1, Ordering::Relaxed);
             let name = &self.names[self.first + dealt.replica];
-            let done = if several { done.with_context(|| format!("device {name}")) } else { done };
+            // A wish to stop is no fault of a device's.
+            let fault = several && !stop::requested();
+            let done = if fault { done.with_context(|| format!("device {name}")) } else { done };
             Ok((dealt.i, done?))
         };
         let threads = self.threads(&own);

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::trajectory::NotFinite;
 use crate::device::chosen::OnHost;
+use crate::stop;
 
 /// What carries bytes between processes. All of them call the same in the same order.
 pub trait Link: Send + Sync {
@@ -50,15 +51,21 @@ impl std::fmt::Display for Agreed {
 struct Failure {
     text: String,
     not_finite: bool,
+    /// Whether it is the user's wish.
+    stopped: bool,
 }
 
 impl Failure {
     fn of(error: &Error) -> Self {
-        Self { text: format!("{error:#}"), not_finite: error.is::<NotFinite>() }
+        let (text, not_finite) = (format!("{error:#}"), error.is::<NotFinite>());
+        Self { text, not_finite, stopped: stop::requested() }
     }
 
     fn error(self, from: String) -> Error {
-        let Self { text, not_finite } = self;
+        let Self { text, not_finite, stopped } = self;
+        if stopped {
+            stop::request();
+        }
         let cause = if not_finite { NotFinite(text).into() } else { Error::msg(text) };
         cause.context(Agreed(from))
     }

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::adamw::AdamWState;
@@ -20,8 +20,8 @@ use crate::lora::{Adapter, LayerShape};
 use crate::ops::advantage::Tracker;
 
 const VERSION: u32 = 2;
-/// What the folder of a checkpoint is called until it is whole.
-const PARTIAL: &str = ".partial-";
+/// The folder of checkpoints in a run's.
+const FOLDER: &str = "checkpoints";
 /// The checkpoint of a complete epoch, with its number behind it.
 const EPOCH: &str = "epoch-";
 /// The checkpoint of an epoch that was stopped between two of its updates, with their number behind
@@ -126,12 +126,12 @@ pub struct Keep {
 }
 
 fn folder(run: &Path, epoch: usize) -> PathBuf {
-    run.join("checkpoints").join(format!("{EPOCH}{epoch:05}"))
+    run.join(FOLDER).join(format!("{EPOCH}{epoch:05}"))
 }
 
 /// The folders among a run's checkpoints whose names begin with a prefix, by what follows it.
 fn named(run: &Path, prefix: &str) -> Vec<(String, PathBuf)> {
-    let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten().flatten();
+    let entries = std::fs::read_dir(run.join(FOLDER)).into_iter().flatten().flatten();
     let wanted = |e: std::fs::DirEntry| {
         Some((e.file_name().to_str()?.strip_prefix(prefix)?.to_string(), e.path()))
     };
@@ -142,18 +142,6 @@ fn named(run: &Path, prefix: &str) -> Vec<(String, PathBuf)> {
 fn numbered(run: &Path, prefix: &str) -> BTreeMap<usize, PathBuf> {
     let number = |(rest, path): (String, PathBuf)| Some((rest.parse().ok()?, path));
     named(run, prefix).into_iter().filter_map(number).collect()
-}
-
-/// Removes a checkpoint: from one moment to the next it is none any more, and what a run that is
-/// killed meanwhile leaves of it is swept by [`load`].
-fn remove(dir: &Path) -> Result<()> {
-    let aside = || {
-        let parent = dir.parent().expect("a checkpoint has a parent");
-        let aside = tempfile::Builder::new().prefix(PARTIAL).tempdir_in(parent)?;
-        std::fs::rename(dir, aside.path().join("old"))?;
-        aside.close()
-    };
-    aside().with_context(|| format!("{}: cannot be removed", dir.display()))
 }
 
 /// Whether an epoch has a checkpoint.
@@ -177,7 +165,7 @@ pub fn save(run: &Path, parts: &Parts, transitions: Vec<TensorParts>, keep: Keep
     let unfinished = numbered(run, UNFINISHED).into_iter().filter(|(_, old)| *old != target);
     for (_, old) in unfinished.chain(epochs) {
         // What cannot be removed does no harm: the newest is what counts.
-        let _ = remove(&old);
+        let _ = io::remove_dir(&old);
     }
     Ok(())
 }
@@ -196,7 +184,7 @@ pub fn rewind(run: &Path, parts: &Parts) -> Result<()> {
     // to it again.
     let mut later: Vec<PathBuf> = later.map(|(_, dir)| dir).collect();
     later.extend(numbered(run, UNFINISHED).into_values());
-    later.iter().rev().try_for_each(|dir| remove(dir))
+    later.iter().rev().try_for_each(|dir| io::remove_dir(dir))
 }
 
 /// Writes the checkpoint of a state whole or not at all, beside those that are there.
@@ -204,34 +192,25 @@ pub fn rewind(run: &Path, parts: &Parts) -> Result<()> {
 /// # Errors
 /// Names the file that cannot be written.
 pub fn write(run: &Path, parts: &Parts, transitions: Vec<TensorParts>) -> Result<PathBuf> {
-    let parent = run.join("checkpoints");
+    let parent = run.join(FOLDER);
     let target = match parts.state.unfinished {
         Some(_) => parent.join(format!("{UNFINISHED}{:06}", parts.state.updates)),
         None => folder(run, parts.state.epoch),
     };
-    std::fs::create_dir_all(&parent)
-        .with_context(|| format!("{}: cannot be made", parent.display()))?;
-    let temporary = tempfile::Builder::new()
-        .prefix(PARTIAL)
-        .tempdir_in(&parent)
-        .with_context(|| format!("{}: cannot be written", parent.display()))?;
-    let file = |name: &str| temporary.path().join(name);
-    formats::save(parts.adapter, &file("adapter.safetensors"), Format::Diffusers, &parts.label)?;
-    parts.followers.save(temporary.path(), &parts.label)?;
-    let tensors: Vec<HostTensor> = [("m", &parts.optimizer.m), ("v", &parts.optimizer.v)]
-        .into_iter()
-        .flat_map(|(name, values)| values.iter().enumerate().map(move |(i, v)| moment(name, i, v)))
-        .collect();
-    write_tensors(&file("optimizer.safetensors"), &tensors, &[])?;
-    if parts.state.unfinished.is_some() {
-        write_parts(&file(TRANSITIONS), transitions, &[])?;
-    }
-    io::write(&file("state.json"), serde_json::to_string_pretty(parts.state)?.as_bytes())?;
-    if target.exists() {
-        remove(&target)?;
-    }
-    std::fs::rename(temporary.keep(), &target)
-        .with_context(|| format!("{}: cannot be written", target.display()))?;
+    io::write_dir(&target, |dir| {
+        let Parts { state, adapter, optimizer, followers, label } = parts;
+        formats::save(adapter, &dir.join("adapter.safetensors"), Format::Diffusers, label)?;
+        followers.save(dir, label)?;
+        let moments = [("m", &optimizer.m), ("v", &optimizer.v)].into_iter();
+        let tensors: Vec<HostTensor> = moments
+            .flat_map(|(name, all)| all.iter().enumerate().map(move |(i, v)| moment(name, i, v)))
+            .collect();
+        write_tensors(&dir.join("optimizer.safetensors"), &tensors, &[])?;
+        if state.unfinished.is_some() {
+            write_parts(&dir.join(TRANSITIONS), transitions, &[])?;
+        }
+        io::write(&dir.join("state.json"), serde_json::to_string_pretty(state)?.as_bytes())
+    })?;
     Ok(target)
 }
 
@@ -239,31 +218,25 @@ fn moment(name: &str, i: usize, values: &[f32]) -> HostTensor {
     HostTensor::new(format!("{name}.{i:05}"), [values.len()], values.to_vec())
 }
 
-/// The newest checkpoint of a run.
+/// The newest checkpoint of a run, where there is one: a run that was cut short in its first saving
+/// has none.
 ///
 /// # Errors
-/// When there is none, it is of another version or another model, or a file is damaged.
-pub fn load(run: &Path, model: &str, linears: &[LayerShape]) -> Result<Loaded> {
+/// When it is of another version or another model, or a file is damaged.
+pub fn load(run: &Path, model: &str, linears: &[LayerShape]) -> Result<Option<Loaded>> {
     // What a killed run was writing.
-    for (_, partial) in named(run, PARTIAL) {
-        let _ = std::fs::remove_dir_all(partial);
-    }
+    io::sweep(&run.join(FOLDER));
     let newest = numbered(run, EPOCH).into_keys().next_back();
     if let Some(dir) = numbered(run, UNFINISHED).into_values().next_back() {
         let state = read_state(&dir)?;
         // One that an epoch's own checkpoint has overtaken was about to be removed.
         if newest.is_none_or(|n| state.epoch >= n) {
-            return read(run, &dir, state, model, linears);
+            return read(run, &dir, state, model, linears).map(Some);
         }
     }
-    let Some(epoch) = newest else {
-        bail!(
-            "--resume {}: there is no checkpoint in it; give the folder of a run that was saved",
-            run.display()
-        )
-    };
+    let Some(epoch) = newest else { return Ok(None) };
     let dir = folder(run, epoch);
-    read(run, &dir, read_state(&dir)?, model, linears)
+    read(run, &dir, read_state(&dir)?, model, linears).map(Some)
 }
 
 /// The newest checkpoint of an epoch before one, where there is one.

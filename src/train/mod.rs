@@ -25,6 +25,7 @@ mod followers;
 #[doc(hidden)]
 pub mod forward;
 mod gradient;
+mod job;
 mod label;
 mod measures;
 pub mod metrics;
@@ -61,6 +62,7 @@ use self::epoch::EpochState;
 use self::evaluation::{Extent, before_after};
 use self::followers::Followers;
 use self::gradient::{Loss, gradient};
+pub use self::job::{DumpRequest, Job};
 use self::measures::evaluate;
 use self::metrics::{About, Record, Took, UpdateRecord};
 pub use self::observer::{Event, Observer, Silent};
@@ -68,7 +70,7 @@ use self::prepare::{Prepared, prepare};
 use self::recovery::{diverged, keep_beginning, restore, suspend, test_restored};
 use self::rollout::rollout;
 use self::run::Run;
-pub use self::run::{DumpRequest, Job, Summary};
+pub use self::run::Summary;
 use self::run_folder::{ABOUT, SETTINGS, open_grid};
 use self::update::{TrajectoryBatch, UpdateGradient, all_stats, credit_table};
 use self::watch::best_epoch;
@@ -193,6 +195,8 @@ fn update(run: &mut Run, state: &EpochState) -> Result<UpdateRecord> {
     if let Loss::Policy(surrogate) = &loss
         && state.restored
         && !run.tested
+        // Whose device the first batch is on.
+        && run.fleet.world.is_first()
     {
         test_restored(run, state, batches[0], surrogate)?;
     }

@@ -11,12 +11,13 @@ use super::adamw::AdamWState;
 use super::base_features::load_base;
 use super::checkpoint::{self, Loaded, RunState, Snapshot};
 use super::followers::Followers;
+use super::job::Job;
 use super::observer::{Event, Observer};
 use super::plan::drawn_prompts;
 use super::plan_branches::steps_without_branches;
 use super::rewards::Rewards;
-use super::run::{Job, Run};
-use super::run_folder::RunFolder;
+use super::run::Run;
+use super::run_folder::{METRICS, RunFolder};
 use crate::choice::name;
 use crate::config::{Branching, Objective, Plain, Rollout, Settings, Switch};
 use crate::device::system::memory_text;
@@ -86,7 +87,7 @@ fn prepare_here<'a>(job: &'a mut Job, observer: &'a dyn Observer) -> Result<Prep
     let way_out = "give all processes the same files";
     roll.world.ensure_alike("the model's hash", &model, way_out)?;
     let loaded = match job.resume {
-        true => resume(job, &model, &linears, observer)?,
+        true => resume(job, &model, &linears, folder.records().len(), observer)?,
         false => begin(s, model, &linears)?,
     };
     let Loaded { snapshot: Snapshot { state, adapter, optimizer, followers }, transitions } =
@@ -194,7 +195,8 @@ fn features(s: &Settings, compute: &Compute) -> Result<Option<FeatureModel>> {
 /// file that it began with may be gone.
 fn adapter_file(job: &Job) -> Option<std::path::PathBuf> {
     let given = job.settings.lora.as_ref()?;
-    Some(if job.resume { job.out.join("adapter.safetensors") } else { given.clone() })
+    let own = job.out.join("adapter.safetensors");
+    Some(if job.resume && own.exists() { own } else { given.clone() })
 }
 
 /// The embeddings of all prompts that the run draws, and of the negative one: each is encoded once.
@@ -310,15 +312,27 @@ fn begin(s: &Settings, model: String, linears: &[LayerShape]) -> Result<Loaded> 
     Ok(Loaded { snapshot, transitions: None })
 }
 
-/// The state of a run that goes on.
+/// The state of a run that goes on, which has so many lines of metrics.
 fn resume(
     job: &Job,
     model: &str,
     linears: &[LayerShape],
+    lines: usize,
     observer: &dyn Observer,
 ) -> Result<Loaded> {
-    let loaded = checkpoint::load(&job.out, model, linears)?;
+    // A run that was cut short in its first saving begins again.
+    let loaded = match checkpoint::load(&job.out, model, linears)? {
+        Some(loaded) => loaded,
+        None => begin(&job.settings, model.to_string(), linears)?,
+    };
     let state = &loaded.snapshot.state;
+    ensure!(
+        lines >= state.metrics_lines,
+        "{}: has {lines} lines, and its checkpoint was written after {}: the folder is not whole; \
+         copy it again while no run writes there",
+        job.out.join(METRICS).display(),
+        state.metrics_lines
+    );
     let begun = state.epoch + usize::from(state.unfinished.is_some());
     ensure!(
         begun <= job.settings.epochs,
@@ -388,8 +402,8 @@ fn summary(
             given.join(" + ")
         ),
         format!(
-            "memory: about {} at most{of_each}, {} of it for weights; a rollout keeps {} for the update; \
-             activation checkpointing {}",
+            "memory: about {} at most{of_each}, {} of it for weights; a rollout keeps {} for the \
+             update; activation checkpointing {}",
             memory_text(estimated.peak() as u64),
             memory_text(estimated.weights as u64),
             memory_text(estimated.kept as u64),

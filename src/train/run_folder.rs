@@ -57,7 +57,13 @@ impl RunFolder {
     /// # Errors
     /// When it holds something or cannot be made.
     pub fn new(dir: &Path) -> Result<Self> {
-        let mine = |e: std::io::Result<std::fs::DirEntry>| e.is_ok_and(|e| e.file_name() == LOCK);
+        // What is left of one that was killed before it had written a file.
+        let mine = |e: std::io::Result<std::fs::DirEntry>| {
+            e.is_ok_and(|e| {
+                let name = e.file_name();
+                name == LOCK || name.to_str().is_some_and(|name| name.starts_with(io::PARTIAL))
+            })
+        };
         let empty = || !dir.exists() || std::fs::read_dir(dir).is_ok_and(|mut d| d.all(mine));
         let occupied = || {
             format!(
@@ -73,6 +79,7 @@ impl RunFolder {
         let lock = lock(dir, "--out")?;
         // A run that has just ended may have filled it meanwhile.
         ensure!(empty(), occupied());
+        io::sweep(dir);
         Ok(Self {
             lock: Some(lock),
             dir: dir.to_path_buf(),
@@ -89,6 +96,9 @@ impl RunFolder {
     /// When another run writes there, or the metrics cannot be read.
     pub fn resume(dir: &Path) -> Result<Self> {
         let lock = lock(dir, "--resume")?;
+        for written_to in [dir.to_path_buf(), dir.join(GRIDS), dir.join(SAMPLED)] {
+            io::sweep(&written_to);
+        }
         let mut folder = Self::read(dir)?;
         folder.lock = Some(lock);
         Ok(folder)
@@ -113,7 +123,8 @@ impl RunFolder {
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(METRICS);
         let record = |(i, line): (usize, &str)| read_record(&path, i + 1, line);
-        let text = io::read_text(&path)?;
+        // One that was cut short in its first saving may have none.
+        let text = if path.exists() { io::read_text(&path)? } else { String::new() };
         let mut folder = Self::elsewhere(dir);
         folder.records = text.lines().enumerate().map(record).collect::<Result<_>>()?;
         Ok(folder)

@@ -7,6 +7,7 @@ mod compare;
 mod credit;
 mod damaged_models;
 mod eval;
+mod faults;
 mod forward;
 mod hot_path;
 mod kernels;

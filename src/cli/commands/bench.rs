@@ -15,7 +15,7 @@ pub struct BenchArgs {
 
 pub fn run(args: &BenchArgs) -> Result<i32> {
     let compute = args.device.open()?;
-    short_table(&compute, |line| println!("{line}"))?;
-    kernel_lines(&compute, SMALL, |line| println!("{line}"))?;
+    short_table(&compute, |line| say!("{line}"))?;
+    kernel_lines(&compute, SMALL, |line| say!("{line}"))?;
     Ok(0)
 }

@@ -45,8 +45,8 @@ pub fn run(args: &CheckArgs) -> Result<i32> {
     let lines = check::check(&subject, &compute)?;
     for line in &lines {
         let verdict = if line.error <= args.tolerance { "ok" } else { "FAILED" };
-        println!("{:<22} max error / std {:.3e}  {verdict}", line.name, line.error);
+        say!("{:<22} max error / std {:.3e}  {verdict}", line.name, line.error);
     }
-    println!("{:.1} s", start.elapsed().as_secs_f64());
+    say!("{:.1} s", start.elapsed().as_secs_f64());
     Ok(if lines.iter().all(|l| l.error <= args.tolerance) { 0 } else { 1 })
 }

@@ -65,16 +65,16 @@ pub fn run(args: &CompareArgs) -> Result<i32> {
     };
     catch_signals();
     let listeners = Listeners::new(false);
-    let tell = |text: &str| println!("\n== {text}");
+    let tell = |text: &str| say!("\n== {text}");
     let done = compare::compare(&comparison, args.target, &args.out, &listeners, &tell)?;
-    println!("\n{}", done.table);
+    say!("\n{}", done.table);
     let out = args.out.display();
-    println!("result: {out} ({PAGE}, {TABLE}, records)");
+    say!("result: {out} ({PAGE}, {TABLE}, records)");
     for failed in &done.failed {
-        eprintln!("warning: {failed}");
+        complain!("warning: {failed}");
     }
     if !done.failed.is_empty() {
-        eprintln!("warning: the same command tries again what failed");
+        complain!("warning: the same command tries again what failed");
     }
     Ok(i32::from(!done.failed.is_empty()))
 }

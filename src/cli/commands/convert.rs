@@ -37,7 +37,7 @@ fn model(args: &ConvertArgs) -> Result<i32> {
     );
     let files = args.model.parts.files(args.input.clone())?;
     let parts = write_folder(&files, &args.output)?;
-    println!("{}: {}", args.output.display(), parts.join(", "));
+    say!("{}: {}", args.output.display(), parts.join(", "));
     Ok(0)
 }
 
@@ -49,7 +49,7 @@ fn adapter(args: &ConvertArgs) -> Result<i32> {
     let about = label::about(&args.input)?;
     let label = Label { network: files.family.network(), about };
     formats::save(&adapter, &args.output, format, &label)?;
-    println!(
+    say!(
         "{}: rank {}, alpha {}, {} layers",
         args.output.display(),
         adapter.rank,

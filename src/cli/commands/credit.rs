@@ -64,9 +64,9 @@ pub fn run(args: &CreditArgs) -> Result<i32> {
     };
     let table = table(&schedule, sampling, args.zeta)?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&table.json())?);
+        say!("{}", serde_json::to_string_pretty(&table.json())?);
     } else {
-        print!("{}", table.text());
+        say!("{}", table.text().trim_end());
     }
     if let Some(path) = &args.plot {
         io::write(path, &io::png(&table.plot())?)?;

@@ -12,8 +12,8 @@ pub fn run() -> Result<i32> {
         let (limits, features) = (a.adapter.limits(), a.adapter.features());
         let yes = |f: wgpu::Features| if features.contains(f) { "yes" } else { "no" };
         let mib = |n: u64| n >> 20;
-        println!("{i}: {}{}", a.label(), if auto == Some(i) { "   <- auto" } else { "" });
-        println!(
+        say!("{i}: {}{}", a.label(), if auto == Some(i) { "   <- auto" } else { "" });
+        say!(
             "   type {:?}, buffer {} MiB, binding {} MiB, workgroup memory {} KiB, f16 {}, \
              subgroups {}",
             a.info.device_type,
@@ -25,6 +25,6 @@ pub fn run() -> Result<i32> {
         );
     }
     let chosen = if auto.is_none() { "   <- auto: there is no hardware GPU" } else { "" };
-    println!("cpu: {}{chosen}", Compute::cpu().name);
+    say!("cpu: {}{chosen}", Compute::cpu().name);
     Ok(0)
 }

@@ -47,6 +47,6 @@ pub fn run(args: &EmbedArgs) -> Result<i32> {
     let from = TextFrom::Encoders(length);
     embed(&files, texts, from, &compute.burn, args.storage.storage)?.write(&args.out)?;
     let named = if negative.is_empty() { "empty" } else { "negative" };
-    println!("{}: {} prompts and the {named} one", args.out.display(), prompts.len());
+    say!("{}: {} prompts and the {named} one", args.out.display(), prompts.len());
     Ok(0)
 }

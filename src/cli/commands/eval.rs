@@ -263,7 +263,7 @@ fn measure(
             let width = features.first().map_or(0, Vec::len);
             let fewest = reference.iter().map(|r| r.whole.len()).chain([features.len()]).min();
             if let Some(few) = too_few(fewest.unwrap_or(0), width) {
-                eprintln!("warning: {few}");
+                complain!("warning: {few}");
             }
         }
         found.add_features(&features, &set.prompt_of, reference.as_ref(), seed);
@@ -274,20 +274,20 @@ fn measure(
 fn print(args: &EvalArgs, found: &Evaluation) -> Result<()> {
     let json = serde_json::to_value(found).context("the numbers cannot be written as JSON")?;
     if args.json {
-        println!("{}", serde_json::to_string_pretty(&json)?);
+        say!("{}", serde_json::to_string_pretty(&json)?);
         return Ok(());
     }
-    println!("{} pictures of {} prompts", found.pictures, found.prompts);
+    say!("{} pictures of {} prompts", found.pictures, found.prompts);
     for (name, mean) in &found.rewards {
         let (low, high) = (found.rewards_low[name], found.rewards_high[name]);
         match (low, high) {
-            (Some(low), Some(high)) => println!("{name}: {mean:.4}, 95% [{low:.4}, {high:.4}]"),
-            (None, _) | (_, None) => println!("{name}: {mean:.4}"),
+            (Some(low), Some(high)) => say!("{name}: {mean:.4}, 95% [{low:.4}, {high:.4}]"),
+            (None, _) | (_, None) => say!("{name}: {mean:.4}"),
         }
     }
     let Some(fields) = json.as_object() else { bail!("the numbers are not an object") };
     for (name, value) in fields.iter().filter(|(_, v)| v.is_f64()) {
-        println!("{name}: {:.5}", value.as_f64().unwrap_or(f64::NAN));
+        say!("{name}: {:.5}", value.as_f64().unwrap_or(f64::NAN));
     }
     Ok(())
 }

@@ -20,10 +20,10 @@ pub fn run(args: &PlanArgs) -> Result<i32> {
     let targets = Target::of_all(&computes, computes[0].threads(), settings.memory);
     let mut fits = true;
     for (compute, target) in computes.iter().zip(targets) {
-        println!("device: {}", compute.name);
+        say!("device: {}", compute.name);
         let found = estimate::estimate(&shapes, &settings, target);
         let largest = estimate::largest_batch(&shapes, &settings, target);
-        print!("{}", estimate::text(&found, &settings, largest));
+        say!("{}", estimate::text(&found, &settings, largest).trim_end());
         fits &= found.offered.is_none_or(|offered| found.peak() <= offered as f64);
     }
     Ok(if fits { 0 } else { 1 })

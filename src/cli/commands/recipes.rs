@@ -5,11 +5,11 @@ use anyhow::Result;
 use crate::config::recipe::RECIPES;
 
 pub fn run() -> Result<i32> {
-    println!("{:<18} {:>9}  what", "recipe", "memory");
+    say!("{:<18} {:>9}  what", "recipe", "memory");
     for recipe in &RECIPES {
-        println!("{:<18} {:>9}  {}", recipe.name, recipe.memory(), recipe.title());
+        say!("{:<18} {:>9}  {}", recipe.name, recipe.memory(), recipe.title());
     }
-    println!(
+    say!(
         "\nmemory: by `pcpo-wgpu plan` for 48 prompts, without a reward model\n\
          use: pcpo-wgpu train --recipe NAME --model DIR --prompts FILE --reward SPEC"
     );

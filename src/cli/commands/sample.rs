@@ -48,7 +48,7 @@ pub fn run(args: &SampleArgs) -> Result<i32> {
         })
     })?;
     for i in 0..canvas.total() {
-        println!("{}: {}", picture_path(&args.out, i).display(), canvas.prompt(i));
+        say!("{}: {}", picture_path(&args.out, i).display(), canvas.prompt(i));
     }
     args.draw.save(&canvas, latents.concat())?;
     Ok(0)

@@ -88,14 +88,14 @@ fn print(args: &ScoreArgs, device: &str, prompts: &[Prompt], columns: &[Vec<f64>
             json!({ "image": image(i), "prompt": prompts[i].text, "scores": scores })
         };
         let rows: Vec<Value> = (0..args.images.len()).map(row).collect();
-        println!("{}", serde_json::to_string_pretty(&json!({ "rows": rows }))?);
+        say!("{}", serde_json::to_string_pretty(&json!({ "rows": rows }))?);
         return Ok(());
     }
-    println!("device: {device}");
+    say!("device: {device}");
     for i in 0..args.images.len() {
-        println!("{}: {}", image(i), prompts[i].text);
+        say!("{}: {}", image(i), prompts[i].text);
         for (spec, column) in args.reward.iter().zip(columns) {
-            println!("  {spec}: {:.6}", column[i]);
+            say!("  {spec}: {:.6}", column[i]);
         }
     }
     Ok(())

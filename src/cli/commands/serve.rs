@@ -40,7 +40,7 @@ pub fn run(args: &ServeArgs) -> Result<i32> {
     let _ = ctrlc::set_handler(|| {
         stop::request();
     });
-    println!("serving {} on {}", args.dir.display(), server.url());
+    say!("serving {} on {}", args.dir.display(), server.url());
     // Whoever reads this through a pipe waits for it.
     let _ = std::io::stdout().flush();
     server.run(stop::requested);

@@ -46,13 +46,13 @@ pub fn run(args: TrainArgs) -> Result<i32> {
     let listeners = Listeners::new(job.settings().tensorboard);
     let done = train::train(job, &listeners)?;
     if let Some(reason) = &done.stopped {
-        println!("stopped: the pictures have collapsed: {reason}");
+        say!("stopped: the pictures have collapsed: {reason}");
     }
-    println!("fixed prompts and noise: reward {:.4} before, {:.4} after", done.before, done.after);
+    say!("fixed prompts and noise: reward {:.4} before, {:.4} after", done.before, done.after);
     if let Some(epoch) = done.best_epoch {
-        println!("best: adapter-best.safetensors, after epoch {epoch}");
+        say!("best: adapter-best.safetensors, after epoch {epoch}");
     }
-    println!(
+    say!(
         "result: {} (report.html, before_after.png, adapter.safetensors, metrics.jsonl)",
         done.out.display()
     );

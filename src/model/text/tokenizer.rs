@@ -2,6 +2,7 @@
 //! that all of CLIP's models share; and T5's, from tokenizer.json.
 
 use std::io::Read;
+use std::panic::catch_unwind;
 use std::path::Path;
 
 use anyhow::{Context, Result, anyhow, ensure};
@@ -162,6 +163,14 @@ fn special(configs: &[Value], field: &str, default: &str) -> String {
     configs.iter().find_map(|c| text(&c[field])).unwrap_or_else(|| default.to_string())
 }
 
+/// Reads a tokenizer.json.
+fn from_json(path: &Path) -> Result<tokenizers::Tokenizer> {
+    // The library panics at some that are damaged.
+    let read = catch_unwind(|| tokenizers::Tokenizer::from_file(path));
+    let read = read.unwrap_or_else(|_| Err("it is damaged".into()));
+    read.map_err(|e| anyhow!("{}: cannot be used: {e}", path.display()))
+}
+
 impl Tokenizer {
     /// Loads a `tokenizer` folder; rows are at most `max_tokens` long.
     ///
@@ -170,8 +179,7 @@ impl Tokenizer {
     pub fn load(dir: &Path, max_tokens: usize) -> Result<Self> {
         let fast = dir.join("tokenizer.json");
         let mut inner = if fast.is_file() {
-            tokenizers::Tokenizer::from_file(&fast)
-                .map_err(|e| anyhow!("{}: cannot be used: {e}", fast.display()))?
+            from_json(&fast)?
         } else {
             ensure!(
                 dir.join("vocab.json").is_file() && dir.join("merges.txt").is_file(),
@@ -249,8 +257,7 @@ impl Tokenizer {
              `T5TokenizerFast.from_pretrained(..).save_pretrained(..)`",
             path.display()
         );
-        let mut inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|e| anyhow!("{}: cannot be used: {e}", path.display()))?;
+        let mut inner = from_json(&path)?;
         inner.with_padding(None);
         inner.with_truncation(None).map_err(|e| anyhow!("{}: {e}", path.display()))?;
         let id = |token: &str| {
@@ -276,7 +283,7 @@ impl Tokenizer {
         );
         let fail = |e: tokenizers::Error| anyhow!("{}: cannot be used: {e}", path.display());
         let mut inner = if fast.is_file() {
-            tokenizers::Tokenizer::from_file(&fast).map_err(fail)?
+            from_json(&fast)?
         } else {
             let pieces = WordPiece::from_file(&words.to_string_lossy());
             let pieces = pieces.unk_token("[UNK]".into()).build().map_err(fail)?;

@@ -47,7 +47,7 @@ fn run(out: &Path, args: &[&str]) -> Vec<serde_json::Value> {
 }
 
 /// Waits until a running program has made a file.
-fn wait_for(file: &Path, program: &mut Child) {
+pub fn wait_for(file: &Path, program: &mut Child) {
     while !file.exists() {
         assert!(
             program.try_wait().unwrap().is_none(),

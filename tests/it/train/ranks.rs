@@ -2,11 +2,12 @@
 //! feature `mpi` the last test starts real ones.
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
 
 use anyhow::{Result, bail};
 use pcpo_wgpu::sampling::world::{Link, World};
-use pcpo_wgpu::{Job, Options, Prompt, Reward, RgbImage, Silent, train};
+use pcpo_wgpu::{Event, Job, Observer, Options, Prompt, Reward, RgbImage, Silent, train};
 
 use super::{metrics, of};
 use crate::support::emoji;
@@ -201,6 +202,69 @@ fn an_error_of_one_rank_is_every_one_s() {
             train(job.with_reward("own", never()).with_world(world), &Silent).unwrap();
         });
         assert!(checkpoint(&whole, 2) == checkpoint(&broken, 2), "resumed in {on}");
+    }
+}
+
+/// Panics in the middle of an update: in the n-th unit of them.
+struct Bomb {
+    at: usize,
+    updating: AtomicBool,
+    advanced: AtomicUsize,
+}
+
+impl Bomb {
+    fn new(at: usize) -> Self {
+        Self { at, updating: AtomicBool::new(false), advanced: AtomicUsize::new(0) }
+    }
+}
+
+impl Observer for Bomb {
+    fn on(&self, event: Event) {
+        match event {
+            Event::PhaseBegins { phase, .. } => {
+                self.updating.store(phase == "update", Ordering::SeqCst);
+            }
+            Event::PhaseAdvances if self.updating.load(Ordering::SeqCst) => {
+                assert!(self.advanced.fetch_add(1, Ordering::SeqCst) != self.at, "lost");
+            }
+            _ => {}
+        }
+    }
+}
+
+/// What ends one rank between two updates leaves an epoch that any number of ranks takes up: what
+/// each of them had sampled is in it.
+#[test]
+fn a_rank_that_fails_in_an_update_leaves_the_epoch_to_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let branch = Options {
+        images_per_epoch: None,
+        group_size: None,
+        train_steps: None,
+        branch: Some(vec![3, 2]),
+        ..options()
+    };
+    let nft = Options { preset: Some(pcpo_wgpu::config::Preset::Nft), ..options() };
+    // Units that the second rank has in the first of three updates, or some more.
+    for (name, options, units) in [("plain", options(), 8), ("branch", branch, 1), ("nft", nft, 13)]
+    {
+        let settings = options.resolve().unwrap();
+        let whole = dir.path().join(name);
+        train(Job::new(settings.clone(), &whole), &Silent).unwrap();
+        for on in [1, 3] {
+            let broken = dir.path().join(format!("{name}-{on}"));
+            let errors = in_ranks(2, |world| {
+                let job = Job::new(settings.clone(), &broken);
+                let bomb = Bomb::new(if world.rank() == 1 { units } else { usize::MAX });
+                format!("{:#}", train(job.with_world(world), &bomb).unwrap_err())
+            });
+            assert!(errors[0].contains("1 updates of epoch 1 are kept"), "{name}: {}", errors[0]);
+            in_ranks(on, |world| {
+                let job = Job::resume(&Options::default(), &broken).unwrap();
+                train(job.with_world(world), &Silent).unwrap();
+            });
+            assert!(checkpoint(&whole, 2) == checkpoint(&broken, 2), "{name}, resumed in {on}");
+        }
     }
 }
 
