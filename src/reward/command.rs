@@ -176,7 +176,8 @@ impl Reward for Command {
                             kill(&mut self.child);
                             bail!(
                                 "--reward command:{}: no answer within {} seconds, ten times \
-                                 --reward-timeout; look what the program does, or give it more time",
+                                 --reward-timeout; look what the program does, or give it \
+                                 more time",
                                 self.program,
                                 self.patience.as_secs_f64()
                             );

@@ -79,36 +79,34 @@ pub fn generate<R: Send>(
     let replicas = &fleet.replicas[..];
     let loras: Vec<Vec<Lora>> =
         request.policies.iter().map(|p| upload_adapter(replicas, p.value)).collect();
-    fleet.map(
-        request.batches,
-        |batch| batch.device,
-        |replica, Batch { rows: images, .. }| {
-            let own = &request.images[images.clone()];
-            let prompts = prompt_pair(replica, request.embeddings, own, request.latent)?;
-            let guidance = GuidanceMode::new(&*replica.pipeline.net, request.guidance_scale);
-            let mut policies = Vec::new();
-            for (given, loras) in request.policies.iter().zip(&loras) {
-                let value = Policy {
-                    compute: &replica.compute,
-                    net: &*replica.pipeline.net,
-                    lora: lora_of(loras, replicas, replica),
-                    guidance,
-                    prompts: &prompts,
-                };
-                policies.push(Weighted { weight: given.weight, value });
-            }
-            let first_image = request.noise.first_image + images.start as u32;
-            let noise = Noise { first_image, ..request.noise };
-            let latents = initial_latents(request, &request.images[images.clone()]);
-            let equal = policies[0].value.equal_rows(&latents);
-            let [c, h, w] = request.latent;
-            let latents = upload(&latents, [images.len(), c, h, w], &replica.compute.burn);
-            let (steps, keep) = (request.steps, request.keep);
-            let Trajectory { latents, transitions, calls } =
-                sample(&policies, latents, &equal, steps, keep, noise, &|| tick())?;
-            finish(replica, Generated { images: images.clone(), latents, transitions, calls })
-        },
-    )
+    let draw = |replica: &Replica, batch: &Batch| {
+        let images = &batch.rows;
+        let own = &request.images[images.clone()];
+        let prompts = prompt_pair(replica, request.embeddings, own, request.latent)?;
+        let guidance = GuidanceMode::new(&*replica.pipeline.net, request.guidance_scale);
+        let mut policies = Vec::new();
+        for (given, loras) in request.policies.iter().zip(&loras) {
+            let value = Policy {
+                compute: &replica.compute,
+                net: &*replica.pipeline.net,
+                lora: lora_of(loras, replicas, replica),
+                guidance,
+                prompts: &prompts,
+            };
+            policies.push(Weighted { weight: given.weight, value });
+        }
+        let first_image = request.noise.first_image + images.start as u32;
+        let noise = Noise { first_image, ..request.noise };
+        let latents = initial_latents(request, &request.images[images.clone()]);
+        let equal = policies[0].value.equal_rows(&latents);
+        let [c, h, w] = request.latent;
+        let latents = upload(&latents, [images.len(), c, h, w], &replica.compute.burn);
+        let (steps, keep) = (request.steps, request.keep);
+        let Trajectory { latents, transitions, calls } =
+            sample(&policies, latents, &equal, steps, keep, noise, &|| tick())?;
+        finish(replica, Generated { images: images.clone(), latents, transitions, calls })
+    };
+    fleet.map(request.batches, |batch| batch.device, draw)
 }
 
 /// The adapter on every replica's device.

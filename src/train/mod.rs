@@ -21,6 +21,7 @@ mod epoch;
 mod epoch_record;
 mod evaluation;
 mod evaluation_record;
+mod fit;
 mod followers;
 #[doc(hidden)]
 pub mod forward;
@@ -163,6 +164,8 @@ fn updates(run: &mut Run, state: &mut EpochState) -> Result<()> {
     let s = run.settings;
     reset_peak();
     let per_pass: usize = state.plan.parts.iter().map(|part| part.steps.len()).sum();
+    // Of several processes each sees its own share go on.
+    let per_pass = per_pass.div_ceil(run.fleet.world.size());
     let total = s.updates_per_epoch * s.inner_epochs;
     let (units, done) =
         (per_pass * s.inner_epochs, per_pass * state.updates.len() / s.updates_per_epoch);

@@ -5,11 +5,11 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, ensure};
-use serde::{Deserialize, Serialize};
 
 use super::adamw::AdamWState;
 use super::base_features::load_base;
 use super::checkpoint::{self, Loaded, RunState, Snapshot};
+use super::fit::fit;
 use super::followers::Followers;
 use super::job::Job;
 use super::observer::{Event, Observer};
@@ -23,7 +23,7 @@ use crate::config::{Branching, Objective, Plain, Rollout, Settings, Switch};
 use crate::device::system::memory_text;
 use crate::device::{self, Compute, rows_at_a_time};
 use crate::estimate::shapes::shapes;
-use crate::estimate::{self, Estimate, Shapes, Target};
+use crate::estimate::{Estimate, Target};
 use crate::io;
 use crate::io::weights::Weights;
 use crate::lora::formats;
@@ -145,34 +145,6 @@ fn alike(s: &Settings, world: &World) -> Result<()> {
     let (device, reward_device, memory) = (String::new(), None, None);
     let text = toml::to_string(&Settings { device, reward_device, memory, ..s.clone() })?;
     world.ensure_alike("a setting", &text, "start all processes with the same flags and files")
-}
-
-/// The memory of each of this process's devices. What is chosen by it is one choice for all
-/// devices, and saved with the run, which goes on to the bit.
-fn fit(s: &mut Settings, found: &Shapes, targets: &[Target], roll: &Roll) -> Result<Vec<Estimate>> {
-    let check = |s: &Settings| -> Result<Vec<Estimate>> {
-        let device = |i: usize| format!("device {}", roll.names[i]);
-        let one = |(i, target): (usize, &Target)| {
-            let estimated = estimate::check(found, s, *target);
-            if targets.len() == 1 { estimated } else { estimated.with_context(|| device(i)) }
-        };
-        targets.iter().enumerate().map(one).collect()
-    };
-    let own = check(s).map(|all| Chosen {
-        checkpointing: all.iter().any(|e| e.checkpointing),
-        tiling: all.iter().any(|e| e.tiling),
-    });
-    let all = roll.world.all(own)?;
-    s.activation_checkpointing = all.iter().any(|c| c.checkpointing).into();
-    s.vae_tiling = all.iter().any(|c| c.tiling).into();
-    check(s)
-}
-
-/// What a process's devices leave no other room for.
-#[derive(Serialize, Deserialize)]
-struct Chosen {
-    checkpointing: bool,
-    tiling: bool,
 }
 
 /// A device with the model on it.

@@ -33,6 +33,8 @@ pub(super) fn in_rollout<R>(
     units: usize,
     work: &dyn Fn(Tick) -> Result<R>,
 ) -> Result<R> {
+    // Of several processes each sees its own share go on.
+    let units = units.div_ceil(run.fleet.world.size());
     run.observer.on(Event::PhaseBegins { phase: "rollout", units, done: 0 });
     let done = work(&|| {
         run.observer.on(Event::PhaseAdvances);

@@ -1,5 +1,5 @@
-//! A disk that is full or read-only, at each file of a run. A small filesystem of its own is needed,
-//! which root can mount on Linux; elsewhere this is skipped by name.
+//! A disk that is full or read-only, at each file of a run. A small filesystem of its own is
+//! needed, which root can mount on Linux; elsewhere this is skipped by name.
 
 #![cfg(target_os = "linux")]
 

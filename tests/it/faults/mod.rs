@@ -6,6 +6,7 @@ mod disk;
 mod folders;
 mod kills;
 mod long_run;
+mod mutate;
 mod mutations;
 mod not_finite;
 mod power_cut;

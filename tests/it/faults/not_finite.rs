@@ -28,7 +28,8 @@ fn options() -> Options {
     }
 }
 
-/// Whether all numbers of all safetensors files below a folder are finite; how many files there are.
+/// Whether all numbers of all safetensors files below a folder are finite; how many files there
+/// are.
 fn finite(dir: &Path) -> (bool, usize) {
     let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
     entries.fold((true, 0), |(all, files), entry| {

@@ -9,8 +9,8 @@ use super::{Draws, TINY, cases, outcome};
 use crate::command_line::program;
 use crate::support::error_of;
 
-/// A program that is well for two epochs (an evaluation before and after each, four images each) and
-/// then does something: the run ends with one error that names it, keeps what it has, leaves no
+/// A program that is well for two epochs (an evaluation before and after each, four images each)
+/// and then does something: the run ends with one error that names it, keeps what it has, leaves no
 /// process behind, and goes on with a program that is well.
 #[test]
 fn a_program_that_misbehaves_ends_the_run_and_nothing_is_lost() {
