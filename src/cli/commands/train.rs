@@ -39,10 +39,23 @@ pub fn run(args: TrainArgs) -> Result<i32> {
     let world = mpi::world()?;
     catch_signals();
     let job = world.agree(job(&args)).map(|job| job.with_world(world.clone()));
-    if !world.is_first() {
-        return work_for_first(job);
+    let done = match world.is_first() {
+        true => job.and_then(train_and_tell),
+        false => job.and_then(|job| train::train(job, &Silent)).map(drop),
+    };
+    let Err(error) = done else { return Ok(0) };
+    if world.size() == 1 {
+        return Err(error);
     }
-    let job = job?;
+    // The first of several processes says what all of them end with, before any of them has ended:
+    // the others are killed when one has.
+    if world.is_first() {
+        complain!("error: {error:#}");
+    }
+    Ok(if stop::requested() { STOPPED } else { 2 })
+}
+
+fn train_and_tell(job: Job) -> Result<()> {
     let listeners = Listeners::new(job.settings().tensorboard);
     let done = train::train(job, &listeners)?;
     if let Some(reason) = &done.stopped {
@@ -56,7 +69,7 @@ pub fn run(args: TrainArgs) -> Result<i32> {
         "result: {} (report.html, before_after.png, adapter.safetensors, metrics.jsonl)",
         done.out.display()
     );
-    Ok(0)
+    Ok(())
 }
 
 /// What is asked for, new or resumed.
@@ -71,13 +84,4 @@ fn job(args: &TrainArgs) -> Result<Job> {
         }
     };
     Ok(job.with_dump(args.dump_update.clone()))
-}
-
-/// A process of several that is not the first: what it would say, that one does.
-fn work_for_first(job: Result<Job>) -> Result<i32> {
-    match job.and_then(|job| train::train(job, &Silent)) {
-        Ok(_) => Ok(0),
-        Err(_) if stop::requested() => Ok(STOPPED),
-        Err(_) => Ok(2),
-    }
 }

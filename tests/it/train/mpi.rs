@@ -16,8 +16,12 @@ fn mpirun(ranks: usize) -> Option<Command> {
         return None;
     }
     let mut command = Command::new("mpirun");
-    // More ranks than cores, and as root in a container.
-    command.args(["--oversubscribe", "--allow-run-as-root", "-n", &ranks.to_string()]);
+    // More ranks than cores, and as root in a container. Each may use all cores, as one process
+    // may: what batches are made for is the cores that ranks have together.
+    command.args(["--oversubscribe", "--allow-run-as-root", "--bind-to", "none"]);
+    command.args(["-n", &ranks.to_string()]);
+    // Containers forbid one process to read another's memory, and Open MPI says so at length.
+    command.env("OMPI_MCA_btl_vader_single_copy_mechanism", "none");
     command.arg(env!("CARGO_BIN_EXE_pcpo-wgpu"));
     Some(command)
 }
