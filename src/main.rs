@@ -1,9 +1,7 @@
 //! `pcpo-wgpu`: see `pcpo-wgpu --help`.
 
-use std::io::Write;
-
 use clap::Parser;
-use pcpo_wgpu::cli::console::STOPPED;
+use pcpo_wgpu::cli::console::failed;
 use pcpo_wgpu::cli::{Cli, run};
 use pcpo_wgpu::device::guard::{guard, note_panics};
 use pcpo_wgpu::device::system::set_heaps;
@@ -17,10 +15,6 @@ fn main() {
     set_heaps();
     let cli = Cli::parse();
     note_panics();
-    let code = guard(|| run(cli)).unwrap_or_else(|error| {
-        // That nobody reads it any more is no reason to panic.
-        let _ = writeln!(std::io::stderr(), "error: {error:#}");
-        if pcpo_wgpu::stop::requested() { STOPPED } else { 2 }
-    });
+    let code = guard(|| run(cli)).unwrap_or_else(|error| failed(&error));
     std::process::exit(code);
 }

@@ -115,6 +115,17 @@ pub fn in_phase<R>(
     done
 }
 
+/// Says what a command failed with; the program's exit code.
+pub fn failed(error: &anyhow::Error) -> i32 {
+    complain!("error: {error:#}");
+    exit_code()
+}
+
+/// The exit code of what failed, or was stopped.
+pub fn exit_code() -> i32 {
+    if stop::requested() { STOPPED } else { 2 }
+}
+
 /// From now on Ctrl-C and SIGTERM ask the run to stop and save; a second one ends it at once.
 pub fn catch_signals() {
     // A second run in one process (tests) keeps the first handler.

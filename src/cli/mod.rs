@@ -1,22 +1,17 @@
 //! The command line: what can be said, and who does it. Nothing else prints.
 
-/// Prints a line. That nobody reads it, since the terminal or the pipe was closed, ends nothing.
+/// Prints a line.
 macro_rules! say {
-    ($($text:tt)*) => {{
-        let _ = std::io::Write::write_fmt(
-            &mut std::io::stdout().lock(),
-            format_args!("{}\n", format_args!($($text)*)),
-        );
-    }};
+    ($($text:tt)*) => { $crate::cli::line(&mut std::io::stdout(), format_args!($($text)*)) };
 }
-/// The same of what is wrong.
+/// Prints a line about what is wrong.
 macro_rules! complain {
-    ($($text:tt)*) => {{
-        let _ = std::io::Write::write_fmt(
-            &mut std::io::stderr().lock(),
-            format_args!("{}\n", format_args!($($text)*)),
-        );
-    }};
+    ($($text:tt)*) => { $crate::cli::line(&mut std::io::stderr(), format_args!($($text)*)) };
+}
+
+/// Writes a line. That nobody reads it, since the terminal or the pipe was closed, ends nothing.
+fn line(to: &mut dyn std::io::Write, text: std::fmt::Arguments) {
+    let _ = to.write_fmt(format_args!("{text}\n"));
 }
 
 mod args;

@@ -22,9 +22,22 @@ pub fn write_folder(files: &ModelFiles, out: &Path) -> Result<Vec<String>> {
     // What the schedule lacks is asked for before anything large is written.
     files.schedule()?;
     let scheduler = files.scheduler()?;
-    let above = out.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    std::fs::create_dir_all(above).with_context(|| above.display().to_string())?;
-    let dir = tempfile::tempdir_in(above).with_context(|| above.display().to_string())?;
+    let mut parts = Vec::new();
+    io::write_dir(out, |dir| {
+        parts = fill(files, &scheduler, dir)?;
+        Ok(())
+    })?;
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::set_permissions(out, std::fs::Permissions::from_mode(0o755))
+            .with_context(|| format!("{}: cannot be written", out.display()))?;
+    }
+    Ok(parts)
+}
+
+/// Writes all of it to a folder that is there.
+fn fill(files: &ModelFiles, scheduler: &Value, dir: &Path) -> Result<Vec<String>> {
     let mut index = Map::new();
     index.insert("_class_name".into(), json!(pipeline(files.family)));
     let network = files.family.network();
@@ -47,7 +60,7 @@ pub fn write_folder(files: &ModelFiles, out: &Path) -> Result<Vec<String>> {
         let library = if encoder { "transformers" } else { "diffusers" };
         index.insert(part.into(), json!([library, class]));
         let stem = if encoder { "model" } else { "diffusion_pytorch_model" };
-        let place = dir.path().join(part);
+        let place = dir.join(part);
         component.weights()?.write(&place.join(format!("{stem}.safetensors")))?;
         write_json(&place.join("config.json"), config)?;
         parts.push(part.to_string());
@@ -55,30 +68,20 @@ pub fn write_folder(files: &ModelFiles, out: &Path) -> Result<Vec<String>> {
             let name = part.replace("text_encoder", "tokenizer");
             let t5 = config["model_type"] == "t5";
             let class = if t5 { "T5TokenizerFast" } else { "CLIPTokenizer" };
-            let written = write_tokenizer(files, part, t5, &dir.path().join(&name))?;
+            let written = write_tokenizer(files, part, t5, &dir.join(&name))?;
             let entry = if written { json!(["transformers", class]) } else { json!([null, null]) };
             index.insert(name.clone(), entry);
             parts.extend(written.then_some(name));
         }
     }
     index.insert("scheduler".into(), json!(["diffusers", scheduler["_class_name"]]));
-    write_json(&dir.path().join("scheduler").join("scheduler_config.json"), &scheduler)?;
+    write_json(&dir.join("scheduler").join("scheduler_config.json"), scheduler)?;
     parts.push("scheduler".into());
     if files.family == Family::StableDiffusionXl {
         let zeros = files.zeros_for_no_prompt()?;
         index.insert("force_zeros_for_empty_prompt".into(), json!(zeros));
     }
-    write_json(&dir.path().join("model_index.json"), &Value::Object(index))?;
-    let failed = || format!("{}: cannot be written", out.display());
-    std::fs::rename(dir.path(), out).with_context(failed)?;
-    // It has been moved away: there is nothing left to remove.
-    drop(dir.keep());
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::PermissionsExt;
-        std::fs::set_permissions(out, std::fs::Permissions::from_mode(0o755))
-            .with_context(failed)?;
-    }
+    write_json(&dir.join("model_index.json"), &Value::Object(index))?;
     Ok(parts)
 }
 

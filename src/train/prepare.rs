@@ -72,8 +72,9 @@ fn prepare_here<'a>(job: &'a mut Job, observer: &'a dyn Observer) -> Result<Prep
     let targets = Target::of_all(&computes, roll.layout.threads, s.memory);
     let estimated = fit(&mut job.settings, &found, &targets, &roll)?;
     let (job, s) = (&*job, &job.settings);
-    let rewards = device::guard(|| Rewards::open(s, reward, &computes[0]))?;
-    let features = device::guard(|| features(s, &computes[0]))?;
+    let scoring = s.open_reward_device()?.unwrap_or_else(|| computes[0].clone());
+    let rewards = device::guard(|| Rewards::open(s, reward, &scoring))?;
+    let features = device::guard(|| features(s, &scoring))?;
     let files = s.files()?;
     // What the schedule lacks is asked for before the encoders run.
     files.schedule()?;
@@ -159,8 +160,7 @@ fn replica(s: &Settings, files: &ModelFiles, compute: Compute) -> Result<Replica
 /// What the diversity of pictures is measured by, on the device of the reward models.
 fn features(s: &Settings, compute: &Compute) -> Result<Option<FeatureModel>> {
     let Some(given) = &s.features else { return Ok(None) };
-    let compute = s.open_reward_device()?.unwrap_or_else(|| compute.clone());
-    FeatureModel::open(given, &compute, s.storage).map(Some)
+    FeatureModel::open(given, compute, s.storage).map(Some)
 }
 
 /// The file of an adapter that is not a fresh one. A resumed run has its own in its folder; the

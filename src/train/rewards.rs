@@ -45,17 +45,14 @@ impl Rewards {
         named.try_for_each(|spec| reward::find(spec.flag, &spec.reward).map(drop))
     }
 
-    /// Opens the rewards of the settings on their device: the training's, or one of their own.
+    /// Opens the rewards of the settings on a device.
     /// `own` stands for the reward of a library's user.
     ///
     /// # Errors
     /// Names the flag and what is unknown, missing or unreachable.
     pub fn open(s: &Settings, own: Option<Box<dyn Reward>>, compute: &Compute) -> Result<Self> {
-        let mut context =
+        let context =
             RewardContext { compute: compute.clone(), storage: s.storage, remote: s.remote() };
-        if let Some(own) = s.open_reward_device()? {
-            context.compute = own;
-        }
         let scorer = |spec: &RewardSpec, trained: bool| {
             let reward = reward::open(&spec.reward, &context)?;
             anyhow::Ok(Scorer { spec: spec.clone(), trained, reward })

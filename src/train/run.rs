@@ -24,6 +24,7 @@ use super::run_folder::{GRIDS, RunFolder, grid_epoch, grid_name};
 use super::watch::{best_epoch, evaluations};
 use super::wishes;
 use crate::config::{Objective, Rollout, Settings};
+use crate::io;
 use crate::io::tensors::TensorParts;
 use crate::lora::Adapter;
 use crate::lora::formats::{self, Format};
@@ -324,7 +325,7 @@ impl Run<'_> {
         let grids = std::fs::read_dir(self.folder.dir.join(GRIDS)).into_iter().flatten().flatten();
         for path in grids.map(|entry| entry.path()).filter(|path| later(path)) {
             // The epoch's next grid writes over one that stays.
-            let _ = std::fs::remove_file(path);
+            let _ = io::disk::remove_file(&path);
         }
         self.folder.keep_records(lines)
     }

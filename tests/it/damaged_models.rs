@@ -5,20 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use crate::command_line::start;
-use crate::support::{emoji, golden};
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target)
-        } else {
-            std::fs::copy(entry.path(), target).map(drop).unwrap()
-        }
-    }
-}
+use crate::support::{copy, emoji, golden};
 
 /// Which commands open a part of the model.
 const ALL: [&str; 5] = ["train", "plan", "sample", "check", "convert"];

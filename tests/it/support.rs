@@ -80,3 +80,17 @@ pub fn for_every_line(sh: &str, powershell: &str) -> String {
 pub fn answers(sh: &str, powershell: &str) -> String {
     for_every_line(&format!("echo {sh}"), &format!("[Console]::Out.WriteLine({powershell})"))
 }
+
+/// Copies a folder with all that is in it.
+pub fn copy(from: &Path, to: &Path) {
+    std::fs::create_dir_all(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &target)
+        } else {
+            std::fs::copy(entry.path(), target).map(drop).unwrap()
+        }
+    }
+}

@@ -6,11 +6,10 @@ use anyhow::Result;
 use clap::Args;
 
 use crate::cli::args::JobArgs;
-use crate::cli::console::{STOPPED, catch_signals};
+use crate::cli::console::{catch_signals, exit_code, failed};
 use crate::cli::listeners::Listeners;
 use crate::config::Options;
 use crate::sampling::mpi;
-use crate::stop;
 use crate::train::run_folder::default_folder;
 use crate::train::{self, DumpRequest, Job, Silent};
 
@@ -49,10 +48,7 @@ pub fn run(args: TrainArgs) -> Result<i32> {
     }
     // The first of several processes says what all of them end with, before any of them has ended:
     // the others are killed when one has.
-    if world.is_first() {
-        complain!("error: {error:#}");
-    }
-    Ok(if stop::requested() { STOPPED } else { 2 })
+    Ok(if world.is_first() { failed(&error) } else { exit_code() })
 }
 
 fn train_and_tell(job: Job) -> Result<()> {

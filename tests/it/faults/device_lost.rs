@@ -6,9 +6,9 @@ use std::sync::Mutex;
 use pcpo_wgpu::device::gpu::lose_all;
 use pcpo_wgpu::{Event, Job, Observer, Options, train};
 
-use super::cases;
+use super::{cases, tiny};
 use crate::command_line::program;
-use crate::support::{emoji, error_of, gpu_name};
+use crate::support::{error_of, gpu_name};
 
 /// Loses the device at the n-th unit of a phase.
 struct Loses {
@@ -43,20 +43,10 @@ fn in_a_process_of_its_own() {
     let (phase, rest) = case.split_once(' ').unwrap();
     let (at, out) = rest.split_once(' ').unwrap();
     let options = Options {
-        model: Some(emoji()),
         device: Some(std::env::var(ON).unwrap()),
-        reward: Some(vec!["color:blue".into()]),
-        prompt: Some(vec!["red apple".into()]),
-        epochs: Some(2),
-        images_per_epoch: Some(4),
-        group_size: Some(4),
         updates_per_epoch: Some(2),
         batch: Some(2),
-        steps: Some(3),
-        train_steps: Some(1),
-        eval_images: Some(1),
-        rank: Some(2),
-        ..Default::default()
+        ..tiny()
     };
     let phase = if phase == "rollout" { "rollout" } else { "update" };
     let observer = Loses { phase, at: Mutex::new((false, at.parse().unwrap())) };

@@ -6,7 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use super::{TINY, cases, outcome};
+use super::{TINY, begin_or_go_on, cases, outcome};
 use crate::command_line::program;
 use crate::support::error_of;
 
@@ -44,13 +44,8 @@ fn mounted(at: &Path, options: &str) -> Option<Small> {
     small
 }
 
-/// Begins the run in a folder, or goes on with it.
 fn go_on(out: &Path) -> std::process::Output {
-    let out_text = out.to_str().unwrap();
-    match out.join("settings.toml").exists() {
-        true => program(&["train", "--resume", out_text]),
-        false => program(&[&["train", "--out", out_text][..], &TINY].concat()),
-    }
+    begin_or_go_on(out).wait_with_output().unwrap()
 }
 
 /// The disk has room for a little more each time: the run ends at one file after the other, names

@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::time::Duration;
 
-use super::{TINY, cases, outcome};
-use crate::command_line::{program, start};
+use super::{TINY, begin_or_go_on, cases, outcome};
+use crate::command_line::program;
 use crate::support::error_of;
 
-pub fn copy(from: &Path, to: &Path) {
+fn copy(from: &Path, to: &Path) {
     std::fs::create_dir_all(to).unwrap();
     // What vanishes while it is copied is not copied, as by `cp`.
     for entry in std::fs::read_dir(from).into_iter().flatten().flatten() {
@@ -24,15 +24,11 @@ pub fn copy(from: &Path, to: &Path) {
 fn a_folder_that_is_copied_while_the_run_writes_is_refused_or_right() {
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole");
-    let begin =
-        |out: &Path| [&["train", "--out", out.to_str().unwrap()][..], &TINY].concat().join("\n");
-    let own = |text: String| text.split('\n').map(String::from).collect::<Vec<_>>();
-    let started = |args: Vec<String>| start(&args.iter().map(String::as_str).collect::<Vec<_>>());
-    let output = started(own(begin(&whole))).wait_with_output().unwrap();
+    let output = begin_or_go_on(&whole).wait_with_output().unwrap();
     assert!(output.status.success(), "{}", error_of(&output));
     let expected = outcome(&whole);
     let out = dir.path().join("run");
-    let mut child = started(own(begin(&out)));
+    let mut child = begin_or_go_on(&out);
     // Before that there is nothing to copy.
     crate::train::wait_for(&out.join("settings.toml"), &mut child);
     let (mut copies, wanted) = (Vec::new(), cases(6, 60));

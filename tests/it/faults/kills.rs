@@ -3,8 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use super::{Draws, TINY, cases, outcome};
-use crate::command_line::{program, start};
+use super::{Draws, begin_or_go_on, cases, outcome};
 use crate::support::error_of;
 
 /// Whatever a killed run leaves goes on to the bits of one that was not: by `--resume` where there
@@ -13,17 +12,12 @@ use crate::support::error_of;
 fn a_run_that_is_killed_goes_on_to_the_bit() {
     let dir = tempfile::tempdir().unwrap();
     let whole = dir.path().join("whole");
-    let begin =
-        |out: &Path| [&["train", "--out", out.to_str().unwrap()][..], &TINY].concat().join("\n");
-    let own = |text: &str| text.split('\n').map(String::from).collect::<Vec<_>>();
-    let run = |args: &str| {
-        let args = own(args);
-        let args: Vec<&str> = args.iter().map(String::as_str).collect();
-        let output = program(&args);
+    let run = |out: &Path| {
+        let output = begin_or_go_on(out).wait_with_output().unwrap();
         assert!(output.status.success(), "{}", error_of(&output));
     };
     let started = Instant::now();
-    run(&begin(&whole));
+    run(&whole);
     let length = started.elapsed();
     let expected = outcome(&whole);
     let (wanted, mut kills, mut in_writing, mut runs) = (cases(5, 100), 0, 0, 0);
@@ -33,13 +27,7 @@ fn a_run_that_is_killed_goes_on_to_the_bit() {
         let out = dir.path().join(format!("run-{runs}"));
         // Killed a few times, then left alone.
         for _ in 0..3 {
-            let goes_on = out.join("settings.toml").exists();
-            let args = match goes_on {
-                true => format!("train\n--resume\n{}", out.display()),
-                false => begin(&out),
-            };
-            let args = own(&args);
-            let mut child = start(&args.iter().map(String::as_str).collect::<Vec<_>>());
+            let mut child = begin_or_go_on(&out);
             let moment = length.mul_f64(draws.below(1000) as f64 / 1000.0);
             let started = Instant::now();
             while started.elapsed() < moment && child.try_wait().unwrap().is_none() {
@@ -55,10 +43,7 @@ fn a_run_that_is_killed_goes_on_to_the_bit() {
                 in_writing += usize::from(partial(&out));
             }
         }
-        match out.join("settings.toml").exists() {
-            true => run(&format!("train\n--resume\n{}", out.display())),
-            false => run(&begin(&out)),
-        }
+        run(&out);
         assert!(outcome(&out) == expected, "run {runs}");
         assert!(!partial(&out), "nothing of what was cut short is left");
         std::fs::remove_dir_all(&out).unwrap();

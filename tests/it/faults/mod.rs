@@ -14,6 +14,12 @@ mod reward_programs;
 mod signals;
 
 use std::path::Path;
+use std::process::Child;
+
+use pcpo_wgpu::Options;
+
+use crate::command_line::start;
+use crate::support::emoji;
 
 /// A job of a second or two.
 const TINY: [&str; 22] = [
@@ -40,6 +46,34 @@ const TINY: [&str; 22] = [
     "--epochs",
     "4",
 ];
+
+/// The same for the library, of two epochs.
+fn tiny() -> Options {
+    Options {
+        model: Some(emoji()),
+        device: Some("cpu".into()),
+        reward: Some(vec!["color:blue".into()]),
+        prompt: Some(vec!["red apple".into()]),
+        epochs: Some(2),
+        images_per_epoch: Some(4),
+        group_size: Some(4),
+        batch: Some(1),
+        steps: Some(3),
+        train_steps: Some(1),
+        eval_images: Some(1),
+        rank: Some(2),
+        ..Default::default()
+    }
+}
+
+/// Begins the job in a folder, or goes on with it where there is something to go on with.
+fn begin_or_go_on(out: &Path) -> Child {
+    let text = out.to_str().unwrap();
+    match out.join("settings.toml").exists() {
+        true => start(&["train", "--resume", text]),
+        false => start(&[&["train", "--out", text][..], &TINY].concat()),
+    }
+}
 
 /// Whether the figures are made.
 fn long() -> bool {

@@ -23,7 +23,7 @@ use pcpo_wgpu::train::run_folder::read_record;
 use super::mutate::{changed, changed_values};
 use super::{Draws, TINY, cases};
 use crate::command_line::program;
-use crate::support::{error_of, golden};
+use crate::support::{copy, error_of, golden};
 
 /// Longer than this and an input hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -92,19 +92,6 @@ impl<'a> Target<'a> {
             }
         }
         refused
-    }
-}
-
-fn copy(from: &Path, to: &Path) {
-    std::fs::create_dir_all(to).unwrap();
-    for entry in std::fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy(&entry.path(), &target)
-        } else {
-            std::fs::copy(entry.path(), target).map(drop).unwrap()
-        }
     }
 }
 

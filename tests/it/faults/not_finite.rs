@@ -7,25 +7,11 @@ use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::{Job, Options, Prompt, Reward, RgbImage, Silent, train};
 
-use crate::support::emoji;
+use super::tiny;
+use crate::support::{copy, emoji};
 
 fn options() -> Options {
-    Options {
-        model: Some(emoji()),
-        device: Some("cpu".into()),
-        reward: Some(vec!["color:blue".into()]),
-        prompt: Some(vec!["red apple".into()]),
-        epochs: Some(3),
-        images_per_epoch: Some(4),
-        group_size: Some(4),
-        updates_per_epoch: Some(2),
-        batch: Some(1),
-        steps: Some(3),
-        train_steps: Some(1),
-        eval_images: Some(1),
-        rank: Some(2),
-        ..Default::default()
-    }
+    Options { epochs: Some(3), updates_per_epoch: Some(2), ..tiny() }
 }
 
 /// Whether all numbers of all safetensors files below a folder are finite; how many files there
@@ -59,7 +45,7 @@ fn ends(job: Job, out: &Path) -> (String, usize) {
 
 /// The embedded model with one number of one tensor replaced.
 fn damaged(to: &Path, part: &str, tensor: &str, value: f32) {
-    super::folders::copy(&emoji(), to);
+    copy(&emoji(), to);
     let file = to.join(part).join("diffusion_pytorch_model.safetensors");
     let weights = Weights::open_file(&file).unwrap();
     let names: Vec<String> = weights.names().map(String::from).collect();

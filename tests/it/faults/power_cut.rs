@@ -6,26 +6,10 @@ use std::path::{Component, Path, PathBuf};
 use pcpo_wgpu::io::disk::{Step, record, recorded};
 use pcpo_wgpu::{Job, Options, Silent, train};
 
-use super::{cases, outcome};
-use crate::support::emoji;
+use super::{cases, outcome, tiny};
 
 fn options() -> Options {
-    Options {
-        model: Some(emoji()),
-        device: Some("cpu".into()),
-        reward: Some(vec!["color:blue".into()]),
-        prompt: Some(vec!["red apple".into()]),
-        epochs: Some(2),
-        images_per_epoch: Some(4),
-        group_size: Some(4),
-        batch: Some(1),
-        steps: Some(3),
-        train_steps: Some(1),
-        eval_images: Some(1),
-        rank: Some(2),
-        ema: Some(0.9),
-        ..Default::default()
-    }
+    Options { ema: Some(0.9), ..tiny() }
 }
 
 /// A file or a folder, by its number.

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::{TINY, outcome};
+use super::{TINY, begin_or_go_on, outcome};
 use crate::command_line::{program, start};
 use crate::support::error_of;
 
@@ -62,18 +62,10 @@ fn a_reader_that_goes_away_ends_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (gone, slow, whole) =
         (dir.path().join("gone"), dir.path().join("slow"), dir.path().join("whole"));
-    let args = |out: &Path| {
-        let own = [&["train", "--out", out.to_str().unwrap()][..], &TINY].concat();
-        own.into_iter().map(String::from).collect::<Vec<_>>()
-    };
-    let run = |out: &Path| {
-        let args = args(out);
-        start(&args.iter().map(String::as_str).collect::<Vec<_>>())
-    };
-    let mut child = run(&gone);
+    let mut child = begin_or_go_on(&gone);
     drop((child.stdout.take(), child.stderr.take()));
     assert_eq!(within(120, &mut child), Some(0));
-    let mut child = run(&slow);
+    let mut child = begin_or_go_on(&slow);
     let mut out = child.stdout.take().unwrap();
     let mut byte = [0];
     for _ in 0..50 {
@@ -82,7 +74,7 @@ fn a_reader_that_goes_away_ends_nothing() {
     }
     std::io::copy(&mut out, &mut std::io::sink()).unwrap();
     assert_eq!(within(120, &mut child), Some(0));
-    let mut child = run(&whole);
+    let mut child = begin_or_go_on(&whole);
     std::io::copy(&mut child.stdout.take().unwrap(), &mut std::io::sink()).unwrap();
     assert_eq!(within(120, &mut child), Some(0));
     assert!(outcome(&gone) == outcome(&whole) && outcome(&slow) == outcome(&whole));
