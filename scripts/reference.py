@@ -1,9 +1,10 @@
 """Writes reference tensors of a diffusers folder: DIR/reference.safetensors and DIR/reference.json.
 
-A folder with a `transformer` (Stable Diffusion 3, FLUX.1) goes to reference_flow.py, one whose UNet
-takes a pooled text embedding (SDXL) to reference_sdxl.py; these list their tensors. Of a
-StableDiffusion folder they are as follows. Everything runs on the CPU in f32 and
-in eval mode; all tensors are f32 (B images, H x W latents, T tokens of width D):
+A folder with a `transformer` goes to reference_flow.py (Stable Diffusion 3, FLUX.1), which hands
+Z-Image and FLUX.2 on to reference_qwen.py, as are lone Qwen3 text encoders; one whose UNet takes a
+pooled text embedding (SDXL) goes to reference_sdxl.py; these list their tensors. Of a
+StableDiffusion folder they are as follows. Everything runs on the CPU in f32 and in eval mode; all
+tensors are f32 (B images, H x W latents, T tokens of width D):
 
     in.latents                [B, C, H, W]  standard normal
     in.timestep               [B]           a different one for each sample
@@ -72,6 +73,12 @@ def is_flow(folder):
         "_class_name", ""
     )
     return lone or (folder / "transformer").is_dir()
+
+
+def is_qwen(folder):
+    """Whether a folder is that of a Qwen3 text encoder."""
+    config = Path(folder) / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("model_type") == "qwen3"
 
 
 def is_sdxl(folder):
@@ -192,10 +199,13 @@ def save_tensors(path, tensors):
 def write_reference(folder, out, **options):
     """Makes a folder's reference and writes its files to `out`; returns the tensors and the record.
 
-    A lone transformer has no record, as there is nothing to say of prompts and steps.
+    A lone transformer or text encoder has no record, as there is nothing to say of prompts and
+    steps.
     """
     make = make_reference
-    if is_flow(folder):
+    if is_qwen(folder):
+        from reference_qwen import make_text_reference as make
+    elif is_flow(folder):
         from reference_flow import make_reference as make  # not at the top: it imports from here
     elif is_sdxl(folder):
         from reference_sdxl import make_reference as make
@@ -213,24 +223,25 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=2, help="images")
     parser.add_argument("--steps", type=int, help="default: 10 of DDIM, 8 of a flow model")
-    parser.add_argument("--guidance", type=float, help="default: 3.0, FLUX 3.5")
+    parser.add_argument("--guidance", type=float, help="default: 3.0, FLUX.1 3.5, FLUX.2 4.0")
     parser.add_argument(
-        "--height-latent", type=int, help="default: the network's sample_size, FLUX 16 or 8"
+        "--height-latent", type=int, help="default: the network's sample_size, 16 or 8 without"
     )
     parser.add_argument(
-        "--width-latent", type=int, help="default: the network's sample_size, FLUX 16 or 8"
+        "--width-latent", type=int, help="default: the network's sample_size, 16 or 8 without"
     )
     parser.add_argument(
         "--max-sequence-length",
         type=int,
-        help="T5's tokens in a flow model; default: 256, FLUX 512",
+        help="tokens of T5 or Qwen3 in a flow model; default: 256, FLUX and Z-Image 512, those "
+        "with Qwen3 77 without a pipeline",
     )
     parser.add_argument("--prompts", nargs="+", help="repeated in turn to fill the batch")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     if args.batch < 1:
         parser.error(f"--batch {args.batch}: at least 1")
-    if args.max_sequence_length and not is_flow(args.model):
+    if args.max_sequence_length and not (is_flow(args.model) or is_qwen(args.model)):
         parser.error("--max-sequence-length: a StableDiffusion folder has no T5")
     options = {
         "seed": args.seed,

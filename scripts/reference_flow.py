@@ -1,8 +1,8 @@
 """Reference tensors of a flow model's folder, Stable Diffusion 3 or FLUX.1, for reference.py.
 
-Everything runs on the CPU in f32 and in eval mode. Tensors, all f32 (B images, H x W latents, T
-tokens of width D, pooled embeddings of width P). The inputs are what diffusers' transformer.forward
-takes, by its names:
+Z-Image and FLUX.2 are reference_qwen.py's, which lists their tensors. Everything runs on the CPU in
+f32 and in eval mode. Tensors, all f32 (B images, H x W latents, T tokens of width D, pooled
+embeddings of width P). The inputs are what diffusers' transformer.forward takes, by its names:
 
     in.hidden_states          standard normal; SD3 [B, C, H, W]; FLUX [B, S, 4 C], that is, packed,
                               with S = H/2 * W/2
@@ -46,6 +46,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from reference import PROMPTS, load_component, smooth_image, spread_timesteps
+from reference_qwen import QWEN_FAMILIES, ZImage, make_qwen_reference
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -153,6 +154,7 @@ class Flux:
 
 
 FAMILIES = {family.transformer.__name__: family for family in (StableDiffusion3, Flux)}
+FAMILIES |= QWEN_FAMILIES
 
 
 def load_transformer(folder, dtype=torch.float32):
@@ -207,6 +209,8 @@ def load_pipeline(family, folder, transformer):
 
 def predict_flow(transformer, tensors):
     """The transformer's raw output at the inputs of a reference."""
+    if isinstance(transformer, ZImage.transformer):
+        return ZImage.predict(transformer, tensors)  # it takes lists
     return transformer(
         **{name: tensors[f"in.{name}"] for name in INPUTS if f"in.{name}" in tensors}
     ).sample
@@ -251,6 +255,20 @@ def make_reference(
 ):
     """(tensors, record): what the reference's files hold; a lone transformer has no record."""
     family, transformer = load_transformer(folder)
+    if family in QWEN_FAMILIES.values():
+        return make_qwen_reference(
+            family,
+            transformer,
+            folder,
+            seed,
+            batch,
+            steps,
+            guidance,
+            height,
+            width,
+            prompts,
+            max_sequence_length,
+        )
     config, whole = transformer.config, is_whole(family, folder)
     prompts = [(prompts or PROMPTS)[i % len(prompts or PROMPTS)] for i in range(batch)]
     guidance = family.guidance if guidance is None else guidance

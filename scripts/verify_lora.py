@@ -5,9 +5,9 @@
 
 The reference holds the network's inputs (of a UNet in.latents, in.timestep,
 in.encoder_hidden_states, and of SDXL in.pooled_projections and in.time_ids; of a flow model's
-transformer what reference_flow.py says) and out.prediction, the network with the adapter. With
---kohya the file has to be in kohya's format (lora_unet_....lora_down.weight, .lora_up.weight,
-.alpha), which is verified of UNets only, else in diffusers' (unet. or transformer.
+transformer what reference_flow.py and reference_qwen.py say) and out.prediction, the network with
+the adapter. With --kohya the file has to be in kohya's format (lora_unet_....lora_down.weight,
+.lora_up.weight, .alpha), which is verified of UNets only, else in diffusers' (unet. or transformer.
 ....lora_A.weight, .lora_B.weight). The file goes through the pipeline's load_lora_weights; it fails
 too if diffusers drops one of the file's tensors or if the adapter does not change the prediction.
 
@@ -28,12 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 INPUTS = ["in.latents", "in.timestep", "in.encoder_hidden_states"]
-FLOW_INPUTS = [
-    "in.hidden_states",
-    "in.timestep",
-    "in.encoder_hidden_states",
-    "in.pooled_projections",
-]
+FLOW_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "pooled_projections")
 
 
 def check_format(path, prefix, kohya):
@@ -48,7 +43,7 @@ def check_format(path, prefix, kohya):
 
 
 def load_unet(model):
-    """(pipeline, network, its prediction at a reference's tensors) of a StableDiffusion folder."""
+    """(pipeline, network, inputs, prediction at a reference's tensors) of a StableDiffusion one."""
     with warnings.catch_warnings(
         action="ignore", category=FutureWarning
     ):  # about the scheduler's steps_offset
@@ -58,7 +53,12 @@ def load_unet(model):
             feature_extractor=None,
             requires_safety_checker=False,
         )
-    return pipe, pipe.unet, lambda tensors: predict(pipe.unet, *(tensors[name] for name in INPUTS))
+    return (
+        pipe,
+        pipe.unet,
+        INPUTS,
+        lambda tensors: predict(pipe.unet, *(tensors[name] for name in INPUTS)),
+    )
 
 
 def load_sdxl(model):
@@ -68,6 +68,7 @@ def load_sdxl(model):
     return (
         pipe,
         pipe.unet,
+        names,
         lambda tensors: predict_sdxl(pipe.unet, *(tensors[name] for name in names)),
     )
 
@@ -78,7 +79,8 @@ def load_flow(model):
     names = ["vae", "scheduler", *family.text_encoders]
     names += [name.replace("text_encoder", "tokenizer") for name in family.text_encoders]
     pipe = family.pipeline(transformer=transformer, **dict.fromkeys(names))
-    return pipe, transformer, lambda tensors: predict_flow(transformer, tensors)
+    inputs = [f"in.{name}" for name in getattr(family, "inputs", FLOW_INPUTS)]
+    return pipe, transformer, inputs, lambda tensors: predict_flow(transformer, tensors)
 
 
 def verify(model, lora, reference, kohya, tolerance):
@@ -89,16 +91,12 @@ def verify(model, lora, reference, kohya, tolerance):
     matrices = check_format(
         lora, "transformer." if flow else "lora_unet_" if kohya else "unet.", kohya
     )
+    load = load_flow if flow else load_sdxl if is_sdxl(model) else load_unet
+    pipe, network, inputs, prediction = load(model)
     tensors = load_file(reference)
-    missing = [
-        name
-        for name in [*(FLOW_INPUTS if flow else INPUTS), "out.prediction"]
-        if name not in tensors
-    ]
+    missing = [name for name in [*inputs, "out.prediction"] if name not in tensors]
     if missing:
         raise ValueError(f"{reference} lacks {', '.join(missing)}")
-    load = load_flow if flow else load_sdxl if is_sdxl(model) else load_unet
-    pipe, network, prediction = load(model)
     expected = tensors["out.prediction"]
     with torch.no_grad():
         plain = prediction(tensors)

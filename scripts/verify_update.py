@@ -3,23 +3,25 @@
     python scripts/verify_update.py DUMP.safetensors --model MODEL_DIR [--tolerance 1e-3] \\
         [--dtype float64]
 
-The model is a StableDiffusion or SDXL folder with a `unet`, or one of Stable Diffusion 3 or FLUX.1
-with a `transformer`. The dump holds the strings objective, clip_range, guidance_scale, kl_beta,
-guidance_gradient, prediction_type, lora_rank, lora_alpha, lora_targets as metadata, and in f32 (N
-samples, S trained steps):
+The model is a StableDiffusion or SDXL folder with a `unet`, or one of Stable Diffusion 3, FLUX.1,
+FLUX.2 [klein] or Z-Image with a `transformer`. The dump holds the strings objective, clip_range,
+guidance_scale, kl_beta, guidance_gradient, prediction_type, lora_rank, lora_alpha, lora_targets as
+metadata, and in f32 (N samples, S trained steps):
 
     prompt_embeds                [N, T, D]
-    pooled_prompt_embeds         [N, P]  transformers and SDXL only
+    pooled_prompt_embeds         [N, P]  Stable Diffusion 3, FLUX.1 and SDXL only
     time_ids                     [N, 6]  SDXL only
-    negative_prompt_embeds, negative_pooled_prompt_embeds, negative_time_ids
-                                         where guidance has two branches
+    prompt_lengths               [N]     Z-Image only: how many of the T tokens are a row's own;
+                                         those behind them are padding, which it is not told of
+    negative_prompt_embeds, negative_pooled_prompt_embeds, negative_time_ids,
+    negative_prompt_lengths              where guidance has two branches
     timesteps                    [S]     0 to 1000
     alphas_cumprod               [S]     read for v_prediction only
     weights, weights_native      [S]     the credit rule's, and the sampler's own, for the KL
     quadratic, loss_weights      [S]     q and l below; 1 where the dump has none
     row_weights                  [S, N]  r below, 0 where a step does not have the row; 1 where
                                          the dump has none
-    latents, noise, eps_old      [S, N, C, H, W]
+    latents, noise, eps_old      [S, N, C, H, W]  of FLUX.2 the 2 x 2 patches: [S, N, 4 c, h, w]
     advantages                   [N]
     log_rho                      [S, N]
     lora.KEY, grad.KEY           KEY as diffusers saves it: unet.(module).lora_A.weight,
@@ -56,24 +58,29 @@ advantage_clamp and xi the clip range:
                + mean (p - p_old)^2,   p* = (x0_x x_t - x0)/x0_p
 
 eps_ref is the network without its adapter. Guidance is classifier-free, u + g (c - u), and none at
-g <= 1; FLUX.1 takes g as an input instead, where it has an embedding for it. Errors are relative to
-the largest entry of the tensor recomputed here.
+g <= 1; Z-Image's is c + g (c - u), and none at g = 0. FLUX.1 takes g as an input instead, where it
+has an embedding for it, and so does FLUX.2; where FLUX.2's model_index.json says is_distilled there
+is none. Z-Image's velocity is its transformer's output times -1, at t = 1 - timestep / 1000. Errors
+are relative to the largest entry of the tensor recomputed here.
 
 Made with Python 3.11, torch 2.15, diffusers 0.42.1, peft 0.21.2, safetensors 0.8.
 """
 
 import argparse
 import functools
+import json
 import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from reference import is_flow, is_sdxl, load_component
 from reference_flow import Flux, StableDiffusion3, load_transformer
+from reference_qwen import Flux2, ZImage
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -257,6 +264,38 @@ def predict_flux(transformer, settings, data, step):
     return Flux.unpack(velocity, height, width)
 
 
+def predict_z_image(transformer, settings, data, step, negative=""):
+    """The velocity [N, C, H, W] of a step, as predict_unet; the network's own is the other way."""
+    latents = data["latents"][step]
+    texts, lengths = data[negative + "prompt_embeds"], data[negative + "prompt_lengths"]
+    output = transformer(
+        list(latents.unsqueeze(2).unbind()),
+        ((1000 - data["timesteps"][step]) / 1000).expand(len(latents)),
+        [text[: int(length)] for text, length in zip(texts, lengths)],
+    )
+    return -torch.stack(output.sample).squeeze(2)
+
+
+def predict_flux2(transformer, settings, data, step, negative=""):
+    """The velocity [N, 4 c, h, w] of a step, as predict_unet; guidance as in predict_flux."""
+    latents, text = data["latents"][step], data[negative + "prompt_embeds"]
+    own = Flux2.own_inputs(transformer.config, latents, text, settings.guidance_scale)
+    scale = (
+        latents.new_full([len(latents)], settings.guidance_scale)
+        if transformer.config.guidance_embeds
+        else None
+    )
+    velocity = transformer(
+        hidden_states=own["in.hidden_states"],
+        encoder_hidden_states=text,
+        timestep=data["timesteps"][step].expand(len(latents)) / 1000,
+        img_ids=own["in.img_ids"],
+        txt_ids=own["in.txt_ids"],
+        guidance=scale,
+    ).sample
+    return Flux2.unpack(velocity, *latents.shape[-2:])
+
+
 @dataclass
 class Network:
     """A network, its place in the pipeline, its prediction, and its own parts of a dump."""
@@ -267,6 +306,7 @@ class Network:
     prediction_types: tuple
     embeds: tuple
     two_branches: bool = True
+    from_cond: bool = False  # guidance goes on from the prompt's prediction, not from the other
 
     def check(self, settings, data):
         """Fails if the dump is another kind of network's."""
@@ -280,7 +320,7 @@ class Network:
 
     def guided(self, settings):
         """Whether guidance combines two predictions."""
-        return self.two_branches and settings.guidance_scale > 1
+        return self.two_branches and settings.guidance_scale > (0 if self.from_cond else 1)
 
     def guided_prediction(self, settings, data, step):
         """eps or velocity [N, C, H, W] of a step after guidance."""
@@ -291,7 +331,26 @@ class Network:
             torch.is_grad_enabled() and settings.guidance_gradient == "both"
         ):
             uncond = self.predict(self.module, settings, data, step, "negative_")
-        return uncond + settings.guidance_scale * (cond - uncond)
+        start = cond if self.from_cond else uncond
+        return start + settings.guidance_scale * (cond - uncond)
+
+
+def has_two_branches(family, model, config):
+    """Whether a flow model's pipeline guides by a second prediction."""
+    if family is Flux2:
+        index = Path(model) / "model_index.json"
+        told = json.loads(index.read_text()) if index.is_file() else {}
+        return not (told.get("is_distilled", False) or config.guidance_embeds)
+    return family is not Flux
+
+
+PREDICT = {
+    StableDiffusion3: predict_sd3,
+    Flux: predict_flux,
+    ZImage: predict_z_image,
+    Flux2: predict_flux2,
+}
+EMBEDS = {ZImage: ("prompt_embeds", "prompt_lengths"), Flux2: ("prompt_embeds",)}
 
 
 def load_network(model, dtype):
@@ -306,10 +365,11 @@ def load_network(model, dtype):
     return Network(
         "transformer",
         transformer,
-        {StableDiffusion3: predict_sd3, Flux: predict_flux}[family],
+        PREDICT[family],
         ("velocity",),
-        ("prompt_embeds", "pooled_prompt_embeds"),
-        two_branches=family is StableDiffusion3,
+        EMBEDS.get(family, ("prompt_embeds", "pooled_prompt_embeds")),
+        two_branches=has_two_branches(family, model, transformer.config),
+        from_cond=family is ZImage,
     )
 
 

@@ -12,7 +12,7 @@ use crate::config::recipe::Recipe;
 use crate::config::{Options, Settings};
 use crate::device::chosen::open_one;
 use crate::device::{Compute, ComputeType};
-use crate::model::{Family, ModelFiles, ModelSpec, Storage};
+use crate::model::{Family, ModelFiles, ModelSpec, Storage, Stream};
 use crate::reward::{self, JudgeAnswer, RemoteOptions, RewardSpec};
 use crate::schedule::{Grid, PredictionType, Sampler};
 
@@ -131,10 +131,37 @@ pub struct StorageArg {
     pub storage: Storage,
 }
 
-/// How long a prompt is for T5.
+/// Whether a network's blocks are held.
+#[derive(Args)]
+pub struct StreamArg {
+    /// Read the network's blocks when their turn comes, for weights larger than the device's memory
+    #[arg(
+        long,
+        value_name = "true|false",
+        num_args = 0..=1,
+        default_value_t = false,
+        default_missing_value = "true",
+        action = clap::ArgAction::Set,
+    )]
+    pub stream_blocks: bool,
+}
+
+impl StreamArg {
+    /// Where a model's blocks are read from, if they are.
+    pub fn of(
+        &self,
+        files: &ModelFiles,
+        compute: &Compute,
+        storage: Storage,
+    ) -> Result<Option<Stream>> {
+        if self.stream_blocks { files.stream(compute, storage).map(Some) } else { Ok(None) }
+    }
+}
+
+/// How long a prompt is for T5 and Qwen3.
 #[derive(Args)]
 pub struct SequenceArg {
-    /// T5 tokens of a prompt [default: 256 for Stable Diffusion 3, 512 for FLUX]
+    /// Tokens of a prompt for T5 and Qwen3 [default: 256 for Stable Diffusion 3, else 512]
     #[arg(long, value_name = "TOKENS")]
     pub max_sequence_length: Option<usize>,
 }

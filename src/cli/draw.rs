@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 
-use crate::cli::args::{DeviceArg, ModelArg, SequenceArg, StepArgs, StorageArg};
+use crate::cli::args::{DeviceArg, ModelArg, SequenceArg, StepArgs, StorageArg, StreamArg};
 use crate::config::numbers::{self, Range};
 use crate::device::Compute;
 use crate::io;
@@ -80,6 +80,8 @@ pub struct DrawArgs {
     pub device: DeviceArg,
     #[command(flatten)]
     pub storage: StorageArg,
+    #[command(flatten)]
+    pub stream: StreamArg,
 }
 
 impl DrawArgs {
@@ -133,7 +135,8 @@ impl DrawArgs {
         let texts = Texts { prompts: &prompts, negative: self.negative_prompt.as_deref() };
         let embeddings = embed(&files, texts, from, &compute.burn, storage)?;
         let (device, pixels) = (&compute.burn, self.resolution);
-        let pipeline = Pipeline::load(&files, device, storage, pixels, self.micro()?)?
+        let stream = self.stream.of(&files, &compute, storage)?;
+        let pipeline = Pipeline::load(&files, device, storage, stream, pixels, self.micro()?)?
             .in_tiles(self.vae_tiling);
         let linears = pipeline.net.linears();
         let adapter = |(i, file): (usize, &PathBuf)| {

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use anyhow::{Result, ensure};
 
-use super::choices::Objective;
+use super::choices::{Objective, Switch};
 use super::numbers::{self, MOST, MOST_RANK, Range};
 use super::rollout::{Branching, Plain, Rollout};
 use super::settings::Settings;
@@ -57,6 +57,11 @@ impl Settings {
             "--lr-warmup-steps {}: the run has {} updates; give fewer",
             self.lr_warmup_steps,
             self.updates()
+        );
+        ensure!(
+            self.stream_blocks != Switch::True || self.activation_checkpointing != Switch::False,
+            "--stream-blocks true: a block's weights are there for the time of its work alone; \
+             give --activation-checkpointing true or auto"
         );
         numbers::count("--rank", self.rank, MOST_RANK)?;
         self.micro()?;

@@ -59,6 +59,7 @@ impl Options {
             keep_every: self.keep_every,
             keep_last: self.keep_last,
             sample_every: self.sample_every,
+            stream_blocks: self.stream_blocks,
             reward_device: self.reward_device.clone(),
             reward_timeout: self.reward_timeout,
             eval_every: self.eval_every,
@@ -73,9 +74,10 @@ impl Options {
     /// What may change when a run goes on, in words.
     pub const FREE_ON_RESUME: &str = "--epochs, --device, --memory, --keep-every, --keep-last, \
                                       --sample-every, --eval-every, --kl-budget, --collapse-bound, \
-                                      --stop-on-collapse, --tensorboard, --reward-device, \
-                                      --reward-timeout and --model, --model-config, --vae and \
-                                      --text-encoder (the same ones elsewhere)";
+                                      --stop-on-collapse, --tensorboard, --stream-blocks, \
+                                      --reward-device, --reward-timeout and --model, \
+                                      --model-config, --vae and --text-encoder (the same ones \
+                                      elsewhere)";
 
     /// `self` where it says something, `base` elsewhere.
     ///

@@ -260,6 +260,16 @@ pub struct Options {
     /// on where whole ones are what leaves no room]
     #[arg(long, value_enum, help_heading = "Model and device")]
     pub vae_tiling: Option<Switch>,
+    /// The network's blocks read when their turn comes, for weights larger than the device's memory
+    /// [default: auto: where nothing else fits]
+    #[arg(
+        long,
+        value_enum,
+        num_args = 0..=1,
+        default_missing_value = "true",
+        help_heading = "Model and device",
+    )]
+    pub stream_blocks: Option<Switch>,
     /// Seed of all noise and all draws [default: 0]
     #[arg(long, help_heading = "Images and updates")]
     pub seed: Option<u64>,

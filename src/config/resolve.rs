@@ -199,6 +199,7 @@ impl Options {
             guidance_gradient: o.guidance_gradient.unwrap_or(GuidanceGradient::Both),
             activation_checkpointing: o.activation_checkpointing.unwrap_or(Switch::Auto),
             vae_tiling: o.vae_tiling.unwrap_or(Switch::Auto),
+            stream_blocks: o.stream_blocks.unwrap_or(Switch::Auto),
             clip_range: o.clip_range.unwrap_or(clip_range),
             advantage_clamp: o.advantage_clamp.unwrap_or(5.0),
             tracker_size: o.tracker_size.unwrap_or(32),

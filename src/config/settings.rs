@@ -94,6 +94,7 @@ pub struct Settings {
     pub guidance_gradient: GuidanceGradient,
     pub activation_checkpointing: Switch,
     pub vae_tiling: Switch,
+    pub stream_blocks: Switch,
     pub clip_range: f64,
     pub advantage_clamp: f64,
     pub tracker_size: usize,

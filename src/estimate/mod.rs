@@ -7,13 +7,15 @@
 //! `memory_estimates_are_within_20_percent_of_the_measured_peak` holds them to it.
 
 pub mod shapes;
+pub mod streaming;
+pub mod table;
 pub mod target;
 
 use anyhow::{Result, bail};
 
 pub use self::shapes::Shapes;
+use self::streaming::Streaming;
 pub use self::target::Target;
-use crate::choice::name;
 use crate::config::{Rollout, Settings, Switch};
 use crate::device::rows_at_a_time;
 use crate::device::system::memory_text;
@@ -86,6 +88,8 @@ pub struct Estimate {
     pub checkpointing: bool,
     /// Whether pictures are decoded in tiles.
     pub tiling: bool,
+    /// Where blocks are read when their turn comes, what is read.
+    pub streaming: Option<Streaming>,
 }
 
 impl Estimate {
@@ -116,11 +120,13 @@ struct Batches {
     /// Batches that a rollout and an update run at once.
     sampling: f64,
     updating: f64,
+    /// Batches of an epoch.
+    per_epoch: usize,
 }
 
 impl Batches {
     fn of(shapes: &Shapes, s: &Settings, target: Target) -> Self {
-        let guided = !shapes.distilled && Guidance::new(s.guidance_scale) != Guidance::Off;
+        let guided = !shapes.distilled && Guidance::new(shapes.guidance) != Guidance::Off;
         // Branches of a root are one row of the network in an update.
         let batch = rows_at_a_time(target.layout, s.trajectories_per_update(), s.batch);
         let drawn = match &s.rollout {
@@ -140,6 +146,7 @@ impl Batches {
             images: batch as f64,
             sampling: at_once(per_update * s.updates_per_epoch),
             updating: at_once(per_update),
+            per_epoch: per_update * s.updates_per_epoch,
         }
     }
 }
@@ -148,9 +155,45 @@ impl Batches {
 /// for it to be left off: estimates are within 20%.
 const ROOM: f64 = 0.8;
 
-/// Estimates a run. Where nothing is said of activation checkpointing it is left off where that
-/// leaves room; a device that does not say what it offers may have none.
+/// Estimates a run. Where nothing is said of streaming, blocks are streamed where the device has no
+/// room for all of them at any size of a batch.
 pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
+    let streamed = || estimate_streamed(shapes, s, target);
+    match s.stream_blocks {
+        Switch::True => streamed(),
+        Switch::False => estimate_held(shapes, s, target),
+        Switch::Auto => {
+            let held = estimate_held(shapes, s, target);
+            let least = || estimate_held(shapes, &Settings { batch: 1, ..s.clone() }, target);
+            let fits = |e: &Estimate| target.offered.is_none_or(|most| e.peak() <= most as f64);
+            let forbidden = s.activation_checkpointing == Switch::False;
+            if forbidden || fits(&held) || fits(&least()) {
+                return held;
+            }
+            let streamed = streamed();
+            if streamed.peak() < held.peak() { streamed } else { held }
+        }
+    }
+}
+
+/// A run whose blocks are read when their turn comes: of the weights a block for each batch that
+/// runs at once is held, and where the device's memory is the host's what it is made of.
+fn estimate_streamed(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
+    let whole = estimate_with(shapes, s, target, true);
+    let batches = Batches::of(shapes, s, target);
+    let at_once = batches.sampling.max(batches.updating);
+    let made = if target.gpu && !target.software { 0.0 } else { 8.0 * shapes.largest * at_once };
+    Estimate {
+        weights: whole.weights - shapes.block_weights + shapes.largest_block * at_once,
+        program: whole.program + made,
+        streaming: Some(Streaming::of(shapes, s, batches.per_epoch)),
+        ..whole
+    }
+}
+
+/// A run that holds all weights. Where nothing is said of activation checkpointing it is left off
+/// where that leaves room; a device that does not say what it offers may have none.
+fn estimate_held(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
     match s.activation_checkpointing {
         Switch::True => estimate_with(shapes, s, target, true),
         Switch::False => estimate_with(shapes, s, target, false),
@@ -228,6 +271,7 @@ fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: 
         offered: target.offered,
         checkpointing,
         tiling: false,
+        streaming: None,
     }
 }
 
@@ -321,44 +365,4 @@ fn way_out(shapes: &Shapes, s: &Settings, target: Target) -> String {
         ),
         None => format!("use a smaller --resolution{embeddings}"),
     }
-}
-
-/// The table of `pcpo-wgpu plan`.
-pub fn text(estimate: &Estimate, s: &Settings, largest: Option<usize>) -> String {
-    let mib = |b: f64| format!("{:>10.0} MiB", b / f64::from(1 << 20));
-    let storage = format!("weights ({})", name(s.storage));
-    let mut out = format!("{storage:<20} {}\n", mib(estimate.weights));
-    for (line, bytes) in [
-        ("reward models", estimate.reward),
-        ("program and casts", estimate.program),
-        ("adapter", estimate.adapter),
-        ("kept by rollout", estimate.kept),
-        ("text encoders", estimate.encode),
-        ("rollout", estimate.rollout),
-        ("update", estimate.update),
-        ("decode", estimate.decode),
-    ] {
-        out += &format!("{line:<20} {}\n", mib(bytes));
-    }
-    out += &format!(
-        "peak                 {}   program and text encoders, or weights, program, adapter, \
-         kept and the largest phase\n",
-        mib(estimate.peak())
-    );
-    let held = match (estimate.checkpointing, s.activation_checkpointing) {
-        (true, _) => "on: one block's activations at a time",
-        (false, Switch::Auto) => "off: all blocks' activations leave room",
-        (false, _) => "off: all blocks' activations",
-    };
-    out += &format!("activation checkpointing {held}\n");
-    let tiling = if estimate.tiling { "on: a tile at a time" } else { "off: whole pictures" };
-    out += &format!("VAE tiling           {tiling}\n");
-    if let Some(offered) = estimate.offered {
-        out += &format!("the device offers    {}\n", mib(offered as f64));
-        out += &match largest {
-            Some(batch) => format!("largest --batch      {batch:>10}\n"),
-            None => "no --batch fits\n".to_string(),
-        };
-    }
-    out
 }

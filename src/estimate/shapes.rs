@@ -1,6 +1,7 @@
 //! What a model folder looks like from outside: the sizes of its weights and of what its blocks
 //! work on, from its configurations and the headers of its weight files.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -16,9 +17,11 @@ use crate::model::config::BlockShape;
 use crate::model::loader::Storage;
 use crate::model::text::clip::ClipConfig;
 use crate::model::text::embeddings::PromptEmbeddings;
+use crate::model::text::layout::TextLayout;
+use crate::model::text::qwen3::Qwen3Config;
 use crate::model::text::t5::T5Config;
 use crate::model::tiles::TILE;
-use crate::model::vae::VaeConfig;
+use crate::model::vae::config::VaeConfig;
 use crate::reward::model_size;
 
 /// Inputs and outputs of a layer that the adapter is on.
@@ -49,6 +52,9 @@ pub struct Shapes {
     pub text: TextShape,
     /// Bytes of network and VAE in a storage type.
     pub weights: f64,
+    /// Those of them that are of the network's blocks, and of the largest block.
+    pub block_weights: f64,
+    pub largest_block: f64,
     /// Values of the weights of reward models, and of what pictures are compared by.
     pub reward: f64,
     /// Elements of the largest matrix.
@@ -57,6 +63,8 @@ pub struct Shapes {
     pub latent: f64,
     pub targets: Vec<TargetShape>,
     pub distilled: bool,
+    /// The scale of u + s (c - u) that the run's guidance stands for.
+    pub guidance: f64,
     /// Whether its blocks convolve.
     pub convolves: bool,
 }
@@ -76,37 +84,34 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
         Some(pixels) => pixels.latent(vae.factor())?,
         None => [height, width],
     };
-    let clip = if s.embeddings.is_none() {
-        Some(ClipConfig::read(&files.component("text_encoder")?.config)?)
-    } else {
-        None
-    };
-    let tokens = match (&s.embeddings, &clip) {
-        (Some(file), _) => PromptEmbeddings::open(file)?.tokens(),
-        (None, clip) => {
-            let clip = clip.as_ref().map_or(0, |c| c.max_tokens);
-            family.text().tokens(clip, s.max_sequence_length)
+    let (tokens, text) = match &s.embeddings {
+        Some(file) => (PromptEmbeddings::open(file)?.tokens(), TextShape::default()),
+        None => {
+            let (tokens, mut text) = encoders(s, &files)?;
+            text.embedding = (tokens * network.context()[0]) as f64;
+            (tokens, text)
         }
     };
-    let text = match &clip {
-        Some(clip) => text_shape(s, &files, clip, tokens * network.context()[0])?,
-        None => TextShape::default(),
-    };
     let (mut weights, mut largest, mut targets) = (0.0, 0f64, Vec::new());
+    let mut blocks: BTreeMap<String, f64> = BTreeMap::new();
     for part in [family.network(), "vae"] {
         let whole = if part == "vae" { files.component(part)? } else { files.network()? };
         let weights_of = whole.weights()?;
         for (name, shape) in tensors(&weights_of) {
             let elements = elements(shape);
-            weights += elements * bytes_per_weight(name, shape, s.storage);
+            let bytes = elements * bytes_per_weight(name, shape, s.storage);
+            weights += bytes;
+            let block = if part == "vae" { None } else { block_of(name) };
+            if let Some(block) = &block {
+                *blocks.entry(block.clone()).or_default() += bytes;
+            }
             if shape.len() >= 2 && !name.contains("embed") {
                 largest = largest.max(elements);
             }
             let module = name.strip_suffix(".weight").unwrap_or_default();
             let trained = lora.is_none() && targeted(module, &s.target_modules);
-            if let (true, &[outputs, ref inputs @ ..]) =
-                (trained && part == family.network(), shape)
-                && module.contains("block")
+            if let (true, &[outputs, ref inputs @ ..]) = (trained, shape)
+                && block.is_some()
             {
                 targets.push(TargetShape { inputs: inputs.iter().product(), outputs });
             }
@@ -126,11 +131,14 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
         tile: vae.decoder_shapes(size.map(|side| side.min(TILE))),
         text,
         weights,
+        block_weights: blocks.values().sum(),
+        largest_block: blocks.values().copied().fold(0.0, f64::max),
         reward: reward as f64,
         largest,
         latent: channels as f64 * size[0] as f64 * size[1] as f64,
         targets,
         distilled: network.distilled(),
+        guidance: network.guidance(s.guidance_scale),
         convolves: network.convolves(),
     })
 }
@@ -143,15 +151,64 @@ fn elements(shape: &[usize]) -> f64 {
     shape.iter().map(|&n| n as f64).product()
 }
 
-/// The text encoders of a folder; `embedding` is the number of values of a prompt's sequence.
-fn text_shape(
-    s: &Settings,
-    files: &ModelFiles,
-    clip: &ClipConfig,
-    embedding: usize,
-) -> Result<TextShape> {
+/// What numbered modules are blocks.
+const BLOCKS: [&str; 7] = [
+    "transformer_blocks",
+    "single_transformer_blocks",
+    "noise_refiner",
+    "context_refiner",
+    "layers",
+    "down_blocks",
+    "up_blocks",
+];
+
+/// The block that a tensor of a network belongs to. A UNet's are its resnets with their attention,
+/// and its changes of size.
+pub fn block_of(name: &str) -> Option<String> {
+    let mut parts = name.split('.');
+    let (first, number) = (parts.next()?, parts.next()?);
+    if first == "mid_block" {
+        return Some(first.into());
+    }
+    let whole = BLOCKS.contains(&first) && number.bytes().all(|b| b.is_ascii_digit());
+    let within = match parts.next().filter(|_| first == "down_blocks" || first == "up_blocks") {
+        Some("resnets" | "attentions") => parts.next().unwrap_or_default(),
+        Some(other) => other,
+        None => "",
+    };
+    whole.then(|| format!("{first}.{number}.{within}"))
+}
+
+/// Tokens that the network sees of a prompt, and the text encoders of a folder.
+fn encoders(s: &Settings, files: &ModelFiles) -> Result<(usize, TextShape)> {
     let layout = files.family.text();
-    let mut text = TextShape { embedding: embedding as f64, ..Default::default() };
+    if let TextLayout::Qwen3(_) = layout {
+        return Ok((s.max_sequence_length, qwen3_shape(s, files)?));
+    }
+    let clip = ClipConfig::read(&files.component("text_encoder")?.config)?;
+    let text = text_shape(s, files, &clip)?;
+    Ok((layout.tokens(clip.max_tokens, s.max_sequence_length), text))
+}
+
+/// A Qwen3, of which one layer is held at a time.
+fn qwen3_shape(s: &Settings, files: &ModelFiles) -> Result<TextShape> {
+    let part = files.component("text_encoder")?;
+    let (config, weights) = (Qwen3Config::read(&part.config)?, part.weights()?);
+    let prefix = if weights.has("model.embed_tokens.weight") { "model." } else { "" };
+    let first = format!("{prefix}layers.0.");
+    let layer = tensors(&weights)
+        .filter(|(name, _)| name.starts_with(&first))
+        .map(|(name, shape)| elements(shape) * bytes_per_weight(name, shape, s.storage));
+    let tokens = s.max_sequence_length as f64;
+    // What is added to the scores stands beside the feed-forward.
+    let stream = tokens * config.inner as f64 + tokens * tokens;
+    Ok(TextShape { weights: layer.sum(), stream, ..Default::default() })
+}
+
+/// The CLIPs and the T5 of a folder.
+fn text_shape(s: &Settings, files: &ModelFiles, clip: &ClipConfig) -> Result<TextShape> {
+    let layout = files.family.text();
+    let mut text = TextShape::default();
     for part in layout.held() {
         let weights = files.component(part)?.weights()?;
         text.weights += tensors(&weights)

@@ -24,6 +24,19 @@ pub struct ConvShape {
     pub padding: usize,
 }
 
+impl ConvShape {
+    /// Rows and columns of its matrix.
+    pub fn matrix(&self) -> [usize; 2] {
+        [self.kernel * self.kernel * self.cin, self.cout]
+    }
+
+    /// The matrix of PyTorch's weight `[cout, cin, kernel, kernel]`.
+    pub fn rows(&self, values: &[f32]) -> Vec<f32> {
+        let (cin, places) = (self.cin, self.kernel * self.kernel);
+        by_input(values, self.cout, |row| row % cin * places + row / cin)
+    }
+}
+
 /// A frozen convolution on a device.
 pub struct FrozenConv {
     pub shape: ConvShape,
@@ -35,26 +48,21 @@ pub struct FrozenConv {
 }
 
 impl FrozenConv {
+    /// From the matrix of a shape's rows.
+    pub fn new(weight: FrozenWeight, shape: ConvShape, bias: Option<Tensor<1>>) -> Self {
+        Self { shape, weight: Arc::new(weight), bias, flipped: Arc::default() }
+    }
+
     /// From PyTorch's weight `[cout, cin, kernel, kernel]`.
-    pub fn new(
+    pub fn of(
         values: &[f32],
         shape: ConvShape,
         bias: Option<Tensor<1>>,
         storage: Storage,
         device: &Device,
     ) -> Self {
-        let ConvShape { cin, cout, kernel, .. } = shape;
-        let places = kernel * kernel;
-        let rows = by_input(values, cout, |row| row % cin * places + row / cin);
-        let shape_of = [places * cin, cout];
-        let weight = FrozenWeight::new(rows, shape_of, storage.unquantised(), device);
-        Self { shape, weight: Arc::new(weight), bias, flipped: Arc::default() }
-    }
-
-    /// The same, computed in f32 on every device.
-    pub fn exact(self) -> Self {
-        let Some(weight) = Arc::into_inner(self.weight) else { unreachable!("it was just made") };
-        Self { weight: Arc::new(FrozenWeight { exact: true, ..weight }), ..self }
+        let (rows, storage) = (shape.rows(values), storage.unquantised());
+        Self::new(FrozenWeight::new(rows, shape.matrix(), storage, device), shape, bias)
     }
 }
 

@@ -2,7 +2,11 @@
 //! in. Products take it in as it is: on the CPU a panel of rows at a time becomes f32, on a GPU a
 //! tile.
 
+use std::sync::Arc;
+
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 use rayon::prelude::*;
 
 use super::cpu::Values;
@@ -78,26 +82,76 @@ pub(super) struct Quantised {
     pub scales: Tensor<2>,
 }
 
-impl FrozenWeight {
+/// A frozen matrix as it goes to a device.
+pub struct PreparedWeight {
+    rows: usize,
+    columns: usize,
+    values: Prepared,
+}
+
+#[derive(Clone)]
+enum Prepared {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Quantised { bits: u32, words: Vec<u32>, scales: Vec<f32> },
+}
+
+impl PreparedWeight {
     /// From values `[rows, columns]`, quantised where the storage says so and the rows are whole
     /// blocks.
-    pub fn new(values: Vec<f32>, [rows, columns]: [usize; 2], s: Storage, device: &Device) -> Self {
-        let quantised = s.bits().filter(|_| rows.is_multiple_of(BLOCK));
-        let stored = match quantised {
-            Some(bits) => {
-                let own = quantise(&values, rows, columns, bits, device);
-                Stored::Quantised(Box::new(own))
-            }
+    pub fn new(values: Vec<f32>, [rows, columns]: [usize; 2], storage: Storage) -> Self {
+        let quantised = storage.bits().filter(|_| rows.is_multiple_of(BLOCK));
+        let values = match quantised {
+            Some(bits) => quantise(&values, rows, columns, bits),
+            None if storage == Storage::F32 => Prepared::F32(values),
             None => {
-                let data = TensorData::new(values, [rows, columns]);
-                let whole: Tensor<2> = Tensor::from_data(data, device);
-                match s.dtype() {
-                    DType::F32 => Stored::F32(whole),
-                    half => Stored::F16(whole.cast(half)),
-                }
+                let mut half = vec![f16::ZERO; values.len()];
+                half.convert_from_f32_slice(&values);
+                Prepared::F16(half)
             }
         };
-        Self { rows, columns, exact: false, stored }
+        Self { rows, columns, values }
+    }
+
+    /// The same on a device; what it was is let go of where nothing else holds it.
+    pub fn on(self: Arc<Self>, device: &Device) -> FrozenWeight {
+        let (rows, columns) = (self.rows, self.columns);
+        let values = match Arc::try_unwrap(self) {
+            Ok(own) => own.values,
+            Err(shared) => shared.values.clone(),
+        };
+        let stored = match values {
+            Prepared::F32(values) => {
+                Stored::F32(Tensor::from_data(TensorData::new(values, [rows, columns]), device))
+            }
+            Prepared::F16(values) => {
+                let data = TensorData::new(values, [rows, columns]);
+                Stored::F16(Tensor::from_data(data, (device, DType::F16)))
+            }
+            Prepared::Quantised { bits, words, scales } => Stored::Quantised(Box::new(Quantised {
+                bits,
+                words: upload(bytemuck::cast_slice(&words), [words.len()], device),
+                scales: upload(&scales, [rows / BLOCK, columns], device),
+            })),
+        };
+        FrozenWeight { rows, columns, exact: false, stored }
+    }
+}
+
+impl FrozenWeight {
+    /// From values `[rows, columns]`, as [`PreparedWeight::new`].
+    pub fn new(values: Vec<f32>, shape: [usize; 2], storage: Storage, device: &Device) -> Self {
+        Arc::new(PreparedWeight::new(values, shape, storage)).on(device)
+    }
+
+    /// Bytes that it takes.
+    pub fn bytes(&self) -> usize {
+        let all = |t: &Tensor<2>, each: usize| each * t.shape().num_elements();
+        match &self.stored {
+            Stored::F32(w) => all(w, 4),
+            Stored::F16(w) => all(w, 2),
+            Stored::Quantised(q) => 4 * q.words.shape().num_elements() + all(&q.scales, 4),
+        }
     }
 
     /// The matrix in memory, of the CPU backend.
@@ -114,7 +168,7 @@ impl FrozenWeight {
     }
 }
 
-fn quantise(values: &[f32], rows: usize, columns: usize, bits: u32, device: &Device) -> Quantised {
+fn quantise(values: &[f32], rows: usize, columns: usize, bits: u32) -> Prepared {
     let most = ((1 << (bits - 1)) - 1) as f32;
     let mut scales = vec![0f32; rows / BLOCK * columns];
     for (scale, block) in scales.chunks_exact_mut(columns).zip(values.chunks(BLOCK * columns)) {
@@ -132,11 +186,7 @@ fn quantise(values: &[f32], rows: usize, columns: usize, bits: u32, device: &Dev
             words[i / each] |= (q as u32 & mask) << (bits * (i % each) as u32);
         }
     }
-    Quantised {
-        bits,
-        words: upload(bytemuck::cast_slice(&words), [words.len()], device),
-        scales: upload(&scales, [rows / BLOCK, columns], device),
-    }
+    Prepared::Quantised { bits, words, scales }
 }
 
 /// PyTorch's weight `[outputs, columns]` as rows for a product: row r of `[columns, outputs]` is
@@ -186,7 +236,6 @@ impl HostWeight {
         match self {
             Self::F32(values) => out.copy_from_slice(&values[from..from + out.len()]),
             Self::F16(values) => {
-                use half::slice::HalfFloatSliceExt;
                 let values = &values.f16()[from..];
                 out.par_chunks_mut(part).enumerate().for_each(|(i, out)| {
                     values[i * part..][..out.len()].convert_to_f32_slice(out);

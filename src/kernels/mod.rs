@@ -22,5 +22,6 @@ pub mod low_rank;
 mod node;
 mod product;
 pub mod registry;
+pub mod rms_norm;
 pub mod tensor_ops;
 mod vector;

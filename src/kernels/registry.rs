@@ -2,6 +2,7 @@
 
 use super::{
     activation, attention_gpu, frozen_conv, frozen_linear, geglu, group_norm_silu, layer_norm,
+    rms_norm,
 };
 use crate::device::gpu::Kernel;
 
@@ -15,6 +16,8 @@ pub fn kernels() -> Vec<(Kernel, Vec<u32>)> {
         geglu::GRADIENT,
         layer_norm::FORWARD,
         layer_norm::GRADIENT,
+        rms_norm::FORWARD,
+        rms_norm::GRADIENT,
         attention_gpu::DELTA,
     ];
     let groups = [group_norm_silu::FORWARD, group_norm_silu::GRADIENT];

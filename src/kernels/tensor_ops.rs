@@ -45,6 +45,12 @@ pub fn layer_norm(x: Tensor<3>, gamma: Tensor<2>, beta: Tensor<2>, eps: f64) -> 
     normalised(x, 2, eps) * gamma.unsqueeze_dim::<3>(1) + beta.unsqueeze_dim::<3>(1)
 }
 
+/// See [`super::rms_norm`].
+pub fn rms_norm(x: Tensor<3>, gamma: Tensor<2>, eps: f64) -> Tensor<3> {
+    let reciprocal = (x.clone().square().mean_dim(2) + eps).sqrt().recip();
+    x * reciprocal * gamma.unsqueeze_dim::<3>(1)
+}
+
 /// See [`super::group_norm_silu`]; channels are first, `[B, C, H, W]`.
 pub fn group_norm_silu(
     x: Tensor<4>,

@@ -40,6 +40,9 @@ impl MicroConditioning {
 pub struct Conditioning {
     /// Text tokens, `[P, T, D]`.
     pub sequence: Tensor<3>,
+    /// How many of T are a condition's own, where a family tells them from what fills up rows; the
+    /// others are zeros. Empty where all are.
+    pub lengths: Vec<usize>,
     /// Pooled text embedding, `[P, W]`, of the families that have one.
     pub pooled: Option<Tensor<2>>,
     /// Sizes in pixels, one for each of P, of the families that are told them.
@@ -60,13 +63,19 @@ impl Conditioning {
     /// When the rows are of another number of conditions.
     pub fn new(sequence: Tensor<3>, pooled: Option<Tensor<2>>, rows: RowMap) -> Self {
         assert_eq!(sequence.dims()[0], rows.few(), "a condition for each of the rows' kinds");
-        Self { sequence, pooled, time_ids: Vec::new(), rows, kept: None }
+        let (lengths, time_ids) = (Vec::new(), Vec::new());
+        Self { sequence, lengths, pooled, time_ids, rows, kept: None }
     }
 
     /// The same with sizes in pixels, those of all conditions.
     pub fn with_time_ids(self, ids: TimeIds) -> Self {
         let time_ids = vec![ids; self.rows.few()];
         Self { time_ids, ..self }
+    }
+
+    /// The same, where of each condition's tokens so many are its own.
+    pub fn with_lengths(self, lengths: Vec<usize>) -> Self {
+        Self { lengths, ..self }
     }
 
     /// One condition for each image.
@@ -101,6 +110,7 @@ impl Conditioning {
         Self {
             sequence: self.sequence.clone().narrow(0, from, few),
             pooled: self.pooled.clone().map(|p| p.narrow(0, from, few)),
+            lengths: self.lengths.iter().skip(from).take(few).copied().collect(),
             time_ids: self.time_ids.iter().skip(from).take(few).copied().collect(),
             rows,
             kept: None,
@@ -124,6 +134,7 @@ impl Conditioning {
         };
         Self {
             sequence: Tensor::cat(vec![self.sequence, other.sequence], 0),
+            lengths: [self.lengths, other.lengths].concat(),
             pooled,
             time_ids: [self.time_ids, other.time_ids].concat(),
             rows: self.rows.then(&other.rows),

@@ -312,6 +312,11 @@ pub trait NetworkConfig {
     /// guidance.
     fn distilled(&self) -> bool;
 
+    /// The scale of u + s (c - u) that a scale of its published pipeline stands for.
+    fn guidance(&self, scale: f64) -> f64 {
+        scale
+    }
+
     /// Whether its blocks convolve, as a UNet's do: the memory estimate counts such blocks
     /// otherwise.
     fn convolves(&self) -> bool;

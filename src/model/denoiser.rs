@@ -41,10 +41,37 @@ pub struct Fixed {
     pub time: Tensor<2>,
     /// The text, and which condition each row has.
     pub cond: Conditioning,
-    /// cos and sin of the rotary position embedding, `[1, T, 1, head]`.
+    /// cos and sin of the rotary position embedding, `[1, T, 1, head]`, or `[P, ..]` where
+    /// positions depend on the condition.
     pub rotary: Option<[Tensor<4>; 2]>,
+    /// What blocks that share it are modulated with, `[P, ..]` each.
+    pub modulations: Vec<Tensor<2>>,
     /// Latent height and width.
     pub size: [usize; 2],
+}
+
+impl Fixed {
+    /// Of a network without rotary embedding and shared modulations.
+    pub fn new(time: Tensor<2>, cond: Conditioning, size: [usize; 2]) -> Self {
+        Self { time, cond, rotary: None, modulations: Vec::new(), size }
+    }
+
+    /// The same for `n` rows from `start` on.
+    fn rows(&self, start: usize, n: usize) -> Self {
+        let (_, few) = self.cond.rows.narrow(start, n);
+        let (from, few) = (few.start, few.len());
+        let narrow = |t: &Tensor<4>| match t.dims()[0] {
+            1 => t.clone(),
+            _ => t.clone().narrow(0, from, few),
+        };
+        Self {
+            time: self.time.clone().narrow(0, from, few),
+            cond: self.cond.narrow(start, n),
+            rotary: self.rotary.as_ref().map(|turns| turns.each_ref().map(narrow)),
+            modulations: self.modulations.iter().map(|m| m.clone().narrow(0, from, few)).collect(),
+            size: self.size,
+        }
+    }
 }
 
 impl Hidden {
@@ -67,16 +94,9 @@ impl Hidden {
         if (start, n) == (0, self.len()) {
             return self.clone();
         }
-        let (_, few) = self.fixed.cond.rows.narrow(start, n);
-        let fixed = Fixed {
-            time: self.fixed.time.clone().narrow(0, few.start, few.len()),
-            cond: self.fixed.cond.narrow(start, n),
-            rotary: self.fixed.rotary.clone(),
-            size: self.fixed.size,
-        };
         Self {
             flow: self.flow.iter().map(|t| t.clone().narrow(0, start, n)).collect(),
-            fixed: Arc::new(fixed),
+            fixed: Arc::new(self.fixed.rows(start, n)),
         }
     }
 }

@@ -8,10 +8,16 @@ use clap::ValueEnum;
 use super::component::Component;
 use super::config::{Config, NetworkConfig};
 use super::denoiser::Denoiser;
-use super::loader::Storage;
+use super::loader::{Storage, Stream};
 use super::text::layout::TextLayout;
-use super::transformer::flux::{Flux, FluxConfig};
+use super::text::qwen3::States;
+use super::transformer::flux::Flux;
+use super::transformer::flux::config::FluxConfig;
+use super::transformer::flux2::Flux2;
+use super::transformer::flux2::config::Flux2Config;
 use super::transformer::sd3::{Sd3, Sd3Config};
+use super::transformer::z_image::ZImage;
+use super::transformer::z_image::config::ZImageConfig;
 use super::unet::{UNet, UNetConfig};
 use crate::schedule::flow::Spacing;
 
@@ -23,7 +29,11 @@ pub enum Family {
     /// SDXL: a UNet that is told a pooled text and sizes in pixels.
     StableDiffusionXl,
     StableDiffusion3,
+    /// FLUX.1.
     Flux,
+    /// FLUX.2 klein.
+    Flux2,
+    ZImage,
 }
 
 impl Family {
@@ -59,6 +69,8 @@ impl Family {
             Self::StableDiffusion | Self::StableDiffusionXl => "UNet2DConditionModel",
             Self::StableDiffusion3 => "SD3Transformer2DModel",
             Self::Flux => "FluxTransformer2DModel",
+            Self::Flux2 => "Flux2Transformer2DModel",
+            Self::ZImage => "ZImageTransformer2DModel",
         }
     }
 
@@ -66,7 +78,7 @@ impl Family {
     pub fn network(self) -> &'static str {
         match self {
             Self::StableDiffusion | Self::StableDiffusionXl => "unet",
-            Self::StableDiffusion3 | Self::Flux => "transformer",
+            Self::StableDiffusion3 | Self::Flux | Self::Flux2 | Self::ZImage => "transformer",
         }
     }
 
@@ -74,25 +86,28 @@ impl Family {
     pub fn is_flow(self) -> bool {
         match self {
             Self::StableDiffusion | Self::StableDiffusionXl => false,
-            Self::StableDiffusion3 | Self::Flux => true,
+            Self::StableDiffusion3 | Self::Flux | Self::Flux2 | Self::ZImage => true,
         }
     }
 
-    /// The guidance scale of the family's published trainers.
+    /// The guidance scale of the family's published trainers, or else of its pipeline.
     pub fn default_guidance(self) -> f64 {
         match self {
             Self::StableDiffusion | Self::StableDiffusionXl => 5.0,
             Self::StableDiffusion3 => 4.5,
             Self::Flux => 3.5,
+            Self::Flux2 => 4.0,
+            Self::ZImage => 5.0,
         }
     }
 
-    /// T5 tokens that diffusers' pipeline takes unless told otherwise; 0 without a T5.
+    /// Tokens of T5 or Qwen3 that diffusers' pipeline takes unless told otherwise; 0 without
+    /// either.
     pub fn default_sequence(self) -> usize {
         match self {
             Self::StableDiffusion | Self::StableDiffusionXl => 0,
             Self::StableDiffusion3 => 256,
-            Self::Flux => 512,
+            Self::Flux | Self::Flux2 | Self::ZImage => 512,
         }
     }
 
@@ -100,12 +115,15 @@ impl Family {
     pub fn default_targets(self) -> Vec<String> {
         let image = ["to_q", "to_k", "to_v", "to_out.0"];
         let text: &[&str] = match self {
-            Self::StableDiffusion | Self::StableDiffusionXl => &[],
-            Self::StableDiffusion3 | Self::Flux => {
+            Self::StableDiffusion | Self::StableDiffusionXl | Self::ZImage => &[],
+            Self::StableDiffusion3 | Self::Flux | Self::Flux2 => {
                 &["add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
             }
         };
-        image.iter().chain(text).map(|s| s.to_string()).collect()
+        // Single blocks have them, and their feed-forward's input, in one layer. Its counterpart
+        // `to_out` is left out: in double blocks peft would find a list of that name, and fail.
+        let fused: &[&str] = if self == Self::Flux2 { &["to_qkv_mlp_proj"] } else { &[] };
+        image.iter().chain(text).chain(fused).map(|s| s.to_string()).collect()
     }
 
     /// Which text encoders it has, and how they are put together.
@@ -115,6 +133,8 @@ impl Family {
             Self::StableDiffusionXl => TextLayout::TwoClips,
             Self::StableDiffusion3 => TextLayout::TwoClipsAndT5,
             Self::Flux => TextLayout::T5AndPooledClip,
+            Self::Flux2 => TextLayout::Qwen3(States::Three),
+            Self::ZImage => TextLayout::Qwen3(States::SecondLast),
         }
     }
 
@@ -124,7 +144,8 @@ impl Family {
             Self::StableDiffusion | Self::StableDiffusionXl | Self::StableDiffusion3 => {
                 Spacing::Scheduler
             }
-            Self::Flux => Spacing::Pipeline,
+            Self::Flux | Self::ZImage => Spacing::Pipeline,
+            Self::Flux2 => Spacing::Empirical,
         }
     }
 
@@ -137,10 +158,12 @@ impl Family {
             Self::StableDiffusion | Self::StableDiffusionXl => Box::new(UNetConfig::read(config)?),
             Self::StableDiffusion3 => Box::new(Sd3Config::read(config)?),
             Self::Flux => Box::new(FluxConfig::read(config)?),
+            Self::Flux2 => Box::new(Flux2Config::read(config)?),
+            Self::ZImage => Box::new(ZImageConfig::read(config)?),
         })
     }
 
-    /// Loads a network.
+    /// Loads a network, whose blocks are read when their turn comes where `stream` says so.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, damaged or not supported.
@@ -149,13 +172,16 @@ impl Family {
         network: &Component,
         device: &Device,
         storage: Storage,
+        stream: Option<Stream>,
     ) -> Result<Box<dyn Denoiser>> {
         Ok(match self {
             Self::StableDiffusion | Self::StableDiffusionXl => {
-                Box::new(UNet::load(network, device, storage)?)
+                Box::new(UNet::load(network, device, storage, stream)?)
             }
-            Self::StableDiffusion3 => Box::new(Sd3::load(network, device, storage)?),
-            Self::Flux => Box::new(Flux::load(network, device, storage)?),
+            Self::StableDiffusion3 => Box::new(Sd3::load(network, device, storage, stream)?),
+            Self::Flux => Box::new(Flux::load(network, device, storage, stream)?),
+            Self::Flux2 => Box::new(Flux2::load(network, device, storage, stream)?),
+            Self::ZImage => Box::new(ZImage::load(network, device, storage, stream)?),
         })
     }
 }

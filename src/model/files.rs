@@ -10,10 +10,12 @@ use serde_json::{Value, json};
 use super::component::Component;
 use super::denoiser::Denoiser;
 use super::family::Family;
-use super::loader::Storage;
+use super::loader::{Storage, Stream};
 use super::single_file::{Kind, SingleFile, is_t5, text_encoder_of, vae_of};
-use super::text::tokenizer::{CLIP_VOCABULARY, Tokenizer};
+use super::text::layout::TextLayout;
 use crate::choice::name;
+use crate::device::Compute;
+use crate::device::system::available;
 use crate::schedule::{PredictionType, Schedule};
 
 /// What is said of a model: where it is, and what supplies or replaces parts of it.
@@ -139,16 +141,41 @@ impl ModelFiles {
     pub fn network(&self) -> Result<Component> {
         match &self.file {
             Some(file) => file.part(self.family.network()),
-            None => Component::folder(&network_dir(self.path())?),
+            None => {
+                let mut network = Component::folder(&network_dir(self.path())?)?;
+                // Of FLUX.2 the pipeline says whether its steps were distilled.
+                if self.family == Family::Flux2 {
+                    let distilled = self.of_pipeline("is_distilled", false)?;
+                    network.config.json["is_distilled"] = json!(distilled);
+                }
+                Ok(network)
+            }
         }
     }
 
-    /// Loads the network.
+    /// Loads the network, whose blocks are read when their turn comes where `stream` says so.
     ///
     /// # Errors
     /// As [`Family::load`].
-    pub fn load_network(&self, device: &Device, storage: Storage) -> Result<Box<dyn Denoiser>> {
-        self.family.load(&self.network()?, device, storage)
+    pub fn load_network(
+        &self,
+        device: &Device,
+        storage: Storage,
+        stream: Option<Stream>,
+    ) -> Result<Box<dyn Denoiser>> {
+        self.family.load(&self.network()?, device, storage, stream)
+    }
+
+    /// Where its network's blocks are best read from when their turn comes: from the host's memory
+    /// where the device has its own and the host has room for them.
+    ///
+    /// # Errors
+    /// When the list of its tensors cannot be read.
+    pub fn stream(&self, compute: &Compute, storage: Storage) -> Result<Stream> {
+        let values = self.network()?.weights()?.elements(|_| true);
+        let bytes = (values * storage.dtype().size()) as u64;
+        let own = compute.gpu.is_some() && !compute.software;
+        Ok(if own && bytes < available() / 2 { Stream::FromHost } else { Stream::FromDisk })
     }
 
     /// A part by its folder's name in diffusers' layout.
@@ -181,25 +208,28 @@ impl ModelFiles {
             return vae_of(path, self.family).and_then(configured).context("--vae").map(Some);
         }
         let layout = self.family.text();
+        let one = matches!(layout, TextLayout::Qwen3(_));
         let shown = |path: &Path| format!("--text-encoder {}", path.display());
         let mut given = Vec::new();
         for path in &self.spec.text_encoder {
-            given.push((path, is_t5(path).with_context(|| shown(path))?));
+            // An encoder that is read layer by layer, rather than a CLIP.
+            given.push((path, one || is_t5(path).with_context(|| shown(path))?));
         }
         // As many as a file lacks are for these; else they are in the order of the model's.
         let lacking = |part: &&&str| self.file.as_ref().is_some_and(|file| !file.has(part));
         let lacks: Vec<&str> = layout.held().iter().filter(lacking).copied().collect();
-        let count = given.iter().filter(|(_, t5)| !t5).count();
+        let count = given.iter().filter(|(_, streamed)| !streamed).count();
         let places = if lacks.len() == count { &lacks } else { layout.held() };
         let mut clips = places.iter().copied();
-        for (path, t5) in given {
-            let place = if t5 { layout.streamed() } else { clips.next() };
+        for (path, streamed) in given {
+            let place = if streamed { layout.streamed() } else { clips.next() };
             let place = place.with_context(|| {
                 format!("{}: the model has no place for another text encoder", shown(path))
             })?;
             if place == part {
                 let kind = match place {
-                    _ if t5 => Kind::T5,
+                    _ if one => Kind::Qwen3,
+                    _ if streamed => Kind::T5,
                     "text_encoder" if self.is_second() => Kind::OpenShort,
                     "text_encoder" => Kind::Clip,
                     _ => Kind::Open,
@@ -209,65 +239,6 @@ impl ModelFiles {
             }
         }
         Ok(None)
-    }
-
-    /// The tokenizer of a text encoder, of a CLIP with `max_tokens`.
-    ///
-    /// # Errors
-    /// Names the file that is missing or cannot be used.
-    pub fn clip_tokenizer(
-        &self,
-        encoder: &str,
-        [max_tokens, entries]: [usize; 2],
-    ) -> Result<Tokenizer> {
-        let folder = encoder.replace("text_encoder", "tokenizer");
-        if let Some(dir) = self.tokenizer_dir(&folder) {
-            return Tokenizer::load(&dir, max_tokens);
-        }
-        // The second encoder, and the one of Stable Diffusion 2, are open_clip's.
-        let open_clip = self.pads_with_letter(encoder);
-        if let Some(first) = self.tokenizer_dir("tokenizer") {
-            let own = Tokenizer::load(&first, max_tokens)?;
-            return if open_clip { own.padded_with("!") } else { Ok(own) };
-        }
-        ensure!(
-            entries == CLIP_VOCABULARY,
-            "--model {}: its {encoder} has {entries} words, not CLIP's {CLIP_VOCABULARY}; put its \
-             tokenizer beside the file, as the folder {folder}",
-            self.shown()
-        );
-        let own = Tokenizer::clip(max_tokens, CLIP_VOCABULARY as u32 - 1, false)?;
-        if open_clip { own.padded_with("!") } else { Ok(own) }
-    }
-
-    /// The folder of T5's tokenizer.
-    ///
-    /// # Errors
-    /// When there is none.
-    pub fn t5_tokenizer(&self, encoder: &str) -> Result<PathBuf> {
-        let folder = encoder.replace("text_encoder", "tokenizer");
-        self.tokenizer_dir(&folder).with_context(|| {
-            format!(
-                "--model {}: T5's tokenizer is missing; put it beside the file, as the folder \
-                 {folder} with tokenizer.json, or give --embeddings",
-                self.shown()
-            )
-        })
-    }
-
-    /// Whether an encoder of a file is open_clip's, whose texts are filled up with "!".
-    pub fn pads_with_letter(&self, encoder: &str) -> bool {
-        self.file.as_ref().is_some_and(|f| f.is_open_clip(encoder))
-    }
-
-    /// A tokenizer's folder: a model folder's own, or beside a file, or with its configurations.
-    pub fn tokenizer_dir(&self, folder: &str) -> Option<PathBuf> {
-        if self.file.is_none() {
-            return Some(self.path().join(folder));
-        }
-        let beside = self.path().parent().map(Path::to_path_buf);
-        let places = beside.into_iter().chain(self.spec.config.clone());
-        places.map(|place| place.join(folder)).find(|d| d.is_dir())
     }
 
     /// The folder of configurations: a model's own, or the one that is given with a file.
@@ -341,19 +312,24 @@ impl ModelFiles {
     /// When the file is damaged, or the field no flag.
     pub fn zeros_for_no_prompt(&self) -> Result<bool> {
         match self.family {
-            Family::StableDiffusionXl => {}
-            Family::StableDiffusion | Family::StableDiffusion3 | Family::Flux => return Ok(false),
+            Family::StableDiffusionXl => self.of_pipeline("force_zeros_for_empty_prompt", true),
+            Family::StableDiffusion
+            | Family::StableDiffusion3
+            | Family::Flux
+            | Family::Flux2
+            | Family::ZImage => Ok(false),
         }
+    }
+
+    /// A flag of model_index.json, where that is there and says anything.
+    fn of_pipeline(&self, field: &str, default: bool) -> Result<bool> {
         let path = self.configs().map(|dir| dir.join("model_index.json")).filter(|p| p.is_file());
-        let Some(path) = path else { return Ok(true) };
+        let Some(path) = path else { return Ok(default) };
         let index: Value = crate::io::read_json(&path)?;
-        match &index["force_zeros_for_empty_prompt"] {
-            Value::Null => Ok(true),
+        match &index[field] {
+            Value::Null => Ok(default),
             Value::Bool(on) => Ok(*on),
-            other => bail!(
-                "{}: force_zeros_for_empty_prompt = {other} is not true or false",
-                path.display()
-            ),
+            other => bail!("{}: {field} = {other} is not true or false", path.display()),
         }
     }
 }

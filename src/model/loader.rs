@@ -1,11 +1,46 @@
 //! From a component's weights to tensors on a device, in the type that they are stored in.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
+
 use anyhow::{Result, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::io::weights::Weights;
+use crate::kernels::frozen_weight::{FrozenWeight, PreparedWeight};
 
 pub use crate::kernels::frozen_weight::Storage;
+
+/// Where the blocks of a network are read from when their turn comes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stream {
+    /// From the host's memory, as they go to the device.
+    FromHost,
+    /// From their file.
+    FromDisk,
+}
+
+/// Matrices as they go to a device, by their names, each made once.
+#[derive(Default)]
+pub struct Prepared(Mutex<HashMap<String, Arc<PreparedWeight>>>);
+
+impl Prepared {
+    /// The one of a name, made where it is missing.
+    fn get(
+        &self,
+        name: &str,
+        make: impl FnOnce() -> Result<Arc<PreparedWeight>>,
+    ) -> Result<Arc<PreparedWeight>> {
+        let all = || self.0.lock().expect("no thread panics with it");
+        let found = all().get(name).cloned();
+        if let Some(found) = found {
+            return Ok(found);
+        }
+        let made = make()?;
+        all().insert(name.into(), made.clone());
+        Ok(made)
+    }
+}
 
 /// A place in a component's weights: the prefix of the names, where tensors go, and how they are
 /// stored.
@@ -16,17 +51,27 @@ pub struct Loader<'a> {
     pub storage: Storage,
     /// Whether products take f32 on devices that compute in f16 too.
     pub exact: bool,
+    /// Whether blocks are read when their turn comes, and where from.
+    pub stream: Option<Stream>,
+    /// What is kept of the matrices that were read.
+    pub prepared: Option<Arc<Prepared>>,
     prefix: String,
 }
 
 impl<'a> Loader<'a> {
     pub fn new(weights: &'a Weights, device: &'a Device, storage: Storage) -> Self {
-        Self { weights, device, storage, exact: false, prefix: String::new() }
+        let (stream, prepared, prefix) = (None, None, String::new());
+        Self { weights, device, storage, exact: false, stream, prepared, prefix }
     }
 
     /// The same, computed in f32 on every device where `exact` says so.
     pub fn exactly(self, exact: bool) -> Self {
         Self { exact, ..self }
+    }
+
+    /// The same, whose blocks are streamed where `stream` says so.
+    pub fn streaming(self, stream: Option<Stream>) -> Self {
+        Self { stream, ..self }
     }
 
     /// The same, one level deeper.
@@ -51,6 +96,27 @@ impl<'a> Loader<'a> {
     pub fn tensor<const D: usize>(&self, part: &str, shape: [usize; D]) -> Result<Tensor<D>> {
         let values = self.values(part, shape)?;
         Ok(Tensor::from_data(TensorData::new(values, shape), self.device))
+    }
+
+    /// A frozen matrix `[rows, columns]` on the device, from what `values` makes of tensor `part`.
+    ///
+    /// # Errors
+    /// Those of `values`.
+    pub fn frozen(
+        &self,
+        part: &str,
+        shape: [usize; 2],
+        storage: Storage,
+        values: impl FnOnce() -> Result<Vec<f32>>,
+    ) -> Result<FrozenWeight> {
+        let make = || Ok(Arc::new(PreparedWeight::new(values()?, shape, storage)));
+        let prepared = match &self.prepared {
+            Some(kept) => kept.get(&self.name(part), make)?,
+            None => make()?,
+        };
+        let mut weight = prepared.on(self.device);
+        weight.exact = self.exact;
+        Ok(weight)
     }
 
     /// The values of one tensor of a known shape, on the host.

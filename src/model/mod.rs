@@ -3,6 +3,7 @@
 
 pub mod attention;
 pub mod blip;
+pub mod block_store;
 pub mod blocks;
 pub mod clip;
 pub mod component;
@@ -23,6 +24,7 @@ pub mod row_map;
 pub mod single_file;
 pub mod text;
 pub mod tiles;
+mod tokenizers;
 pub mod transformer;
 pub mod unet;
 pub mod vae;
@@ -32,6 +34,6 @@ pub use conditioning::Conditioning;
 pub use denoiser::{Denoiser, Inputs};
 pub use family::Family;
 pub use files::{ModelFiles, ModelSpec};
-pub use loader::Storage;
+pub use loader::{Storage, Stream};
 pub use pipeline::Pipeline;
 pub use resolution::Resolution;

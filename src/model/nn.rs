@@ -15,6 +15,7 @@ use crate::kernels::frozen_weight::{FrozenWeight, by_input};
 use crate::kernels::group_norm_silu::group_norm_silu;
 use crate::kernels::layer_norm::layer_norm;
 use crate::kernels::low_rank::low_rank;
+use crate::kernels::rms_norm::rms_norm;
 use crate::lora::{LayerShape, Lora};
 
 /// `torch.nn.Linear`, with a LoRA where one is given for its name.
@@ -28,10 +29,10 @@ pub struct Linear {
 impl Linear {
     pub fn load(l: &Loader, part: &str, inputs: usize, outputs: usize) -> Result<Self> {
         let l = l.at(part);
-        let values = l.values("weight", [outputs, inputs])?;
-        let rows = by_input(&values, outputs, |input| input);
-        let mut weight = FrozenWeight::new(rows, [inputs, outputs], l.storage, l.device);
-        weight.exact = l.exact;
+        let weight = l.frozen("weight", [inputs, outputs], l.storage, || {
+            let values = l.values("weight", [outputs, inputs])?;
+            Ok(by_input(&values, outputs, |input| input))
+        })?;
         let weight = Arc::new(weight);
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
         let name = l.name("").trim_end_matches('.').to_string();
@@ -63,10 +64,11 @@ impl Conv2d {
     pub fn load(l: &Loader, part: &str, shape: ConvShape) -> Result<Self> {
         let l = l.at(part);
         let ConvShape { cin, cout, kernel, .. } = shape;
-        let values = l.values("weight", [cout, cin, kernel, kernel])?;
+        let weight = l.frozen("weight", shape.matrix(), l.storage.unquantised(), || {
+            Ok(shape.rows(&l.values("weight", [cout, cin, kernel, kernel])?))
+        })?;
         let bias = if l.has("bias") { Some(l.tensor("bias", [cout])?) } else { None };
-        let conv = FrozenConv::new(&values, shape, bias, l.storage, l.device);
-        let conv = if l.exact { conv.exact() } else { conv };
+        let conv = FrozenConv::new(weight, shape, bias);
         let name = l.name("").trim_end_matches('.').to_string();
         let inputs = kernel * kernel * cin;
         let kernel = Some(kernel);
@@ -172,17 +174,26 @@ impl LayerNorm {
 /// `torch.nn.RMSNorm` over the last dimension.
 pub struct RmsNorm {
     eps: f64,
-    gamma: Tensor<1>,
+    /// `[1, width]`
+    gamma: Tensor<2>,
 }
 
 impl RmsNorm {
     pub fn load(l: &Loader, part: &str, width: usize, eps: f64) -> Result<Self> {
-        Ok(Self { eps, gamma: l.at(part).tensor("weight", [width])? })
+        Ok(Self { eps, gamma: l.at(part).tensor::<1>("weight", [width])?.unsqueeze() })
     }
 
     pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        let scale = (x.clone().square().mean_dim(D - 1) + self.eps).sqrt().recip();
-        x * scale * self.gamma.clone().unsqueeze::<D>()
+        let shape = x.dims();
+        let width = shape[D - 1];
+        let rows = shape.iter().product::<usize>() / width.max(1);
+        rms_norm(x.reshape([1, rows, width]), self.gamma.clone(), self.eps).reshape(shape)
+    }
+
+    /// `[B, T, width]`, and times a factor of each image, `[B, width]`, that no gradient is asked
+    /// of.
+    pub fn times(&self, x: Tensor<3>, factor: Tensor<2>) -> Tensor<3> {
+        rms_norm(x, self.gamma.clone() * factor, self.eps)
     }
 }
 

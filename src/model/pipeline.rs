@@ -10,7 +10,7 @@ use super::conditioning::MicroConditioning;
 use super::denoiser::Denoiser;
 use super::family::Family;
 use super::files::ModelFiles;
-use super::loader::Storage;
+use super::loader::{Storage, Stream};
 use super::resolution::Resolution;
 use super::text::TextEncoders;
 use super::text::embeddings::{PromptEmbeddings, fits};
@@ -21,7 +21,7 @@ use crate::schedule::Schedule;
 /// Where a model's text embeddings come from.
 #[derive(Clone, Copy)]
 pub enum TextFrom<'a> {
-    /// The model's encoders, with this many T5 tokens.
+    /// The model's encoders, with this many tokens of T5 or Qwen3.
     Encoders(usize),
     /// A file that `embed` wrote: no encoder is loaded.
     File(&'a Path),
@@ -58,6 +58,13 @@ pub fn embed(
             fits(context, embeddings.widths(), &source)?;
             // A prompt that is missing is missed now, not in the middle of a run.
             texts.prompts.iter().try_for_each(|p| embeddings.row_of(p).map(drop))?;
+            ensure!(
+                embeddings.has_lengths() == (files.family == Family::ZImage),
+                "{source}: {} tensor lengths, and {} takes {}; make the file with this model",
+                if embeddings.has_lengths() { "holds a" } else { "holds no" },
+                files.family.class(),
+                if files.family == Family::ZImage { "one" } else { "none" },
+            );
             embeddings
         }
         TextFrom::Encoders(length) => {
@@ -86,7 +93,8 @@ pub struct Pipeline {
 
 impl Pipeline {
     /// Loads a model; `resolution` is the size of its images where it is not the model's own,
-    /// `micro` what its network is told of sizes where that is not their own.
+    /// `micro` what its network is told of sizes where that is not their own, `stream` where its
+    /// blocks are read from when their turn comes.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, damaged or not supported.
@@ -94,6 +102,7 @@ impl Pipeline {
         files: &ModelFiles,
         device: &Device,
         storage: Storage,
+        stream: Option<Stream>,
         resolution: Option<Resolution>,
         micro: MicroConditioning,
     ) -> Result<Self> {
@@ -105,7 +114,7 @@ impl Pipeline {
         );
         let family = files.family;
         let schedule = files.schedule()?;
-        let net = files.load_network(device, storage)?;
+        let net = files.load_network(device, storage, stream)?;
         let vae = Vae::load(&files.component("vae")?, device, storage)?;
         let [channels, height, width] = net.latent_shape();
         ensure!(

@@ -91,4 +91,36 @@ impl ReferenceTensors {
         }
         Ok(cond)
     }
+
+    /// What a network is conditioned on that takes captions of their own lengths, for `rows`
+    /// images: `in.cap_feats` `[B, L, width]` where `in.cap_mask` `[B, L]` is not 0, or all of it.
+    ///
+    /// # Errors
+    /// When one is missing or does not fit, or a caption has no token.
+    pub fn captions(&self, rows: usize, width: usize) -> Result<Conditioning> {
+        let path = self.path().display();
+        let features = self.file.raw("in.cap_feats")?;
+        let (shape, tokens) = (&features.shape, features.shape.get(1).copied().unwrap_or(0));
+        ensure!(
+            *shape == [rows, tokens, width],
+            "{path}: in.cap_feats has shape {shape:?}, expected [{rows}, L, {width}]"
+        );
+        let mask = match self.has("in.cap_mask") {
+            true => self.values("in.cap_mask", rows * tokens)?,
+            false => vec![1.0; rows * tokens],
+        };
+        let (mut values, mut lengths) = (Vec::with_capacity(features.values.len()), Vec::new());
+        for row in 0..rows {
+            let own = (0..tokens).filter(|i| mask[row * tokens + i] != 0.0);
+            let own: Vec<usize> = own.collect();
+            ensure!(!own.is_empty(), "{path}: in.cap_mask leaves row {row} without a token");
+            for i in &own {
+                values.extend_from_slice(&features.values[(row * tokens + i) * width..][..width]);
+            }
+            values.resize((row + 1) * tokens * width, 0.0);
+            lengths.push(own.len());
+        }
+        let sequence = upload(&values, [rows, tokens, width], &self.device);
+        Ok(Conditioning::of_each(sequence, None).with_lengths(lengths))
+    }
 }

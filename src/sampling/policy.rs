@@ -51,7 +51,10 @@ pub struct GuidanceMode {
 impl GuidanceMode {
     /// A distilled network takes the scale as an input; others are run with and without text.
     pub fn new(net: &dyn Denoiser, scale: f64) -> Self {
-        let combine = if net.distilled() { Guidance::Off } else { Guidance::new(scale) };
+        let combine = match net.distilled() {
+            true => Guidance::Off,
+            false => Guidance::new(net.config().guidance(scale)),
+        };
         Self { combine, input: scale as f32 }
     }
 }

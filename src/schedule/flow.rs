@@ -30,8 +30,10 @@ pub enum Spacing {
     /// StableDiffusion3Pipeline: equal intervals between the scheduler's own largest and smallest
     /// time.
     Scheduler,
-    /// FluxPipeline: it hands the scheduler N times from 1 to 1/N.
+    /// FluxPipeline, ZImagePipeline: they hand the scheduler N times from 1 to 1/N.
     Pipeline,
+    /// Flux2KleinPipeline: the same, and a mu of its own that depends on N too.
+    Empirical,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -123,7 +125,10 @@ impl Flow {
 
     /// mu of dynamic shifting: a straight line through the token counts of the smallest and the
     /// largest image.
-    pub fn mu(&self, tokens: usize) -> f64 {
+    pub fn mu(&self, tokens: usize, steps: usize) -> f64 {
+        if self.spacing == Spacing::Empirical {
+            return empirical_mu(tokens as f64, steps as f64);
+        }
         let slope = (self.shifts[1] - self.shifts[0]) / (self.lengths[1] - self.lengths[0]);
         self.shifts[0] + slope * (tokens as f64 - self.lengths[0])
     }
@@ -138,8 +143,8 @@ impl Flow {
             (Some(shift), _) => by(shift),
             (None, None) => by(self.shift),
             // e^mu / (e^mu + 1/t - 1) is a plain shift by e^mu; the linear kind's is by mu itself.
-            (None, Some(Dynamic::Exponential)) => by(self.mu(s.tokens).exp()),
-            (None, Some(Dynamic::Linear)) => by(self.mu(s.tokens)),
+            (None, Some(Dynamic::Exponential)) => by(self.mu(s.tokens, s.steps).exp()),
+            (None, Some(Dynamic::Linear)) => by(self.mu(s.tokens, s.steps)),
         }
     }
 
@@ -164,7 +169,9 @@ impl Flow {
         };
         let mut times: Vec<f64> = match (s.grid, self.spacing) {
             (Grid::Shifted, _) => (0..n).map(|i| 1.0 - i as f64 / n as f64).collect(),
-            (Grid::Diffusers, Spacing::Pipeline) => ramp(1.0, 1.0 / n as f64).collect(),
+            (Grid::Diffusers, Spacing::Pipeline | Spacing::Empirical) => {
+                ramp(1.0, 1.0 / n as f64).collect()
+            }
             (Grid::Diffusers, Spacing::Scheduler) => {
                 // The scheduler's own smallest time is shifted already, unless shifting is dynamic.
                 let least = 1.0 / self.train_timesteps;
@@ -249,6 +256,18 @@ impl Flow {
         }
         Ok(steps)
     }
+}
+
+/// mu of FLUX.2's pipeline: measured at 10 and 200 steps as lines over the number of tokens, with a
+/// line through both over the number of steps; of large pictures that of 200 steps. Source:
+/// diffusers' `compute_empirical_mu`.
+fn empirical_mu(tokens: f64, steps: f64) -> f64 {
+    let (few, many) = (8.738_095_24e-5 * tokens + 1.898_333_33, 1.6927e-4 * tokens + 0.456_666_66);
+    if tokens > 4300.0 {
+        return many;
+    }
+    let slope = (many - few) / 190.0;
+    many + slope * (steps - 200.0)
 }
 
 #[cfg(test)]

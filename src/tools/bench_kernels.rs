@@ -19,6 +19,7 @@ use crate::kernels::frozen_weight::{FrozenWeight, Storage};
 use crate::kernels::geglu::geglu;
 use crate::kernels::group_norm_silu::group_norm_silu;
 use crate::kernels::layer_norm::layer_norm;
+use crate::kernels::rms_norm::rms_norm;
 use crate::kernels::tensor_ops;
 use crate::model::nn::{channels_first, channels_last};
 use crate::philox::{Stream, noise};
@@ -184,7 +185,7 @@ fn image_kernels(
         size: format!("{side}x{side}x{c}"),
         shapes: [[1, side, side, c]],
         kernel: &|device| {
-            let conv = FrozenConv::new(&w, s, Some(draw(8, [c], device)), Storage::F32, device);
+            let conv = FrozenConv::of(&w, s, Some(draw(8, [c], device)), Storage::F32, device);
             Box::new(move |[x]| frozen_conv(x, &conv))
         },
         burn: &|device| {
@@ -220,7 +221,7 @@ fn constant<const D: usize, const E: usize>(value: &Tensor<D>, input: &Tensor<E>
     if input.device().is_autodiff() { value.clone().autodiff() } else { value.clone() }
 }
 
-/// frozen_linear, layer_norm, geglu and activation.
+/// frozen_linear, layer_norm, rms_norm, geglu and activation.
 fn token_kernels(
     compute: &Compute,
     tokens: usize,
@@ -276,6 +277,21 @@ fn token_kernels(
         ..case("layer_norm")
     };
     lines(compute, &norm, line)?;
+    let root = Case {
+        kernel: &|device| {
+            let [gamma, _] = affine(device);
+            Box::new(move |[x]| rms_norm(x, gamma.clone(), 1e-5))
+        },
+        burn: &|device| {
+            let [gamma, _] = affine(device);
+            Box::new(move |[x]| {
+                let gamma = constant(&gamma, &x);
+                tensor_ops::rms_norm(x, gamma, 1e-5)
+            })
+        },
+        ..case("rms_norm")
+    };
+    lines(compute, &root, line)?;
     let gated = Case {
         size: format!("{tokens}x{outputs}"),
         shapes: [[1, tokens, outputs]],

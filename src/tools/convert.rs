@@ -92,6 +92,8 @@ fn pipeline(family: Family) -> &'static str {
         Family::StableDiffusionXl => "StableDiffusionXLPipeline",
         Family::StableDiffusion3 => "StableDiffusion3Pipeline",
         Family::Flux => "FluxPipeline",
+        Family::Flux2 => "Flux2KleinPipeline",
+        Family::ZImage => "ZImagePipeline",
     }
 }
 

@@ -211,6 +211,16 @@ fn embeddings(u: &Update) -> Result<Vec<HostTensor>> {
         let sequence: Tensor<3> = Tensor::cat(parts().map(each).collect(), 0);
         let name = format!("{prefix}prompt_embeds");
         tensors.push(HostTensor::new(name, sequence.dims(), read(&sequence)?));
+        let own = |p: &Conditioning| {
+            let rows = p.rows.of().to_vec();
+            let lengths = p.lengths.clone();
+            rows.into_iter().filter_map(move |row| lengths.get(row).map(|n| *n as f32))
+        };
+        let lengths: Vec<f32> = parts().flat_map(own).collect();
+        if !lengths.is_empty() {
+            let name = format!("{prefix}prompt_lengths");
+            tensors.push(HostTensor::new(name, [lengths.len()], lengths));
+        }
         let each = |p: &Conditioning| Some(p.rows.spread(p.pooled.clone()?));
         let pooled: Option<Vec<Tensor<2>>> = parts().map(each).collect();
         if u.run.first().pipeline.net.config().takes_time_ids() {

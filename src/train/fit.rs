@@ -26,10 +26,12 @@ pub(super) fn fit(
     let own = check(s).map(|all| Chosen {
         checkpointing: all.iter().any(|e| e.checkpointing),
         tiling: all.iter().any(|e| e.tiling),
+        streaming: all.iter().any(|e| e.streaming.is_some()),
     });
     let all = roll.world.all(own)?;
     s.activation_checkpointing = all.iter().any(|c| c.checkpointing).into();
     s.vae_tiling = all.iter().any(|c| c.tiling).into();
+    s.stream_blocks = all.iter().any(|c| c.streaming).into();
     check(s)
 }
 
@@ -38,4 +40,5 @@ pub(super) fn fit(
 struct Chosen {
     checkpointing: bool,
     tiling: bool,
+    streaming: bool,
 }

@@ -67,5 +67,7 @@ fn architecture(pipeline: &Pipeline) -> &'static str {
         Family::StableDiffusionXl => "stable-diffusion-xl-v1-base",
         Family::StableDiffusion3 => "stable-diffusion-3",
         Family::Flux => "flux-1-dev",
+        Family::Flux2 => "flux-2-klein",
+        Family::ZImage => "z-image",
     }
 }

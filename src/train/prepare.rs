@@ -151,7 +151,9 @@ fn alike(s: &Settings, world: &World) -> Result<()> {
 /// A device with the model on it.
 fn replica(s: &Settings, files: &ModelFiles, compute: Compute) -> Result<Replica> {
     let pipeline = device::guard(|| {
-        Pipeline::load(files, &compute.burn, s.storage, s.resolution, s.micro()?)
+        let streamed = s.stream_blocks == Switch::True;
+        let stream = streamed.then(|| files.stream(&compute, s.storage)).transpose()?;
+        Pipeline::load(files, &compute.burn, s.storage, stream, s.resolution, s.micro()?)
             .map(|pipeline| pipeline.in_tiles(s.vae_tiling == Switch::True))
     })?;
     Ok(Replica { compute, pipeline })
@@ -375,11 +377,12 @@ fn summary(
         ),
         format!(
             "memory: about {} at most{of_each}, {} of it for weights; a rollout keeps {} for the \
-             update; activation checkpointing {}",
+             update; activation checkpointing {}{}",
             memory_text(estimated.peak() as u64),
             memory_text(estimated.weights as u64),
             memory_text(estimated.kept as u64),
-            if estimated.checkpointing { "on" } else { "off" }
+            if estimated.checkpointing { "on" } else { "off" },
+            if estimated.streaming.is_some() { "; blocks are streamed" } else { "" }
         ),
     ]
 }

@@ -270,7 +270,8 @@ mod tests {
     fn equal_rows_computed_once_have_the_gradient_of_separate_ones() {
         let (compute, device) = (Compute::cpu(), Device::flex());
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji/unet");
-        let net = UNet::load(&Component::folder(&dir).unwrap(), &device, Storage::F32).unwrap();
+        let net =
+            UNet::load(&Component::folder(&dir).unwrap(), &device, Storage::F32, None).unwrap();
         let draw = |i: u32, n: usize| noise(1, Stream::Evaluation, i, 0, n);
         let text = |i: u32| upload(&draw(i, 16 * 128), [1, 16, 128], &device);
         let trained = Ddim::stable_diffusion().steps(8, 1.0).unwrap()[2..3].to_vec();
@@ -343,7 +344,8 @@ mod tests {
     fn a_batch_reads_its_gradient_by_one_visit() {
         let (compute, device) = (Compute::cpu(), Device::flex());
         let dir = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/emoji/unet");
-        let net = UNet::load(&Component::folder(&dir).unwrap(), &device, Storage::F32).unwrap();
+        let net =
+            UNet::load(&Component::folder(&dir).unwrap(), &device, Storage::F32, None).unwrap();
         let draw = |i: u32, n: usize| noise(1, Stream::Evaluation, i, 0, n);
         let text =
             |i: u32| Conditioning::of_each(upload(&draw(i, 16 * 128), [1, 16, 128], &device), None);

@@ -102,15 +102,15 @@ SPECS = {
     "sd15": dict(
         unet={
             **SD15_UNET,
-            "block_out_channels": [16, 24, 24, 32],
+            "block_out_channels": [16, 16, 16, 24],
             "norm_num_groups": 8,
             "cross_attention_dim": 32,
             "sample_size": 8,
         },
         vae={
             **SD15_VAE,
-            "block_out_channels": [8, 8, 16, 16],
-            "norm_num_groups": 4,
+            "block_out_channels": [4, 4, 8, 8],
+            "norm_num_groups": 2,
             "sample_size": 64,
         },
         text=text(),
@@ -125,8 +125,8 @@ SPECS = {
         unet={
             **SD15_UNET,
             "_diffusers_version": "0.10.0.dev0",
-            "block_out_channels": [16, 24, 32, 32],
-            "norm_num_groups": 8,
+            "block_out_channels": [8, 16, 16, 24],
+            "norm_num_groups": 4,
             "cross_attention_dim": 32,
             "sample_size": 16,
             "attention_head_dim": [2, 4, 4, 4],
@@ -137,7 +137,7 @@ SPECS = {
             "use_linear_projection": True,
             "upcast_attention": True,
         },
-        vae=vae([8, 8, 16], scaling_factor=0.18215),
+        vae=vae([4, 8, 8], norm_num_groups=2, scaling_factor=0.18215),
         text=text(hidden_act="gelu", pad_token_id=0),
         scheduler={
             **SD15_SCHEDULER,
@@ -155,7 +155,8 @@ SPECS = {
         unet=unet(
             sample_size=[9, 7],
             attention_head_dim=4,
-            block_out_channels=[16, 24],
+            block_out_channels=[12, 16],
+            norm_num_groups=4,
             down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
             flip_sin_to_cos=False,
             freq_shift=1,
@@ -164,7 +165,7 @@ SPECS = {
             transformer_layers_per_block=[2, 1],
             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
         ),
-        vae=vae([8, 16, 16], scaling_factor=0.5),
+        vae=vae([4, 8, 8], norm_num_groups=2, scaling_factor=0.5),
         text=text(max_position_embeddings=16),
         scheduler=ddim(
             beta_schedule="linear", beta_start=0.00085, beta_end=0.006, timestep_spacing="trailing"
@@ -180,7 +181,8 @@ SPECS = {
             sample_size=8,
             act_fn="silu",
             attention_head_dim=4,
-            block_out_channels=[16, 24],
+            block_out_channels=[8, 16],
+            norm_num_groups=4,
             down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
             layers_per_block=[1, 2],
             mid_block_type="UNetMidBlock2D",
@@ -189,7 +191,8 @@ SPECS = {
             up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
         ),
         vae=vae(
-            [8, 16],
+            [4, 8],
+            norm_num_groups=2,
             scaling_factor=0.4,
             shift_factor=None,
             use_quant_conv=False,

@@ -1,6 +1,6 @@
 """Makes lora/: a LoRA of the golden model `simple`, made and saved by peft and diffusers.
 
-make_lora_flow.py adds those of the flow models.
+make_lora_flow.py and make_lora_qwen.py add those of the flow models.
 
     python tests/golden/make_lora.py
 
@@ -30,10 +30,12 @@ MODEL, OUT = GOLDEN / "simple", GOLDEN / "lora"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def random_adapter(network, targets=TARGETS):
+def random_adapter(network, targets=TARGETS, rank=4):
     """Adds an adapter whose B is random too; returns its config."""
     network.add_adapter(
-        LoraConfig(r=4, lora_alpha=8, init_lora_weights="gaussian", target_modules=targets)
+        LoraConfig(
+            r=rank, lora_alpha=2 * rank, init_lora_weights="gaussian", target_modules=targets
+        )
     )
     for name, parameter in network.named_parameters():
         if ".lora_B." in name:

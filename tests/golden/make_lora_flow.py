@@ -48,21 +48,25 @@ def targets(transformer):
     return ATTENTION + [name for name in single if name.endswith((".proj_mlp", ".proj_out"))]
 
 
-def make(name, model):
-    """Writes one adapter and its reference."""
+def make(name, model, modules=None, rank=4):
+    """Writes one adapter, of these modules or else of `targets`, and its reference.
+
+    The reference has the inputs of the transformer alone.
+    """
     folder = GOLDEN / model
     if not (folder / "transformer").is_dir():
-        sys.exit(f"error: the golden model `{model}` is missing: run make_flow_golden.py first")
+        sys.exit(f"error: the golden model `{model}` is missing: make that first")
     torch.manual_seed(7)
     family, transformer = load_transformer(folder)
+    whole = ("in.latents", "in.image", "in.input_ids", "in.attention_mask")
     tensors = {
         key: value
         for key, value in load_file(folder / "reference.safetensors").items()
-        if key[:3] == "in."
+        if key[:3] == "in." and key not in whole
     }
     with torch.no_grad():
         plain = predict_flow(transformer, tensors)
-        config = random_adapter(transformer, targets(transformer))
+        config = random_adapter(transformer, modules or targets(transformer), rank)
         tensors["out.prediction"] = predict_flow(transformer, tensors)
     change = ((tensors["out.prediction"] - plain).norm() / plain.norm()).item()
     layers = get_peft_model_state_dict(transformer)

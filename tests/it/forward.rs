@@ -21,7 +21,8 @@ use pcpo_wgpu::train::plan::Part;
 use pcpo_wgpu::train::update::{TrajectoryBatch, UpdateGradient};
 
 use crate::support::{cpu, emoji, files, golden, gpu};
-use crate::update::{Dump, Gradients, torch, worst};
+use crate::update::dump::{Dump, Gradients};
+use crate::update::{torch, worst};
 
 /// Values of one latent: 48 of them, as METHOD2 9.7 has it.
 const SHAPE: [usize; 4] = [1, 3, 4, 4];
@@ -180,7 +181,7 @@ fn replay(case: &Case, compute: &Compute, rows_at_once: Option<usize>) -> Gradie
     let dump = Dump::open(case.name);
     let model = files(&case.model);
     let family = model.family;
-    let net = model.load_network(&compute.burn, Storage::F32).unwrap();
+    let net = model.load_network(&compute.burn, Storage::F32, None).unwrap();
     let adapter = |prefix: &str| dump.adapter(prefix, family.network(), &net.linears());
     let (own, old) = (adapter("lora."), adapter("old.").to_device(&compute.burn));
     let sampled = dump.metadata("objective") == "awm";

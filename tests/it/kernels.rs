@@ -1,9 +1,10 @@
 //! The kernels of networks, on the CPU and as shaders: value and gradient against Burn's own
 //! operations, and a row's result whatever stands beside it. One test a kernel, by the kernels'
 //! names: activation with activation_gradient, geglu with geglu_gradient, layer_norm with
-//! layer_norm_gradient, group_norm_silu with group_norm_silu_gradient, frozen_conv with
-//! frozen_conv_gradient, frozen_linear with frozen_linear_gradient, attention with attention_delta,
-//! attention_gradient_q and attention_gradient_kv.
+//! layer_norm_gradient, rms_norm with rms_norm_gradient, group_norm_silu with
+//! group_norm_silu_gradient, frozen_conv with frozen_conv_gradient, frozen_linear with
+//! frozen_linear_gradient, attention with attention_delta, attention_gradient_q and
+//! attention_gradient_kv.
 
 use std::sync::OnceLock;
 
@@ -19,6 +20,7 @@ use pcpo_wgpu::kernels::frozen_weight::{FrozenWeight, Storage};
 use pcpo_wgpu::kernels::geglu::geglu;
 use pcpo_wgpu::kernels::group_norm_silu::group_norm_silu;
 use pcpo_wgpu::kernels::layer_norm::layer_norm;
+use pcpo_wgpu::kernels::rms_norm::rms_norm;
 use pcpo_wgpu::kernels::tensor_ops;
 use pcpo_wgpu::model::nn::{channels_first, channels_last};
 use pcpo_wgpu::philox::{Stream, noise};
@@ -147,7 +149,7 @@ fn geglu_is_its_formula() {
 }
 
 #[test]
-fn layer_norm_is_that_of_burn_and_modulates() {
+fn layer_norm_and_rms_norm_are_those_of_burn_and_modulate() {
     for [b, t, w] in [[2, 3, 5], [3, 7, 66], [2, 16, 320]] {
         for rows in [1, b] {
             let affine =
@@ -161,8 +163,16 @@ fn layer_norm_is_that_of_burn_and_modulates() {
                 tensor_ops::layer_norm(x, gamma, beta, 1e-5)
             };
             agree(&format!("{b}x{t}x{w}, {rows}"), [[b, t, w]], 5e-6, kernel, plain);
+            let root = |[x]: [Tensor<3>; 1]| {
+                rms_norm(x.clone(), affine(&x.device().without_autodiff())[0].clone(), 1e-5)
+            };
+            let plain = |[x]: [Tensor<3>; 1]| {
+                tensor_ops::rms_norm(x, affine(&cpu().burn)[0].clone().autodiff(), 1e-5)
+            };
+            agree(&format!("rms {b}x{t}x{w}, {rows}"), [[b, t, w]], 5e-6, root, plain);
             if rows == 1 {
                 rows_do_not_matter("layer_norm", [[b, t, w]], kernel);
+                rows_do_not_matter("rms_norm", [[b, t, w]], root);
             }
         }
     }
@@ -221,7 +231,7 @@ fn frozen_conv_is_that_of_burn() {
         let kernel = |[x]: [Tensor<4>; 1]| {
             let device = x.device().without_autodiff();
             let bias = Some(tensor(4, [s.cout], &device));
-            frozen_conv(x, &FrozenConv::new(&values, s, bias, storage, &device))
+            frozen_conv(x, &FrozenConv::of(&values, s, bias, storage, &device))
         };
         let plain = |[x]: [Tensor<4>; 1]| {
             let own = cpu().burn;
@@ -353,7 +363,7 @@ fn f16_is_as_exact_as_its_inputs() {
     let values = draw(3, s.cout * s.cin * 9);
     let convolves = |[x]: [Tensor<4>; 1]| {
         let device = x.device().without_autodiff();
-        frozen_conv(x, &FrozenConv::new(&values, s, None, Storage::F32, &device))
+        frozen_conv(x, &FrozenConv::of(&values, s, None, Storage::F32, &device))
     };
     let multiplies = |[x]: [Tensor<3>; 1]| {
         let device = x.device().without_autodiff();

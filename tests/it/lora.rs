@@ -15,7 +15,7 @@ use pcpo_wgpu::model::transformer::sd3::Sd3;
 use pcpo_wgpu::model::unet::UNet;
 use pcpo_wgpu::tools::errors::relative_error;
 
-use crate::support::{cpu, golden, gpu, part};
+use crate::support::{cpu, files, golden, gpu, part};
 
 /// The prediction of a reference file's inputs with an adapter.
 fn predict_on(
@@ -44,7 +44,8 @@ fn expected() -> Vec<f32> {
 #[test]
 fn an_adapter_of_peft_gives_the_prediction_of_diffusers() {
     for compute in [cpu(), gpu()] {
-        let unet = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32).unwrap();
+        let unet =
+            UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32, None).unwrap();
         let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
         assert_eq!((adapter.rank, adapter.alpha), (4, 8.0), "alpha is in the file's metadata");
         let error = relative_error(&predict(&compute, &unet, &adapter), &expected());
@@ -59,7 +60,7 @@ fn an_adapter_of_peft_gives_the_prediction_of_diffusers() {
 #[test]
 fn both_layouts_read_back_what_was_written() {
     let compute = cpu();
-    let unet = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32).unwrap();
+    let unet = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32, None).unwrap();
     let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     for format in [Format::Diffusers, Format::Kohya] {
@@ -71,7 +72,7 @@ fn both_layouts_read_back_what_was_written() {
 
 #[test]
 fn the_folder_that_peft_itself_saves_keeps_its_alpha() {
-    let unet = UNet::load(&part(golden("simple/unet")), &cpu().burn, Storage::F32).unwrap();
+    let unet = UNet::load(&part(golden("simple/unet")), &cpu().burn, Storage::F32, None).unwrap();
     let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("adapter_model.safetensors");
@@ -87,8 +88,8 @@ fn the_folder_that_peft_itself_saves_keeps_its_alpha() {
 #[test]
 fn adapters_of_peft_on_transformers_give_the_prediction_of_diffusers_and_read_back() {
     for compute in [cpu(), gpu()] {
-        let sd3 =
-            Sd3::load(&part(golden("sd3odd/transformer")), &compute.burn, Storage::F32).unwrap();
+        let sd3 = Sd3::load(&part(golden("sd3odd/transformer")), &compute.burn, Storage::F32, None)
+            .unwrap();
         let adapter = load(&golden("lora/sd3-peft.safetensors"), &sd3.linears()).unwrap();
         assert_eq!((adapter.rank, adapter.alpha), (4, 8.0), "alpha is in the file's metadata");
         let expected = Weights::open_file(&golden("lora/sd3-reference.safetensors")).unwrap();
@@ -119,7 +120,7 @@ fn an_adapter_of_peft_on_flux_gives_the_prediction_of_diffusers() {
     let expected = Weights::open_file(&golden(reference)).unwrap().raw("out.prediction").unwrap();
     for compute in [cpu(), gpu()] {
         let dir = golden("flux-wide/transformer");
-        let flux = Flux::load(&part(&dir), &compute.burn, Storage::F32).unwrap();
+        let flux = Flux::load(&part(&dir), &compute.burn, Storage::F32, None).unwrap();
         let adapter = load(&golden("lora/flux-peft.safetensors"), &flux.linears()).unwrap();
         let found = predict_on(&compute, &flux, &adapter, reference);
         let error = relative_error(&found, &expected.values);
@@ -130,10 +131,40 @@ fn an_adapter_of_peft_on_flux_gives_the_prediction_of_diffusers() {
     }
 }
 
+/// Adapters of peft and diffusers, and adapters that were trained here, which diffusers loaded: its
+/// prediction is ours.
+#[test]
+fn adapters_of_z_image_and_flux_2_give_the_prediction_of_diffusers_both_ways() {
+    for (name, folder) in [("z-image", "z-image"), ("flux2", "flux2-klein")] {
+        for compute in [cpu(), gpu()] {
+            let net = files(&golden(folder)).load_network(&compute.burn, Storage::F32, None);
+            let net = net.unwrap();
+            for origin in ["peft", "ours"] {
+                let reference = match origin {
+                    "peft" => format!("lora/{name}-reference.safetensors"),
+                    _ => format!("lora/{name}-ours-reference.safetensors"),
+                };
+                let file = golden(&format!("lora/{name}-{origin}.safetensors"));
+                let adapter = load(&file, &net.linears()).unwrap();
+                let expected = Weights::open_file(&golden(&reference)).unwrap();
+                let expected = expected.raw("out.prediction").unwrap().values;
+                let found = predict_on(&compute, &*net, &adapter, &reference);
+                let error = relative_error(&found, &expected);
+                println!("{name} {origin} on {}: {error:.1e}", compute.name);
+                assert!(error < 1e-4, "{name} {origin}: {error:e}");
+                let mut off = adapter.clone();
+                off.parameters_mut().for_each(|p| p.fill(0.0));
+                let without = predict_on(&compute, &*net, &off, &reference);
+                assert!(relative_error(&without, &expected) > 1e-2, "{name}: it matters");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_fresh_adapter_changes_nothing_and_targets_what_was_asked() {
     let compute = cpu();
-    let unet = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32).unwrap();
+    let unet = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F32, None).unwrap();
     let targets: Vec<String> = vec!["attn1.to_q".into(), "ff.net.2".into()];
     let adapter = Adapter::new(&unet.linears(), &targets, 4, 4.0, 1).unwrap();
     assert!(
@@ -153,7 +184,7 @@ fn a_fresh_adapter_changes_nothing_and_targets_what_was_asked() {
 #[test]
 fn frozen_weights_in_f16_stay_close_to_f32() {
     let compute = cpu();
-    let f16 = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F16).unwrap();
+    let f16 = UNet::load(&part(golden("simple/unet")), &compute.burn, Storage::F16, None).unwrap();
     let adapter = load(&golden("lora/peft.safetensors"), &f16.linears()).unwrap();
     let error = relative_error(&predict(&compute, &f16, &adapter), &expected());
     assert!(error > 1e-6 && error < 2e-2, "{error:e}: weights rounded to f16, and the LoRA in f32");
@@ -162,7 +193,7 @@ fn frozen_weights_in_f16_stay_close_to_f32() {
 /// What would change an adapter's scale or form is refused wherever a file says it.
 #[test]
 fn rslora_and_patterns_are_refused_in_both_files() {
-    let unet = UNet::load(&part(golden("simple/unet")), &cpu().burn, Storage::F32).unwrap();
+    let unet = UNet::load(&part(golden("simple/unet")), &cpu().burn, Storage::F32, None).unwrap();
     let adapter = load(&golden("lora/peft.safetensors"), &unet.linears()).unwrap();
     let dir = tempfile::tempdir().unwrap();
     for (field, value) in [

@@ -29,6 +29,7 @@ mod serve;
 mod settings;
 mod shaders;
 mod single_file;
+mod stream;
 mod support;
 mod tensorboard;
 mod train;

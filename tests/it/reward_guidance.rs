@@ -14,7 +14,7 @@ use crate::support::{cpu, emoji, error_of, part};
 
 /// An adapter that changes what the emoji model draws.
 fn adapter(dir: &Path, seed: u64) -> PathBuf {
-    let net = UNet::load(&part(emoji().join("unet")), &cpu().burn, Storage::F32).unwrap();
+    let net = UNet::load(&part(emoji().join("unet")), &cpu().burn, Storage::F32, None).unwrap();
     let targets: Vec<String> = ["to_q", "to_v"].map(String::from).into();
     let mut adapter = Adapter::new(&net.linears(), &targets, 4, 4.0, seed).unwrap();
     for layer in &mut adapter.layers {

@@ -46,6 +46,7 @@ fn an_adapter_by_either_names_gives_the_prediction_of_diffusers() {
                 reference: golden(&format!("lora/{layers}-reference.safetensors")),
                 lora: Some(golden(&format!("lora/{layers}-{names}.safetensors"))),
                 storage: Storage::F32,
+                stream: false,
             };
             let lines = check(&asked, &compute).unwrap();
             assert_eq!((lines.len(), lines[0].name), (1, "prediction"));
@@ -61,7 +62,8 @@ fn an_adapter_by_either_names_gives_the_prediction_of_diffusers() {
 #[test]
 fn adapters_of_convolutions_are_written_as_they_were_read() {
     let dir = tempfile::tempdir().unwrap();
-    let linears = files(&golden("sdxl")).load_network(&cpu().burn, Storage::F32).unwrap().linears();
+    let linears =
+        files(&golden("sdxl")).load_network(&cpu().burn, Storage::F32, None).unwrap().linears();
     let given = Weights::open_file(&golden("lora/sdxl-conv-kohya.safetensors")).unwrap();
     let adapter = load(&golden("lora/sdxl-conv-peft.safetensors"), &linears).unwrap();
     let path = dir.path().join("k.safetensors");
@@ -78,7 +80,8 @@ fn adapters_of_convolutions_are_written_as_they_were_read() {
 #[test]
 fn adapters_are_written_by_the_names_that_each_program_reads() {
     let dir = tempfile::tempdir().unwrap();
-    let linears = files(&golden("sdxl")).load_network(&cpu().burn, Storage::F32).unwrap().linears();
+    let linears =
+        files(&golden("sdxl")).load_network(&cpu().burn, Storage::F32, None).unwrap().linears();
     let given = golden("lora/sdxl-peft.safetensors");
     let adapter = load(&given, &linears).unwrap();
     for (format, key) in [

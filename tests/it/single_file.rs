@@ -128,6 +128,7 @@ fn parity(compute: &Compute) {
             reference: golden(name).join("reference.safetensors"),
             lora: None,
             storage: Storage::F32,
+            stream: false,
         };
         let lines = check(&asked, compute).unwrap();
         let names: Vec<&str> = lines.iter().map(|l| l.name).collect();
@@ -273,6 +274,7 @@ fn a_file_becomes_a_folder() {
             reference: golden(name).join("reference.safetensors"),
             lora: None,
             storage: Storage::F32,
+            stream: false,
         };
         for line in check(&asked, &cpu()).unwrap() {
             assert!(line.error < 1e-4, "{name}: {} is off by {:.2e}", line.name, line.error);
@@ -341,7 +343,7 @@ fn damaged_files_are_refused_without_a_panic() {
             write_tensors(&path, &damaged, &[]).unwrap();
             let open = || {
                 let files = ModelFiles::open(&spec(&path, name))?;
-                files.load_network(&cpu().burn, Storage::F32)?;
+                files.load_network(&cpu().burn, Storage::F32, None)?;
                 Vae::load(&files.component("vae")?, &cpu().burn, Storage::F32)?;
                 ModelFiles::open(&path.as_path().into())?;
                 ClipText::load(&files.component("text_encoder")?, &cpu().burn, Storage::F32)
@@ -384,7 +386,8 @@ fn parts_from_other_files_take_their_places() {
             ..spec(&save("net", "model.diffusion_model.", false), name)
         };
         let reference = golden(name).join("reference.safetensors");
-        let asked = Asked { model: spec, reference, lora: None, storage: Storage::F32 };
+        let asked =
+            Asked { model: spec, reference, lora: None, storage: Storage::F32, stream: false };
         let lines = check(&asked, &cpu()).unwrap();
         let names: Vec<&str> = lines.iter().map(|l| l.name).collect();
         assert!(names.contains(&"latents") && names.contains(&"image"), "{name}: {names:?}");

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::Result;
 use clap::Args;
 
-use crate::cli::args::{DeviceArg, PartArgs, StorageArg};
+use crate::cli::args::{DeviceArg, PartArgs, StorageArg, StreamArg};
 use crate::config::numbers::{self, Range};
 use crate::tools::check;
 
@@ -30,6 +30,8 @@ pub struct CheckArgs {
     device: DeviceArg,
     #[command(flatten)]
     storage: StorageArg,
+    #[command(flatten)]
+    stream: StreamArg,
 }
 
 pub fn run(args: &CheckArgs) -> Result<i32> {
@@ -41,6 +43,7 @@ pub fn run(args: &CheckArgs) -> Result<i32> {
         reference: args.reference.clone(),
         lora: args.lora.clone(),
         storage: args.storage.storage,
+        stream: args.stream.stream_blocks,
     };
     let lines = check::check(&subject, &compute)?;
     for line in &lines {

@@ -9,7 +9,7 @@ use clap::Args;
 use crate::cli::args::ModelArg;
 use crate::lora::formats::{self, Format};
 use crate::lora::label::{self, Label};
-use crate::model::{Storage, single_file};
+use crate::model::{Storage, Stream, single_file};
 use crate::tools::convert::write_folder;
 
 #[derive(Args)]
@@ -43,7 +43,7 @@ fn model(args: &ConvertArgs) -> Result<i32> {
 
 fn adapter(args: &ConvertArgs) -> Result<i32> {
     let files = args.model.files()?;
-    let net = files.load_network(&Device::flex(), Storage::F16)?;
+    let net = files.load_network(&Device::flex(), Storage::F16, Some(Stream::FromDisk))?;
     let adapter = formats::load(&args.input, &net.linears())?;
     let format = args.format.unwrap_or(Format::Kohya);
     let about = label::about(&args.input)?;

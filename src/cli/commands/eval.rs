@@ -28,7 +28,7 @@ use crate::train::{Observer, Silent};
 const AT_ONCE: usize = 8;
 
 /// What says how pictures are drawn, and means nothing where they exist.
-const DRAWN: [&str; 24] = [
+const DRAWN: [&str; 25] = [
     "model",
     "model_config",
     "vae",
@@ -50,6 +50,7 @@ const DRAWN: [&str; 24] = [
     "max_sequence_length",
     "latents",
     "vae_tiling",
+    "stream_blocks",
     "save_latents",
     "images",
     "out",

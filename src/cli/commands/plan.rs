@@ -5,7 +5,7 @@ use clap::Args;
 
 use crate::cli::args::JobArgs;
 use crate::device::chosen::OnHost;
-use crate::estimate::{self, Target, shapes};
+use crate::estimate::{self, Target, shapes, streaming, table};
 
 #[derive(Args)]
 pub struct PlanArgs {
@@ -23,7 +23,11 @@ pub fn run(args: &PlanArgs) -> Result<i32> {
         say!("device: {}", compute.name);
         let found = estimate::estimate(&shapes, &settings, target);
         let largest = estimate::largest_batch(&shapes, &settings, target);
-        say!("{}", estimate::text(&found, &settings, largest).trim_end());
+        let rate = match found.streaming {
+            Some(_) => Some(streaming::read_rate(&settings.files()?, &settings, compute)?),
+            None => None,
+        };
+        say!("{}", table::text(&found, &settings, largest, rate).trim_end());
         fits &= found.offered.is_none_or(|offered| found.peak() <= offered as f64);
     }
     Ok(if fits { 0 } else { 1 })

@@ -73,6 +73,7 @@ impl SingleFile {
             }
             Family::StableDiffusion3 => transformer::sd3(tensors)?,
             Family::Flux => transformer::flux(tensors)?,
+            Family::Flux2 | Family::ZImage => bail!(folder_alone(path)),
         };
         found.push((family.network(), net));
         for prefix in ["first_stage_model.", "vae."] {
@@ -132,7 +133,7 @@ impl SingleFile {
         match self.family {
             Family::StableDiffusion => self.second,
             Family::StableDiffusionXl | Family::StableDiffusion3 => encoder == "text_encoder_2",
-            Family::Flux => false,
+            Family::Flux | Family::Flux2 | Family::ZImage => false,
         }
     }
 
@@ -159,6 +160,7 @@ impl SingleFile {
                 })));
             }
             Family::Flux => return Ok(flow(json!({ "shift": 1.0 }))),
+            Family::Flux2 | Family::ZImage => bail!(folder_alone(self.path())),
             Family::StableDiffusion | Family::StableDiffusionXl => {}
         }
         let own = given.or(prediction_of(&self.whole)?);
@@ -251,6 +253,14 @@ fn refuse(whole: &Weights) -> Result<()> {
     Ok(())
 }
 
+fn folder_alone(path: &Path) -> String {
+    format!(
+        "{}: is FLUX.2 or Z-Image in one file, which is not supported; give diffusers' folder of \
+         it, the one that holds model_index.json",
+        path.display()
+    )
+}
+
 fn unknown(whole: &Weights) -> String {
     let some: Vec<&str> = whole.names().take(3).collect();
     format!(
@@ -279,8 +289,12 @@ impl Network {
             Family::StableDiffusion
         } else if has("joint_blocks.0.x_block.attn.qkv.weight") {
             Family::StableDiffusion3
+        } else if has("double_stream_modulation_img.lin.weight") {
+            Family::Flux2
         } else if has("double_blocks.0.img_attn.qkv.weight") {
             Family::Flux
+        } else if has("cap_embedder.1.weight") && has("x_pad_token") {
+            Family::ZImage
         } else {
             return None;
         };

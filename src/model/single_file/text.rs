@@ -23,6 +23,8 @@ pub enum Kind {
     OpenShort,
     /// Google's T5.
     T5,
+    /// Of Z-Image and FLUX.2 klein.
+    Qwen3,
 }
 
 /// Where files have encoders, with the names of the folders that they would be.
@@ -45,6 +47,7 @@ fn places(family: Family) -> &'static [(&'static str, &'static str, Kind)] {
             ("text_encoder", "text_encoders.clip_l.transformer.", Kind::Clip),
             ("text_encoder_2", "text_encoders.t5xxl.transformer.", Kind::T5),
         ],
+        Family::Flux2 | Family::ZImage => &[],
     }
 }
 
@@ -91,6 +94,7 @@ pub fn text_encoder_of(path: &Path, kind: Kind) -> Result<Component> {
 fn part(tensors: Weights, kind: Kind) -> Result<Part> {
     match kind {
         Kind::T5 => t5(tensors),
+        Kind::Qwen3 => qwen3(&tensors),
         Kind::Clip | Kind::Open | Kind::OpenShort => clip(tensors, kind),
     }
 }
@@ -154,6 +158,33 @@ fn clip(mut weights: Weights, kind: Kind) -> Result<Part> {
         "vocab_size": words,
     });
     Ok(Part { weights, config })
+}
+
+/// A Qwen3, whose names are transformers' already. Its base of the rotary embedding is that of all
+/// published ones.
+fn qwen3(weights: &Weights) -> Result<Part> {
+    let prefix = if weights.has("model.embed_tokens.weight") { "model." } else { "" };
+    let matrix = |name: &str| shape::<2>(weights, &format!("{prefix}{name}.weight"));
+    let [words, width] = matrix("embed_tokens")?;
+    let [queries, _] = matrix("layers.0.self_attn.q_proj")?;
+    let [keys, _] = matrix("layers.0.self_attn.k_proj")?;
+    let [inner, _] = matrix("layers.0.mlp.gate_proj")?;
+    let [head] = shape::<1>(weights, &format!("{prefix}layers.0.self_attn.q_norm.weight"))?;
+    let config = json!({
+        "architectures": ["Qwen3ForCausalLM"],
+        "head_dim": head,
+        "hidden_act": "silu",
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "model_type": "qwen3",
+        "num_attention_heads": queries / head.max(1),
+        "num_hidden_layers": count(weights, |i| format!("{prefix}layers.{i}.")),
+        "num_key_value_heads": keys / head.max(1),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "vocab_size": words,
+    });
+    Ok(Part { weights: weights.clone(), config })
 }
 
 /// A T5, whose names are transformers' already.

@@ -41,6 +41,11 @@ pub fn vae_of(path: &Path, family: Family) -> Result<Component> {
     let places = ["first_stage_model.", "vae.", ""].into_iter().map(|prefix| whole.view(prefix));
     let tensors = places.into_iter().find(|tensors| tensors.has("decoder.conv_in.weight"));
     let tensors = tensors.with_context(|| format!("{}: holds no VAE", path.display()))?;
+    ensure!(
+        family != Family::Flux2,
+        "{}: FLUX.2's VAE in one file is not supported; give diffusers' folder of it",
+        path.display()
+    );
     Ok(part(tensors, family)?.component(path, "vae"))
 }
 
@@ -50,7 +55,9 @@ fn factors(family: Family) -> [f64; 2] {
         Family::StableDiffusion => [0.18215, 0.0],
         Family::StableDiffusionXl => [0.13025, 0.0],
         Family::StableDiffusion3 => [1.5305, 0.0609],
-        Family::Flux => [0.3611, 0.1159],
+        Family::Flux | Family::ZImage => [0.3611, 0.1159],
+        // Its latents are normalised by a batch norm.
+        Family::Flux2 => [1.0, 0.0],
     }
 }
 

@@ -20,6 +20,8 @@ pub struct PromptEmbeddings {
     sequence: [usize; 2],
     /// Width of a prompt's pooled embedding, 0 without one.
     pooled: usize,
+    /// Tokens of each prompt's own, where the others are zeros; empty where all are.
+    lengths: Vec<usize>,
     source: Source,
     /// The row of what guidance leads away from.
     uncond: usize,
@@ -47,9 +49,15 @@ impl PromptEmbeddings {
             rows,
             sequence: [tokens, width],
             pooled: pooled_width,
+            lengths: Vec::new(),
             source: Source::Host { sequence, pooled },
             uncond: ZEROS,
         }
+    }
+
+    /// The same, where of each prompt's tokens so many are its own.
+    pub fn of_lengths(self, lengths: Vec<usize>) -> Self {
+        Self { lengths, ..self }
     }
 
     /// Opens a file of embeddings; rows are read when asked for.
@@ -82,9 +90,10 @@ impl PromptEmbeddings {
                 path.display()
             ),
         };
+        let lengths = lengths(&file, n, sequence[0])?;
         let rows = prompts.into_iter().zip(0..).collect();
         let source = Source::File(file);
-        Ok(Self { rows, sequence, pooled, source, uncond: ZEROS })
+        Ok(Self { rows, sequence, pooled, lengths, source, uncond: ZEROS })
     }
 
     /// The same, where guidance leads away from a text; from zeros where there is none.
@@ -104,6 +113,11 @@ impl PromptEmbeddings {
     /// Widths of the sequence and of the pooled embedding (0 without one).
     pub fn widths(&self) -> [usize; 2] {
         [self.sequence[1], self.pooled]
+    }
+
+    /// Whether it says how many tokens each prompt has of its own.
+    pub fn has_lengths(&self) -> bool {
+        !self.lengths.is_empty()
     }
 
     /// Tokens of a sequence.
@@ -132,9 +146,10 @@ impl PromptEmbeddings {
     /// When a row of a file is damaged.
     pub fn conditioning(&self, rows: &[usize], device: &Device) -> Result<Conditioning> {
         let [tokens, width] = self.sequence;
-        let (mut sequences, mut pooleds) = (Vec::new(), Vec::new());
+        let (mut sequences, mut pooleds, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         let map = RowMap::of_equal(rows);
         for row in map.firsts().into_iter().map(|image| rows[image]) {
+            lengths.extend(self.lengths.get(row));
             match &self.source {
                 _ if row == ZEROS => {
                     sequences.resize(sequences.len() + tokens * width, 0.0);
@@ -156,11 +171,12 @@ impl PromptEmbeddings {
         let few = map.few();
         let sequence = upload(&sequences, [few, tokens, width], device);
         let pooled = (self.pooled > 0).then(|| upload(&pooleds, [few, self.pooled], device));
-        Ok(Conditioning::new(sequence, pooled, map))
+        Ok(Conditioning::new(sequence, pooled, map).with_lengths(lengths))
     }
 
-    /// Writes embeddings that were just made as [`Self::open`] reads them: `sequence` `[N, T, D]`
-    /// and `pooled` `[N, P]` in f32, and the prompts as a JSON list in the metadata.
+    /// Writes embeddings that were just made as [`Self::open`] reads them: `sequence` `[N, T, D]`,
+    /// `pooled` `[N, P]` and `lengths` `[N]` in f32, and the prompts as a JSON list in the
+    /// metadata.
     ///
     /// # Errors
     /// When the file cannot be written.
@@ -176,9 +192,29 @@ impl PromptEmbeddings {
         if self.pooled > 0 {
             tensors.push(HostTensor::new("pooled", [n, self.pooled], pooled));
         }
+        if !self.lengths.is_empty() {
+            let lengths = self.lengths.iter().map(|n| *n as f32).collect();
+            tensors.push(HostTensor::new("lengths", [n], lengths));
+        }
         let prompts = serde_json::to_string(&prompts).context("prompts")?;
         write_tensors(path, &tensors, &[("prompts", prompts)])
     }
+}
+
+/// How many of its tokens are each prompt's own, where a file says so.
+fn lengths(file: &Weights, n: usize, tokens: usize) -> Result<Vec<usize>> {
+    if !file.has("lengths") {
+        return Ok(Vec::new());
+    }
+    let found = file.f32("lengths")?;
+    let fits = |v: &f32| v.fract() == 0.0 && (1.0..=tokens as f32).contains(v);
+    ensure!(
+        found.shape == [n] && found.values.iter().all(fits),
+        "{}: tensor lengths must be {n} whole numbers from 1 to {tokens}; make the file with \
+         `pcpo-wgpu embed`",
+        file.source().display()
+    );
+    Ok(found.values.iter().map(|v| *v as usize).collect())
 }
 
 /// Checks that text embeddings are of the widths that a network takes.

@@ -1,5 +1,7 @@
 //! Which text encoders a family has, and how they are put together.
 
+use super::qwen3::States;
+
 /// Which text encoders a family has, and how they are put together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TextLayout {
@@ -13,6 +15,8 @@ pub enum TextLayout {
     TwoClipsAndT5,
     /// FLUX: T5's tokens, and CLIP's pooled state.
     T5AndPooledClip,
+    /// Qwen3's states between its layers.
+    Qwen3(States),
 }
 
 impl TextLayout {
@@ -21,6 +25,7 @@ impl TextLayout {
         match self {
             Self::Clip | Self::T5AndPooledClip => &["text_encoder"],
             Self::TwoClips | Self::TwoClipsAndT5 => &["text_encoder", "text_encoder_2"],
+            Self::Qwen3(_) => &[],
         }
     }
 
@@ -30,15 +35,16 @@ impl TextLayout {
             Self::Clip | Self::TwoClips => None,
             Self::TwoClipsAndT5 => Some("text_encoder_3"),
             Self::T5AndPooledClip => Some("text_encoder_2"),
+            Self::Qwen3(_) => Some("text_encoder"),
         }
     }
 
-    /// Tokens that the network sees, of CLIP's and T5's.
-    pub fn tokens(self, clip: usize, t5: usize) -> usize {
+    /// Tokens that the network sees, of CLIP's and of the encoder's that is read layer by layer.
+    pub fn tokens(self, clip: usize, streamed: usize) -> usize {
         match self {
             Self::Clip | Self::TwoClips => clip,
-            Self::TwoClipsAndT5 => clip + t5,
-            Self::T5AndPooledClip => t5,
+            Self::TwoClipsAndT5 => clip + streamed,
+            Self::T5AndPooledClip | Self::Qwen3(_) => streamed,
         }
     }
 }

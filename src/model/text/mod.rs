@@ -1,18 +1,22 @@
 //! From prompts to what a network is conditioned on: the text encoders of each family, put together
 //! as diffusers' pipelines do.
 
+mod chat;
 pub mod clip;
 pub mod embeddings;
 pub mod layout;
+pub mod qwen3;
 pub mod t5;
 pub mod tokenizer;
 
 use anyhow::{Context, Result, ensure};
 use burn::tensor::{Device, Tensor};
 
+use self::chat::ChatTokenizer;
 use self::clip::{ClipOutput, ClipText};
 use self::embeddings::PromptEmbeddings;
 use self::layout::TextLayout;
+use self::qwen3::{Qwen3Encoder, States, Tokens};
 use self::t5::T5Encoder;
 use self::tokenizer::Tokenizer;
 use super::files::ModelFiles;
@@ -67,10 +71,59 @@ impl T5 {
     }
 }
 
+/// A Qwen3 encoder with its tokenizer.
+struct Qwen3 {
+    tokenizer: ChatTokenizer,
+    model: Qwen3Encoder,
+    states: States,
+}
+
+impl Qwen3 {
+    fn open(
+        files: &ModelFiles,
+        states: States,
+        length: usize,
+        device: &Device,
+        storage: Storage,
+    ) -> Result<Self> {
+        let part = "text_encoder";
+        ensure!(
+            files.has(part),
+            "{}: {part} is missing; give it by --text-encoder DIR, or its work by --embeddings \
+             FILE",
+            files.shown()
+        );
+        // Z-Image's pipeline leaves room for thoughts, FLUX.2's does not.
+        let thinking = states == States::SecondLast;
+        Ok(Self {
+            tokenizer: ChatTokenizer::load(&files.chat_tokenizer()?, length, thinking)?,
+            model: Qwen3Encoder::open(&files.component(part)?, states, device, storage)?,
+            states,
+        })
+    }
+
+    /// Embeddings of prompts: of Z-Image without padding, which its network does not see.
+    fn encode(&self, prompts: &[String]) -> Result<PromptEmbeddings> {
+        let rows = prompts.iter().map(|p| self.tokenizer.encode(p));
+        let mut rows: Vec<Tokens> = rows.collect::<Result<_>>()?;
+        let alone = self.states == States::SecondLast;
+        if alone {
+            rows.iter_mut().for_each(Tokens::leave_padding_out);
+        }
+        let width = self.model.width();
+        let mut states = self.model.forward(&rows)?;
+        let lengths: Vec<usize> = rows.iter().map(|row| row.ids.len()).collect();
+        let tokens = lengths.iter().copied().max().unwrap_or(0);
+        states.iter_mut().for_each(|state| state.resize(tokens * width, 0.0));
+        let made = PromptEmbeddings::new(prompts, [tokens, width], states.concat(), Vec::new());
+        Ok(if alone { made.of_lengths(lengths) } else { made })
+    }
+}
+
 /// The text encoders of a model.
 pub struct TextEncoders {
     parts: Parts,
-    /// T5 tokens.
+    /// Tokens of T5 or Qwen3.
     length: usize,
     /// Width of the network's sequence.
     width: usize,
@@ -82,11 +135,12 @@ enum Parts {
     TwoClips([Clip; 2]),
     TwoClipsAndT5 { clips: [Clip; 2], t5: Option<T5> },
     T5AndPooledClip { clip: Clip, t5: T5 },
+    Qwen3(Qwen3),
 }
 
 impl TextEncoders {
-    /// Loads a model's encoders. `length` is the number of T5 tokens, `width` the sequence width
-    /// that the network takes.
+    /// Loads a model's encoders. `length` is the number of tokens of T5 or Qwen3, `width` the
+    /// sequence width that the network takes.
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, damaged or not supported.
@@ -109,6 +163,9 @@ impl TextEncoders {
             anyhow::Ok(clips)
         };
         let parts = match layout {
+            TextLayout::Qwen3(states) => {
+                Parts::Qwen3(Qwen3::open(files, states, length, device, storage)?)
+            }
             TextLayout::Clip => Parts::Clip(clip("text_encoder")?),
             TextLayout::TwoClips => Parts::TwoClips(two()?),
             TextLayout::TwoClipsAndT5 => Parts::TwoClipsAndT5 { clips: two()?, t5: t5()? },
@@ -140,6 +197,7 @@ impl TextEncoders {
                 [width, clips.iter().map(|c| c.model.pooled_width()).sum()]
             }
             Parts::T5AndPooledClip { clip, t5 } => [t5.model.width, clip.model.pooled_width()],
+            Parts::Qwen3(qwen) => [qwen.model.width(), 0],
         }
     }
 
@@ -151,6 +209,9 @@ impl TextEncoders {
     pub fn encode(&self, prompts: &[String]) -> Result<PromptEmbeddings> {
         let mut seen = std::collections::HashSet::new();
         let prompts: Vec<String> = prompts.iter().filter(|p| seen.insert(*p)).cloned().collect();
+        if let Parts::Qwen3(qwen) = &self.parts {
+            return qwen.encode(&prompts);
+        }
         let (mut clips, mut pooled) = (Vec::new(), Vec::new());
         for prompt in prompts.chunks(1) {
             let part = self.encode_clips(prompt)?;
@@ -164,7 +225,7 @@ impl TextEncoders {
         let clips = clips.concat();
         let n = prompts.len();
         let sequence = match &self.parts {
-            Parts::Clip(_) | Parts::TwoClips(_) => clips,
+            Parts::Clip(_) | Parts::TwoClips(_) | Parts::Qwen3(_) => clips,
             Parts::T5AndPooledClip { t5, .. } => t5.encode(&prompts)?,
             Parts::TwoClipsAndT5 { t5, .. } => {
                 let t5 = match t5 {
@@ -182,6 +243,7 @@ impl TextEncoders {
     /// What CLIP encoders make of a few prompts.
     fn encode_clips(&self, prompts: &[String]) -> Result<ClipPart> {
         Ok(match &self.parts {
+            Parts::Qwen3(_) => ClipPart { sequence: None, pooled: None },
             Parts::Clip(clip) => {
                 ClipPart { sequence: Some(clip.encode(prompts)?.last), pooled: None }
             }

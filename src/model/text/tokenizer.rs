@@ -16,7 +16,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
-/// T5 tokens that diffusers' pipelines take at most.
+/// Tokens of T5 and Qwen3 that diffusers' pipelines take at most.
 pub const MOST_TOKENS: usize = 512;
 
 /// Entries of CLIP's own vocabulary.
@@ -158,13 +158,13 @@ fn mended(text: &str) -> String {
 }
 
 /// A special token's text: a string or an object with `content`, in either of the two config files.
-fn special(configs: &[Value], field: &str, default: &str) -> String {
+pub(super) fn special(configs: &[Value], field: &str, default: &str) -> String {
     let text = |v: &Value| v.as_str().or_else(|| v["content"].as_str()).map(str::to_string);
     configs.iter().find_map(|c| text(&c[field])).unwrap_or_else(|| default.to_string())
 }
 
 /// Reads a tokenizer.json.
-fn from_json(path: &Path) -> Result<tokenizers::Tokenizer> {
+pub(super) fn from_json(path: &Path) -> Result<tokenizers::Tokenizer> {
     // The library panics at some that are damaged.
     let read = catch_unwind(|| tokenizers::Tokenizer::from_file(path));
     let read = read.unwrap_or_else(|_| Err("it is damaged".into()));

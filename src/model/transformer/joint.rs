@@ -1,9 +1,11 @@
-//! What diffusers' SD3Transformer2DModel and FluxTransformer2DModel share: joint attention over
-//! text and image tokens, modulation by time and text, and the embedding that modulates.
+//! What diffusers' SD3Transformer2DModel, FluxTransformer2DModel and Flux2Transformer2DModel share:
+//! joint attention over text and image tokens, modulation by time and text, and the embedding that
+//! modulates.
 
 use anyhow::Result;
 use burn::tensor::{Device, Tensor};
 
+use super::rotary::{Turns, rotate};
 use crate::kernels::attention::{Heads, attention};
 use crate::kernels::layer_norm::layer_norm;
 use crate::lora::Lora;
@@ -12,9 +14,10 @@ use crate::model::config::BlockShape;
 use crate::model::denoiser::{Fixed, Inputs};
 use crate::model::loader::Loader;
 use crate::model::nn::{Activation, Linear, RmsNorm};
+use crate::model::row_map::RowMap;
 
 /// The sinusoidal embedding of time and guidance.
-const WAVES: Waves = Waves { width: 256, flip: true, shift: 0.0 };
+pub const WAVES: Waves = Waves { width: 256, flip: true, shift: 0.0 };
 
 /// Tokens as `Hidden` holds them: with one dimension more.
 pub fn hold(tokens: Tensor<3>) -> Tensor<4> {
@@ -96,6 +99,22 @@ impl Shift {
 pub struct Gated {
     pub shift: Shift,
     pub gate: Tensor<3>,
+}
+
+impl Gated {
+    /// Of a modulation that blocks share, `[P, parts width]`: (shift, scale, gate) over and over.
+    pub fn shared(modulation: &Tensor<2>, width: usize, rows: &RowMap) -> Vec<Self> {
+        let parts = modulation.dims()[1] / width;
+        let mut parts = rows.spread(modulation.clone()).chunk(parts, 1).into_iter();
+        let mut gated = Vec::new();
+        while let (Some(shift), Some(scale), Some(gate)) =
+            (parts.next(), parts.next(), parts.next())
+        {
+            let shift = Shift { shift, factor: scale + 1.0, plain: None };
+            gated.push(Self { shift, gate: gate.unsqueeze_dim(1) });
+        }
+        gated
+    }
 }
 
 /// A layer norm whose scale, shift and gates come from time and text: diffusers' `AdaLayerNormZero`
@@ -263,7 +282,7 @@ impl JointAttention {
         &self,
         image: Tensor<3>,
         text: Option<Tensor<3>>,
-        rotary: Option<&[Tensor<4>; 2]>,
+        rotary: Option<&Turns>,
         lora: Option<&Lora>,
     ) -> (Tensor<3>, Option<Tensor<3>>) {
         let [b, _, width] = image.dims();
@@ -300,14 +319,4 @@ impl JointAttention {
     pub fn linears(&self) -> impl Iterator<Item = &Linear> {
         self.image.linears().chain(self.text.iter().flat_map(Stream::linears))
     }
-}
-
-/// Rotates neighbouring pairs of `[B, T, heads, head]` by the angles whose cos and sin are given,
-/// each twice in a row.
-fn rotate(x: Tensor<4>, [cos, sin]: &[Tensor<4>; 2]) -> Tensor<4> {
-    let [b, t, h, d] = x.dims();
-    let pairs = x.clone().reshape([b, t, h, d / 2, 2]);
-    let (real, imaginary) = (pairs.clone().narrow(4, 0, 1), pairs.narrow(4, 1, 1));
-    let turned = Tensor::cat(vec![-imaginary, real], 4).reshape([b, t, h, d]);
-    x * cos.clone() + turned * sin.clone()
 }

@@ -12,11 +12,12 @@ use super::joint::{
 };
 use crate::io::tensors::HostTensor;
 use crate::lora::{LayerShape, Lora};
+use crate::model::block_store::{BlockStore, StoredBlock};
 use crate::model::blocks::FeedForward;
 use crate::model::component::Component;
 use crate::model::config::{BlockShape, Config, NetworkConfig};
 use crate::model::denoiser::{Denoiser, Fixed, Hidden, Inputs, forward_of_latents};
-use crate::model::loader::{Loader, Storage};
+use crate::model::loader::{Loader, Storage, Stream};
 use crate::model::nn::{Conv2d, Linear, channels_last};
 use crate::model::reference::ReferenceTensors;
 
@@ -195,6 +196,14 @@ impl JointBlock {
     }
 }
 
+impl StoredBlock for JointBlock {
+    type Layer = LayerShape;
+
+    fn layers(&self) -> Vec<LayerShape> {
+        self.linears().map(|l| l.shape.clone()).collect()
+    }
+}
+
 /// The velocity network.
 pub struct Sd3 {
     config: Sd3Config,
@@ -203,7 +212,7 @@ pub struct Sd3 {
     positions: Tensor<4>,
     time_text: TimeTextEmbedding,
     context_embedder: Linear,
-    blocks: Vec<JointBlock>,
+    blocks: BlockStore<JointBlock>,
     norm_out: Modulation,
     proj_out: Linear,
 }
@@ -213,10 +222,15 @@ impl Sd3 {
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
-    pub fn load(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
+    pub fn load(
+        part: &Component,
+        device: &Device,
+        storage: Storage,
+        stream: Option<Stream>,
+    ) -> Result<Self> {
         let c = Sd3Config::read(&part.config)?;
         let weights = part.weights()?;
-        let l = Loader::new(&weights, device, storage);
+        let l = Loader::new(&weights, device, storage).streaming(stream);
         let (width, patch, side) = (c.width, c.patch, c.side);
         let [joint, pooled] = c.context;
         let patches = Conv2d::patches(&l, "pos_embed.proj", c.channels, width, patch)?;
@@ -226,16 +240,17 @@ impl Sd3 {
             positions(side, (c.sample_size / patch).max(1), width, device)
         };
         let spec = JointSpec { width, heads: c.heads, qk_norm: c.qk_norm };
-        let block = |i: usize| {
+        let (dual, layers) = (c.dual.clone(), c.layers);
+        let block = move |l: &Loader, i: usize| {
             let l = l.at(format!("transformer_blocks.{i}"));
-            JointBlock::load(&l, spec, c.dual.contains(&i), i + 1 == c.layers)
+            JointBlock::load(&l, spec, dual.contains(&i), i + 1 == layers)
         };
         Ok(Self {
             patches,
             positions: table.reshape([1, side, side, width]),
             time_text: TimeTextEmbedding::load(&l.at("time_text_embed"), width, pooled, false)?,
             context_embedder: Linear::load(&l, "context_embedder", joint, width)?,
-            blocks: (0..c.layers).map(block).collect::<Result<_>>()?,
+            blocks: BlockStore::new(&l, c.layers, block)?,
             norm_out: Modulation::load(&l, "norm_out", width, 2)?,
             proj_out: Linear::load(&l, "proj_out", width, patch * patch * c.channels)?,
             config: c,
@@ -279,7 +294,7 @@ impl Denoiser for Sd3 {
     }
 
     fn linears(&self) -> Vec<LayerShape> {
-        self.blocks.iter().flat_map(JointBlock::linears).map(|l| l.shape.clone()).collect()
+        self.blocks.layers().to_vec()
     }
 
     fn start(&self, x: Tensor<4>, inputs: Inputs) -> Hidden {
@@ -293,7 +308,7 @@ impl Denoiser for Sd3 {
         let text = self.context_embedder.forward(inputs.cond.sequence.clone(), None);
         let text = inputs.cond.rows.spread(text);
         let time = self.time_text.forward(&inputs);
-        let fixed = Fixed { time, cond: inputs.cond.clone(), rotary: None, size: [h, w] };
+        let fixed = Fixed::new(time, inputs.cond.clone(), [h, w]);
         Hidden { flow: vec![hold(image), hold(text)], fixed: Arc::new(fixed) }
     }
 
@@ -304,7 +319,7 @@ impl Denoiser for Sd3 {
     fn block(&self, i: usize, hidden: Hidden, lora: Option<&Lora>) -> Hidden {
         let [image, text]: [Tensor<4>; 2] = hidden.flow.try_into().expect("image and text");
         let (image, text) =
-            self.blocks[i].forward(tokens(image), tokens(text), &hidden.fixed, lora);
+            self.blocks.get(i).forward(tokens(image), tokens(text), &hidden.fixed, lora);
         Hidden { flow: vec![hold(image), hold(text)], fixed: hidden.fixed }
     }
 

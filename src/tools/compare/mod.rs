@@ -152,8 +152,12 @@ fn train_in(dir: &Path, settings: &Settings, observer: &dyn Observer) -> Result<
     let job = if saved.exists() {
         let own = Options::from_file(&saved)?.resolve()?;
         // What was chosen by the device's memory is saved with the run.
-        let (activation_checkpointing, vae_tiling) = (own.activation_checkpointing, own.vae_tiling);
-        let planned = Settings { activation_checkpointing, vae_tiling, ..settings.clone() };
+        let planned = Settings {
+            activation_checkpointing: own.activation_checkpointing,
+            vae_tiling: own.vae_tiling,
+            stream_blocks: own.stream_blocks,
+            ..settings.clone()
+        };
         ensure!(
             toml::to_string(&own)? == toml::to_string(&planned)?,
             "{}: is a run with other settings; give another --out, or remove it",

@@ -241,7 +241,7 @@ fn changed_inputs_are_read_or_refused() {
             serde_json::from_slice(&std::fs::read(newest.join("state.json")).unwrap()).unwrap();
         let model = state["model"].as_str().unwrap().to_string();
         let net = ModelFiles::folder(&crate::support::emoji()).unwrap();
-        let net = net.load_network(&device, pcpo_wgpu::model::Storage::F32).unwrap();
+        let net = net.load_network(&device, pcpo_wgpu::model::Storage::F32, None).unwrap();
         let linears = net.linears();
         let read = {
             let run = run.clone();

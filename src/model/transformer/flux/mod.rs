@@ -1,117 +1,28 @@
 //! diffusers' `FluxTransformer2DModel`: FLUX.1 dev (with an embedding of the guidance scale) and
 //! schnell (without).
 
+pub mod config;
+
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
-use burn::tensor::{Device, Tensor, TensorData};
-use serde_json::json;
+use burn::tensor::{Device, Tensor};
 
+use self::config::{FluxConfig, PACK};
 use super::joint::{
-    Gated, JointAttention, JointSpec, Modulation, Output, TimeTextEmbedding, block_shape, hold,
-    tokens,
+    Gated, JointAttention, JointSpec, Modulation, Output, TimeTextEmbedding, hold, tokens,
 };
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
 use crate::lora::{LayerShape, Lora};
+use crate::model::block_store::{BlockStore, StoredBlock};
 use crate::model::blocks::FeedForward;
 use crate::model::component::Component;
-use crate::model::config::{BlockShape, Config, NetworkConfig};
+use crate::model::config::NetworkConfig;
 use crate::model::denoiser::{Denoiser, Fixed, Hidden, Inputs};
-use crate::model::loader::{Loader, Storage};
+use crate::model::loader::{Loader, Storage, Stream};
 use crate::model::nn::{Activation, Linear};
 use crate::model::reference::ReferenceTensors;
-
-/// FLUX packs 2x2 latent pixels into a token.
-const PACK: usize = 2;
-/// Latent height and width of the pipeline's default, 1024 pixels.
-const SAMPLE_SIZE: usize = 128;
-
-/// A transformer's settings.
-#[derive(Clone, Debug)]
-pub struct FluxConfig {
-    pub width: usize,
-    pub heads: usize,
-    /// Channels of a packed token.
-    pub token: usize,
-    /// Blocks with weights of their own for text and image, and blocks with one stream.
-    pub double: usize,
-    pub single: usize,
-    /// Widths of the rotary embedding's three axes.
-    pub axes: Vec<usize>,
-    /// Widths of the sequence and of the pooled text.
-    pub context: [usize; 2],
-    /// Whether it takes the guidance scale as an input.
-    pub guided: bool,
-}
-
-impl FluxConfig {
-    /// Reads a `transformer` folder's `config.json`.
-    ///
-    /// # Errors
-    /// Names the field that is not supported.
-    pub fn read(c: &Config) -> Result<Self> {
-        c.only(&[("patch_size", json!(1))])?;
-        let heads = c.count("num_attention_heads", 24)?;
-        let head = c.width("attention_head_dim", 128)?;
-        let token = c.width("in_channels", 64)?;
-        ensure!(token.is_multiple_of(PACK * PACK), c.bad("in_channels", "is not a multiple of 4"));
-        ensure!(
-            c.size("out_channels", token)? == token,
-            c.bad("out_channels", "must be null or in_channels")
-        );
-        let axes = match c.list("axes_dims_rope")? {
-            axes if c.json["axes_dims_rope"].is_null() && axes.is_empty() => vec![16, 56, 56],
-            axes => axes,
-        };
-        let fits = axes.len() == 3 && axes.iter().sum::<usize>() == head;
-        let what = format!("must be three even numbers that add up to attention_head_dim = {head}");
-        ensure!(fits && axes.iter().all(|a| a % 2 == 0), c.bad("axes_dims_rope", &what));
-        let (double, single) =
-            (c.count_or_none("num_layers", 19)?, c.count_or_none("num_single_layers", 38)?);
-        ensure!(double + single > 0, c.bad("num_layers", "leaves the network without a block"));
-        Ok(Self {
-            width: heads * head,
-            heads,
-            token,
-            double,
-            single,
-            axes,
-            context: [
-                c.width("joint_attention_dim", 4096)?,
-                c.width("pooled_projection_dim", 768)?,
-            ],
-            guided: c.flag("guidance_embeds", false)?,
-        })
-    }
-}
-
-impl NetworkConfig for FluxConfig {
-    fn latent_shape(&self) -> [usize; 3] {
-        [self.token / (PACK * PACK), SAMPLE_SIZE, SAMPLE_SIZE]
-    }
-
-    fn context(&self) -> [usize; 2] {
-        self.context
-    }
-
-    /// dev takes the scale as an input, schnell needs no guidance at all.
-    fn distilled(&self) -> bool {
-        true
-    }
-
-    fn convolves(&self) -> bool {
-        false
-    }
-
-    fn block_shapes(&self, [h, w]: [usize; 2], text: usize) -> Vec<BlockShape> {
-        let block = block_shape((h / PACK) * (w / PACK) + text, self.width, self.heads);
-        let single = BlockShape { wide: 1.25 * block.wide, ..block };
-        let mut blocks = vec![block; self.double];
-        blocks.extend(vec![single; self.single]);
-        blocks
-    }
-}
 
 /// diffusers' `FluxTransformerBlock`: text and image with weights of their own.
 struct Double {
@@ -199,6 +110,22 @@ impl Single {
     }
 }
 
+enum Block {
+    Double(Box<Double>),
+    Single(Box<Single>),
+}
+
+impl StoredBlock for Block {
+    type Layer = LayerShape;
+
+    fn layers(&self) -> Vec<LayerShape> {
+        match self {
+            Self::Double(block) => block.linears().map(|l| l.shape.clone()).collect(),
+            Self::Single(block) => block.linears().map(|l| l.shape.clone()).collect(),
+        }
+    }
+}
+
 /// The velocity network.
 pub struct Flux {
     config: FluxConfig,
@@ -206,8 +133,7 @@ pub struct Flux {
     time_text: TimeTextEmbedding,
     context_embedder: Linear,
     x_embedder: Linear,
-    double: Vec<Double>,
-    single: Vec<Single>,
+    blocks: BlockStore<Block>,
     norm_out: Modulation,
     proj_out: Linear,
 }
@@ -217,43 +143,41 @@ impl Flux {
     ///
     /// # Errors
     /// Names the file and the field or tensor that is missing, of the wrong shape or not supported.
-    pub fn load(part: &Component, device: &Device, storage: Storage) -> Result<Self> {
+    pub fn load(
+        part: &Component,
+        device: &Device,
+        storage: Storage,
+        stream: Option<Stream>,
+    ) -> Result<Self> {
         let c = FluxConfig::read(&part.config)?;
         let weights = part.weights()?;
-        let l = Loader::new(&weights, device, storage);
+        let l = Loader::new(&weights, device, storage).streaming(stream);
         let (width, [joint, pooled]) = (c.width, c.context);
         let spec = JointSpec { width, heads: c.heads, qk_norm: true };
-        let double = |i: usize| Double::load(&l.at(format!("transformer_blocks.{i}")), spec);
-        let single = |i: usize| Single::load(&l.at(format!("single_transformer_blocks.{i}")), spec);
+        let double = c.double;
+        let block = move |l: &Loader, i: usize| {
+            Ok(match i.checked_sub(double) {
+                None => {
+                    let l = l.at(format!("transformer_blocks.{i}"));
+                    Block::Double(Box::new(Double::load(&l, spec)?))
+                }
+                Some(i) => {
+                    let l = l.at(format!("single_transformer_blocks.{i}"));
+                    Block::Single(Box::new(Single::load(&l, spec)?))
+                }
+            })
+        };
         let time_text = l.at("time_text_embed");
         Ok(Self {
             device: device.clone(),
             time_text: TimeTextEmbedding::load(&time_text, width, pooled, c.guided)?,
             context_embedder: Linear::load(&l, "context_embedder", joint, width)?,
             x_embedder: Linear::load(&l, "x_embedder", c.token, width)?,
-            double: (0..c.double).map(double).collect::<Result<_>>()?,
-            single: (0..c.single).map(single).collect::<Result<_>>()?,
+            blocks: BlockStore::new(&l, c.double + c.single, block)?,
             norm_out: Modulation::load(&l, "norm_out", width, 2)?,
             proj_out: Linear::load(&l, "proj_out", width, c.token)?,
             config: c,
         })
-    }
-
-    /// cos and sin of the rotary embedding of positions (three numbers a token), `[1, T, 1, head]`.
-    fn rotary(&self, ids: &[[f32; 3]]) -> [Tensor<4>; 2] {
-        let mut values = [Vec::new(), Vec::new()];
-        for id in ids {
-            for (axis, &width) in self.config.axes.iter().enumerate() {
-                for pair in 0..width / 2 {
-                    let frequency = 10000f64.powf(-2.0 * pair as f64 / width as f64);
-                    let (sin, cos) = (f64::from(id[axis]) * frequency).sin_cos();
-                    values[0].extend([cos as f32; 2]);
-                    values[1].extend([sin as f32; 2]);
-                }
-            }
-        }
-        let head: usize = self.config.axes.iter().sum();
-        values.map(|v| Tensor::from_data(TensorData::new(v, [1, ids.len(), 1, head]), &self.device))
     }
 
     /// The hidden before the first block, from packed tokens `[B, S, 4 C]` at positions
@@ -269,9 +193,9 @@ impl Flux {
         let image = self.x_embedder.forward(packed, None);
         let text = self.context_embedder.forward(inputs.cond.sequence.clone(), None);
         let text = inputs.cond.rows.spread(text);
-        let rotary = Some(self.rotary(&[text_ids, image_ids].concat()));
-        let (time, cond) = (self.time_text.forward(&inputs), inputs.cond.clone());
-        let fixed = Fixed { time, cond, rotary, size };
+        let rotary = self.config.rotary.of(&[[text_ids, image_ids].concat()], &self.device);
+        let fixed = Fixed::new(self.time_text.forward(&inputs), inputs.cond.clone(), size);
+        let fixed = Fixed { rotary: Some(rotary), ..fixed };
         Hidden { flow: vec![hold(image), hold(text)], fixed: Arc::new(fixed) }
     }
 
@@ -303,9 +227,7 @@ impl Denoiser for Flux {
     }
 
     fn linears(&self) -> Vec<LayerShape> {
-        let single = self.single.iter().flat_map(Single::linears);
-        let all = self.double.iter().flat_map(Double::linears).chain(single);
-        all.map(|l| l.shape.clone()).collect()
+        self.blocks.layers().to_vec()
     }
 
     fn start(&self, x: Tensor<4>, inputs: Inputs) -> Hidden {
@@ -320,26 +242,25 @@ impl Denoiser for Flux {
     }
 
     fn blocks(&self) -> usize {
-        self.double.len() + self.single.len()
+        self.blocks.len()
     }
 
     fn block(&self, i: usize, hidden: Hidden, lora: Option<&Lora>) -> Hidden {
         let Hidden { mut flow, fixed } = hidden;
-        let flow = match i.checked_sub(self.double.len()) {
-            None => {
+        let flow = match &*self.blocks.get(i) {
+            Block::Double(block) => {
                 let [image, text]: [Tensor<4>; 2] = flow.try_into().expect("image and text");
-                let (image, text) =
-                    self.double[i].forward(tokens(image), tokens(text), &fixed, lora);
+                let (image, text) = block.forward(tokens(image), tokens(text), &fixed, lora);
                 vec![hold(image), hold(text)]
             }
-            Some(i) => {
+            Block::Single(block) => {
                 // From the first single block on, text and image are one stream, text first.
                 let joined = if flow.len() == 2 {
                     Tensor::cat(vec![flow.remove(1), flow.remove(0)], 2)
                 } else {
                     flow.remove(0)
                 };
-                vec![hold(self.single[i].forward(tokens(joined), &fixed, lora))]
+                vec![hold(block.forward(tokens(joined), &fixed, lora))]
             }
         };
         Hidden { flow, fixed }

@@ -1,13 +1,16 @@
 //! `pcpo-wgpu check`: compares a model folder with a reference file that PyTorch and diffusers
 //! wrote (`scripts/reference.py`). Format: docs/REFERENCE_FILES.md.
 
-use std::path::PathBuf;
+mod images;
+mod subject;
+mod text;
 
 use anyhow::{Context, Result, bail, ensure};
-use burn::tensor::Tensor;
 use serde::Deserialize;
 
-use super::errors::relative_error;
+use self::subject::Subject;
+pub use self::subject::{Asked, Comparison};
+use self::text::PROMPT_EMBEDS;
 use crate::device::tensor::{read, upload};
 use crate::device::{Compute, guard};
 use crate::io::tensors::HostTensor;
@@ -16,21 +19,13 @@ use crate::model::conditioning::MicroConditioning;
 use crate::model::pipeline::{TextFrom, Texts, embed};
 use crate::model::reference::ReferenceTensors;
 use crate::model::row_map::RowMap;
-use crate::model::text::clip::ClipText;
 use crate::model::text::layout::TextLayout;
-use crate::model::vae::{Vae, VaeConfig};
-use crate::model::{Component, Conditioning, Denoiser, ModelFiles, ModelSpec, Storage};
+use crate::model::text::qwen3::Qwen3Config;
+use crate::model::vae::config::VaeConfig;
+use crate::model::{Component, Conditioning, Denoiser, ModelFiles, ModelSpec};
 use crate::sampling::policy::{GuidanceMode, Policy, PromptPair, Weighted};
 use crate::sampling::trajectory::{Noise, sample};
 use crate::schedule::{Grid, Sampler, Sampling};
-
-/// One line of the answer.
-pub struct Comparison {
-    pub name: &'static str,
-    /// Largest absolute error over the reference's standard deviation; infinite where a value is
-    /// not finite.
-    pub error: f64,
-}
 
 /// `reference.json`, beside the reference file.
 #[derive(Deserialize)]
@@ -39,21 +34,11 @@ struct ReferenceRun {
     steps: usize,
     guidance: f64,
     eta: f64,
-    /// T5 tokens of a flow model's prompts.
+    /// Tokens of T5 or Qwen3 of a flow model's prompts.
     #[serde(default)]
     max_sequence_length: usize,
     /// Height and width in pixels, which SDXL is told; those of the latents where it is absent.
     resolution: Option<[usize; 2]>,
-}
-
-/// What is compared with what.
-pub struct Asked {
-    /// A model, or the folder of one of its parts.
-    pub model: ModelSpec,
-    pub reference: PathBuf,
-    /// The adapter that the prediction is computed with.
-    pub lora: Option<PathBuf>,
-    pub storage: Storage,
 }
 
 /// What of a model is there.
@@ -65,8 +50,11 @@ enum Parts {
 }
 
 /// The classes of the parts besides a network.
-const PARTS: [(&str, &[&str]); 2] =
-    [("vae", &["AutoencoderKL"]), ("text_encoder", &["CLIPTextModel"])];
+const PARTS: [(&str, &[&str]); 2] = [
+    ("vae", &["AutoencoderKL", "AutoencoderKLFlux2"]),
+    ("text_encoder", &["CLIPTextModel", ARCHITECTURES[0], ARCHITECTURES[1]]),
+];
+const ARCHITECTURES: [&str; 2] = Qwen3Config::ARCHITECTURES;
 
 impl Parts {
     /// A folder whose own configuration is a VAE's or an encoder's is that part alone; so is what
@@ -99,13 +87,6 @@ impl Parts {
         }
         Ok(found)
     }
-}
-
-/// What a model's files are compared with.
-struct Subject<'a> {
-    asked: &'a Asked,
-    compute: &'a Compute,
-    reference: ReferenceTensors,
 }
 
 /// Runs every comparison that the model and the file allow.
@@ -141,8 +122,10 @@ impl Subject<'_> {
         let mut lines = Vec::new();
         let alone = r.has("out.prediction");
         let whole = r.has("out.latents") && r.has("in.latents") && self.is_whole(files);
+        let (storage, stream) = (self.asked.storage, self.asked.stream);
+        let stream = stream.then(|| files.stream(self.compute, storage)).transpose()?;
         let net = match alone || whole {
-            true => Some(files.load_network(device, self.asked.storage)?),
+            true => Some(files.load_network(device, storage, stream)?),
             false => None,
         };
         if let Some(net) = net.as_ref().filter(|_| alone) {
@@ -161,7 +144,13 @@ impl Subject<'_> {
                 lines.extend(self.text_encoder(&files.component("text_encoder")?)?);
             }
             TextLayout::TwoClips => lines.extend(self.two_text_encoders(files)?),
-            TextLayout::Clip | TextLayout::TwoClipsAndT5 | TextLayout::T5AndPooledClip => {}
+            TextLayout::Qwen3(states) if files.has("text_encoder") => {
+                lines.extend(self.qwen3(&files.component("text_encoder")?, states)?);
+            }
+            TextLayout::Clip
+            | TextLayout::TwoClipsAndT5
+            | TextLayout::T5AndPooledClip
+            | TextLayout::Qwen3(_) => {}
         }
         if let Some(net) = net.as_ref().filter(|_| whole) {
             lines.extend(self.whole_run(files, &**net)?);
@@ -173,114 +162,20 @@ impl Subject<'_> {
         Ok(lines)
     }
 
-    fn compare(
-        &self,
-        name: &'static str,
-        reference: &str,
-        found: HostTensor,
-    ) -> Result<Comparison> {
-        let expected = self.reference.file.raw(reference)?;
-        ensure!(
-            expected.shape == found.shape,
-            "{}: {reference} has shape {:?}, the model gives {:?}",
-            self.reference.path().display(),
-            expected.shape,
-            found.shape
-        );
-        Ok(Comparison { name, error: relative_error(&found.values, &expected.values) })
-    }
-
-    fn compare_tensor<const D: usize>(
-        &self,
-        name: &'static str,
-        reference: &str,
-        found: &Tensor<D>,
-    ) -> Result<Comparison> {
-        self.compare(name, reference, HostTensor::new(name, found.dims(), read(found)?))
-    }
-
     /// Whether the run of reference.json can be done: that file is there, and all parts but the
     /// VAE.
     fn is_whole(&self, files: &ModelFiles) -> bool {
         let encoders = files.family.text().held().iter().all(|part| files.has(part));
-        let run = self.reference.path().with_file_name("reference.json");
-        encoders && !files.is_network_alone() && (files.file().is_none() || run.is_file())
-    }
-
-    /// Token numbers of the file, `[B, T]`.
-    fn token_numbers(&self, name: &str) -> Result<Vec<Vec<u32>>> {
-        let ids = self.reference.file.raw(name)?;
-        let shape = &ids.shape;
-        ensure!(
-            shape.len() == 2 && shape.iter().all(|&n| n > 0),
-            "{}: {name} has shape {shape:?}, expected [B, T]",
-            self.reference.path().display()
-        );
-        let row = |row: &[f32]| row.iter().map(|&i| i as u32).collect();
-        Ok(ids.values.chunks(shape[1]).map(row).collect())
-    }
-
-    /// CLIP's last hidden state against the sequence of a diffusion model.
-    fn text_encoder(&self, encoder: &Component) -> Result<Option<Comparison>> {
-        if !self.reference.has("in.input_ids") {
-            return Ok(None);
-        }
-        let text = ClipText::load(encoder, &self.compute.burn, self.asked.storage)?;
-        let last = text.forward(&self.token_numbers("in.input_ids")?)?.last;
-        let name = "encoder_hidden_states";
-        self.compare_tensor(name, "in.encoder_hidden_states", &last).map(Some)
-    }
-
-    /// What SDXL's two encoders make of token numbers.
-    fn two_text_encoders(&self, files: &ModelFiles) -> Result<Vec<Comparison>> {
-        let r = &self.reference;
-        let parts = ["text_encoder", "text_encoder_2"];
-        let tokens = ["in.input_ids", "in.input_ids_2"].map(|name| r.has(name));
-        if tokens != [true; 2] || !parts.iter().all(|part| files.has(part)) {
-            return Ok(Vec::new());
-        }
-        let run = |part: &str, ids: &str| {
-            let part = files.component(part)?;
-            let text = ClipText::load(&part, &self.compute.burn, self.asked.storage)?;
-            text.forward(&self.token_numbers(ids)?)
+        let run = self.reference.path().with_file_name("reference.json").is_file();
+        let own = match files.family.text() {
+            TextLayout::Qwen3(_) => {
+                run && files.has("text_encoder")
+                    && files.chat_tokenizer().is_ok()
+                    && files.scheduler().is_ok()
+            }
+            _ => files.file().is_none() || run,
         };
-        let first = run(parts[0], "in.input_ids")?;
-        let second = run(parts[1], "in.input_ids_2")?;
-        let mut lines = Vec::new();
-        if r.has("out.prompt_embeds") {
-            let both = Tensor::cat(vec![first.penultimate, second.penultimate], 2);
-            lines.push(self.compare_tensor("encoder_hidden_states", "out.prompt_embeds", &both)?);
-        }
-        let pooled = "out.pooled_prompt_embeds";
-        if r.has(pooled) {
-            lines.push(self.compare_tensor("pooled_projections", pooled, &second.pooled)?);
-        }
-        Ok(lines)
-    }
-
-    fn vae(&self, vae: &Component) -> Result<Vec<Comparison>> {
-        let r = &self.reference;
-        let vae = Vae::load(vae, &self.compute.burn, self.asked.storage)?;
-        let mut lines = Vec::new();
-        let fitting = |name: &str, channels: usize| -> Result<Tensor<4>> {
-            let x = r.tensor::<4>(name)?;
-            ensure!(
-                x.dims()[1] == channels && x.dims().iter().all(|&n| n > 0),
-                "{}: {name} has shape {:?}, the VAE takes {channels} channels",
-                r.path().display(),
-                x.dims()
-            );
-            Ok(x)
-        };
-        if r.has("out.image") {
-            let image = vae.decode(fitting("out.latents", vae.latent_channels)?);
-            lines.push(self.compare_tensor("image", "out.image", &image)?);
-        }
-        if r.has("out.encoded") && r.has("in.image") {
-            let latents = vae.encode(fitting("in.image", 3)?);
-            lines.push(self.compare_tensor("encoded", "out.encoded", &latents)?);
-        }
-        Ok(lines)
+        encoders && !files.is_network_alone() && own
     }
 
     /// The run that reference.json describes: the prompts' embeddings where the file holds them,
@@ -375,7 +270,7 @@ impl Subject<'_> {
             (
                 &prompts.cond,
                 ["prompt_embeds", "pooled_prompt_embeds"],
-                ["out.prompt_embeds", "out.pooled_prompt_embeds"],
+                [PROMPT_EMBEDS, "out.pooled_prompt_embeds"],
             ),
             (
                 &prompts.uncond,
@@ -387,7 +282,18 @@ impl Subject<'_> {
         for (found, names, references) in &sides {
             if self.reference.has(references[0]) {
                 let sequence = found.rows.spread(found.sequence.clone());
-                lines.push(self.compare_tensor(names[0], references[0], &sequence)?);
+                let lengths = found.rows.of().iter().map(|&row| found.lengths.get(row));
+                let lengths: Option<Vec<usize>> = lengths.map(Option::<&usize>::cloned).collect();
+                lines.push(match lengths {
+                    None => self.compare_tensor(names[0], references[0], &sequence)?,
+                    Some(lengths) => {
+                        let shape = sequence.dims();
+                        let found = HostTensor::new(names[0], shape, read(&sequence)?);
+                        let own = lengths.iter().flat_map(|n| (0..shape[1]).map(move |i| i < *n));
+                        let own: Vec<bool> = own.collect();
+                        self.compare_tokens(names[0], references[0], &found, &own)?
+                    }
+                });
             }
             if let (Some(pooled), true) = (&found.pooled, self.reference.has(references[1])) {
                 let pooled = found.rows.spread(pooled.clone());

@@ -1,124 +1,17 @@
-//! diffusers' `AutoencoderKL`: decode for the images, encode for checks.
+//! diffusers' `AutoencoderKL` and `AutoencoderKLFlux2`: decode for the images, encode for checks.
 
-use anyhow::{Result, bail, ensure};
+pub mod config;
+
+use anyhow::Result;
 use burn::tensor::{Device, Tensor};
-use serde_json::json;
 
+use self::config::{PATCH, VaeConfig};
 use super::attention::Attention;
-use super::blocks::{Downsample, Resnet, ResnetSpec, Upsample};
+use super::blocks::{Downsample, Resnet, Upsample};
 use super::component::Component;
-use super::config::{BlockShape, Config};
 use super::loader::{Loader, Storage};
 use super::nn::{Activation, Conv2d, GroupNorm, channels_first, channels_last};
 use super::tiles::tiled;
-
-/// The numbers of an `AutoencoderKL`.
-#[derive(Clone, Debug)]
-pub struct VaeConfig {
-    /// Width of each level, from the image inwards.
-    pub channels: Vec<usize>,
-    pub latent_channels: usize,
-    /// Resnets of each level.
-    layers: usize,
-    groups: usize,
-    activation: Activation,
-    /// Whether its middle attends.
-    attention: bool,
-    scaling_factor: f64,
-    shift_factor: f64,
-    quant: bool,
-    post_quant: bool,
-    /// force_upcast: in f16 its activations are infinite.
-    upcast: bool,
-}
-
-impl VaeConfig {
-    /// Reads a `vae` folder's `config.json`.
-    ///
-    /// # Errors
-    /// Names the field that is not supported.
-    pub fn read(c: &Config) -> Result<Self> {
-        /// Each level halves the picture: more would leave nothing of any.
-        const MOST_LEVELS: usize = 8;
-        c.only(&[("latents_mean", json!(null)), ("latents_std", json!(null))])?;
-        let blocks =
-            [("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")];
-        let mut levels = [0; 2];
-        for (count, (field, block)) in levels.iter_mut().zip(blocks) {
-            let names = c.names(field, &[block])?;
-            *count = names.len();
-            for name in names {
-                ensure!(
-                    name == block,
-                    c.bad(field, &format!("holds {name:?}; only {block} is supported"))
-                );
-            }
-        }
-        let n = levels[0];
-        ensure!(
-            levels[1] == n,
-            c.bad("up_block_types", &format!("must have {n} blocks, as down_block_types has"))
-        );
-        ensure!(
-            n <= MOST_LEVELS,
-            c.bad("down_block_types", &format!("has {n} levels; at most {MOST_LEVELS} are there"))
-        );
-        let channels = c.widths("block_out_channels", n, if n == 1 { &[64] } else { &[] })?;
-        let groups = c.count("norm_num_groups", 32)?;
-        c.divides("norm_num_groups", groups, &channels)?;
-        for field in ["in_channels", "out_channels"] {
-            if c.size(field, 3)? != 3 {
-                bail!(c.bad(field, "is not supported; images have 3 channels"));
-            }
-        }
-        Ok(Self {
-            channels,
-            latent_channels: c.width("latent_channels", 4)?,
-            layers: c.count("layers_per_block", 1)?,
-            groups,
-            activation: c.activation("act_fn", "silu")?,
-            attention: c.flag("mid_block_add_attention", true)?,
-            scaling_factor: c.positive("scaling_factor", 0.18215)?,
-            shift_factor: c.float("shift_factor", 0.0)?,
-            quant: c.flag("use_quant_conv", true)?,
-            post_quant: c.flag("use_post_quant_conv", true)?,
-            upcast: c.flag("force_upcast", false)?,
-        })
-    }
-
-    /// Image pixels a latent pixel, along each side.
-    pub fn factor(&self) -> usize {
-        1 << (self.channels.len() - 1)
-    }
-
-    /// Levels of the decoder, for one latent of a height and width.
-    pub fn decoder_shapes(&self, [h, w]: [usize; 2]) -> Vec<BlockShape> {
-        let n = self.channels.len();
-        let area = h as f64 * w as f64;
-        let scores = if self.attention { area * area } else { 0.0 };
-        let stream = area * self.channels[n - 1] as f64;
-        let mut blocks = vec![BlockShape { stream, scores, ..Default::default() }];
-        for i in 0..n {
-            // The first resnet of a level still has the width of the level before.
-            let before = if i > 0 { self.channels[n - i] } else { 0 };
-            let width = self.channels[n - 1 - i].max(before);
-            let stream = area * 4f64.powi(i as i32) * width as f64;
-            blocks.push(BlockShape { stream, ..Default::default() });
-        }
-        blocks
-    }
-
-    fn resnet(&self) -> ResnetSpec {
-        ResnetSpec {
-            groups: self.groups,
-            eps: 1e-6,
-            activation: self.activation,
-            time: None,
-            scale_shift: false,
-            output_scale: 1.0,
-        }
-    }
-}
 
 /// Which way a [`Coder`] goes.
 #[derive(Clone, Copy, PartialEq)]
@@ -177,7 +70,7 @@ impl Level {
         let n = c.channels.len();
         let width = |i: usize| match way {
             Way::Encode => c.channels[i],
-            Way::Decode => c.channels[n - 1 - i],
+            Way::Decode => c.decoder_channels[n - 1 - i],
         };
         let (cin, cout, resize) = (width(i.saturating_sub(1)), width(i), i + 1 < n);
         let (part, layers) = match way {
@@ -206,11 +99,15 @@ impl Level {
 
 impl Coder {
     fn load(root: &Loader, c: &VaeConfig, way: Way) -> Result<Self> {
-        let n = c.channels.len();
-        let (shallow, deep) = (c.channels[0], c.channels[n - 1]);
+        let channels = match way {
+            Way::Encode => &c.channels,
+            Way::Decode => &c.decoder_channels,
+        };
+        let n = channels.len();
+        let (shallow, deep) = (channels[0], channels[n - 1]);
         let (part, input, output, first, last) = match way {
-            Way::Encode => ("encoder", 3, 2 * c.latent_channels, shallow, deep),
-            Way::Decode => ("decoder", c.latent_channels, 3, deep, shallow),
+            Way::Encode => ("encoder", 3, 2 * c.coded_channels, shallow, deep),
+            Way::Decode => ("decoder", c.coded_channels, 3, deep, shallow),
         };
         let l = root.at(part);
         let mid = |j: usize| {
@@ -260,14 +157,50 @@ impl Coder {
     }
 }
 
+/// How FLUX.2's latents are what its decoder takes: squares of pixels packed into channels (c, row,
+/// column) and normalised by what a batch norm has counted.
+struct Packed {
+    /// `[1, C, 1, 1]`
+    mean: Tensor<4>,
+    deviation: Tensor<4>,
+}
+
+impl Packed {
+    fn load(root: &Loader, channels: usize, eps: f64) -> Result<Self> {
+        let l = root.at("bn");
+        let counted = |part: &str| {
+            l.tensor::<1>(part, [channels]).map(|values| values.reshape([1, channels, 1, 1]))
+        };
+        let variance = counted("running_var")?;
+        Ok(Self { mean: counted("running_mean")?, deviation: (variance + eps).sqrt() })
+    }
+
+    fn unpack(&self, latents: Tensor<4>) -> Tensor<4> {
+        let [b, c, h, w] = latents.dims();
+        let coded = latents * self.deviation.clone() + self.mean.clone();
+        let (c, p) = (c / (PATCH * PATCH), PATCH);
+        coded.reshape([b, c, p, p, h, w]).permute([0, 1, 4, 2, 5, 3]).reshape([b, c, p * h, p * w])
+    }
+
+    fn pack(&self, coded: Tensor<4>) -> Tensor<4> {
+        let ([b, c, h, w], p) = (coded.dims(), PATCH);
+        let (h, w) = (h / p, w / p);
+        let packed = coded.reshape([b, c, h, p, w, p]).permute([0, 1, 3, 5, 2, 4]);
+        (packed.reshape([b, c * p * p, h, w]) - self.mean.clone()) / self.deviation.clone()
+    }
+}
+
 /// The image autoencoder.
 pub struct Vae {
     /// Latents are divided by this before decoding, and shifted by that.
     pub scaling_factor: f64,
     pub shift_factor: f64,
     pub latent_channels: usize,
+    /// Channels of what its decoder takes: others than the latents' where these are packed.
+    pub coded_channels: usize,
     /// Image pixels a latent pixel, along each side.
     pub factor: usize,
+    packed: Option<Packed>,
     /// Side in latent pixels of the tiles that it decodes one by one, where it does.
     pub tile: Option<usize>,
     encoder: Coder,
@@ -285,7 +218,8 @@ impl Vae {
         let c = VaeConfig::read(&part.config)?;
         let weights = part.weights()?;
         let root = Loader::new(&weights, device, storage).exactly(c.upcast);
-        let latent = c.latent_channels;
+        let latent = c.coded_channels;
+        let packed = c.packed.map(|eps| Packed::load(&root, c.latent_channels(), eps));
         let one = |wanted: bool, part: &str, width: usize| {
             let conv = wanted.then(|| Conv2d::point(&root, part, width, width));
             conv.transpose()
@@ -293,8 +227,10 @@ impl Vae {
         Ok(Self {
             scaling_factor: c.scaling_factor,
             shift_factor: c.shift_factor,
-            latent_channels: latent,
+            latent_channels: c.latent_channels(),
+            coded_channels: latent,
             factor: c.factor(),
+            packed: packed.transpose()?,
             encoder: Coder::load(&root, &c, Way::Encode)?,
             quant: one(c.quant, "quant_conv", 2 * latent)?,
             post_quant: one(c.post_quant, "post_quant_conv", latent)?,
@@ -313,7 +249,15 @@ impl Vae {
     }
 
     fn decode_whole(&self, latents: Tensor<4>) -> Tensor<4> {
-        let z = channels_last(latents / self.scaling_factor + self.shift_factor);
+        self.decode_coded(match &self.packed {
+            Some(packed) => packed.unpack(latents),
+            None => latents / self.scaling_factor + self.shift_factor,
+        })
+    }
+
+    /// What the decoder takes, `[B, C, h, w]` -> images, as [`Self::decode`].
+    pub fn decode_coded(&self, coded: Tensor<4>) -> Tensor<4> {
+        let z = channels_last(coded);
         let z = match &self.post_quant {
             Some(conv) => conv.forward(z),
             None => z,
@@ -323,9 +267,18 @@ impl Vae {
         channels_first(d.out(d.levels(x)))
     }
 
-    /// Images `[B, 3, H, W]` in [-1, 1] -> the mean of the latent distribution, scaled, `[B, C, h,
-    /// w]`.
+    /// Images `[B, 3, H, W]` in [-1, 1] -> the mean of the latent distribution as the sampler has
+    /// latents, `[B, C, h, w]`.
     pub fn encode(&self, images: Tensor<4>) -> Tensor<4> {
+        let coded = self.encode_coded(images);
+        match &self.packed {
+            Some(packed) => packed.pack(coded),
+            None => (coded - self.shift_factor) * self.scaling_factor,
+        }
+    }
+
+    /// The same as the encoder gives it.
+    pub fn encode_coded(&self, images: Tensor<4>) -> Tensor<4> {
         let e = &self.encoder;
         let x = e.levels(e.conv_in.forward(channels_last(images)));
         let moments = e.out(e.mid(x));
@@ -333,7 +286,6 @@ impl Vae {
             Some(conv) => conv.forward(moments),
             None => moments,
         };
-        (channels_first(moments).narrow(1, 0, self.latent_channels) - self.shift_factor)
-            * self.scaling_factor
+        channels_first(moments).narrow(1, 0, self.coded_channels)
     }
 }

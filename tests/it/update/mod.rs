@@ -1,114 +1,32 @@
-//! The gradient of a whole update against PyTorch's: tests/golden/update holds six dumps, four of a
-//! UNet, one of an SD3 and one of a FLUX transformer, and what scripts/verify_update.py made of
-//! them with diffusers and peft.
+//! The gradient of a whole update against PyTorch's: tests/golden/update holds ten dumps, six of
+//! UNets and one of each kind of transformer, and what scripts/verify_update.py made of them with
+//! diffusers and peft.
 
-use std::path::{Path, PathBuf};
+mod cases;
+pub mod dump;
+
+use std::path::Path;
 
 use burn::tensor::Device;
 use pcpo_wgpu::device::Compute;
-use pcpo_wgpu::device::tensor::upload;
 use pcpo_wgpu::io::tensors::{HostTensor, write_tensors};
 use pcpo_wgpu::io::weights::Weights;
 use pcpo_wgpu::kernels::frozen_weight::FrozenWeight;
-use pcpo_wgpu::lora::formats::{Format, load, tensors};
-use pcpo_wgpu::lora::{Adapter, LayerShape};
-use pcpo_wgpu::model::{Conditioning, Storage};
-use pcpo_wgpu::ops::policy_objective::{GuidanceGradient, Objective, Surrogate};
+use pcpo_wgpu::lora::formats::{Format, tensors};
+use pcpo_wgpu::model::Storage;
+use pcpo_wgpu::ops::policy_objective::Surrogate;
 use pcpo_wgpu::sampling::fleet::Batch;
 use pcpo_wgpu::sampling::policy::{GuidanceMode, Policy, PromptPair};
 use pcpo_wgpu::sampling::trajectory::{Noise, Transition};
-use pcpo_wgpu::schedule::credit::{Credit, apply};
-use pcpo_wgpu::schedule::{Grid, Sampler, Sampling, Step};
+use pcpo_wgpu::schedule::Step;
+use pcpo_wgpu::schedule::credit::apply;
 use pcpo_wgpu::tools::errors::largest_error;
 use pcpo_wgpu::train::plan::Part;
 use pcpo_wgpu::train::update::{GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient};
 
-use crate::support::{cpu, emoji, files, golden, gpu};
-
-/// A dump, the model that it is of, and the settings that its file does not hold.
-#[derive(Clone)]
-struct Case {
-    name: &'static str,
-    model: PathBuf,
-    objective: Objective,
-    beta: f32,
-    guidance: f64,
-    gradient: GuidanceGradient,
-    sampling: Sampling,
-    credit: Credit,
-}
-
-fn cases() -> [Case; 8] {
-    let ddim = |name, objective, beta, credit| Case {
-        name,
-        model: emoji(),
-        objective,
-        beta,
-        guidance: 3.0,
-        gradient: GuidanceGradient::Both,
-        sampling: Sampling {
-            sampler: Sampler::Ddim,
-            steps: 8,
-            eta: 1.0,
-            grid: Grid::Shifted,
-            shift: None,
-            tokens: 0,
-        },
-        credit,
-    };
-    let flow = |name, model, objective, beta, credit, sampler: Sampler| Case {
-        name,
-        model: golden(model),
-        objective,
-        beta,
-        guidance: if model == "sd3" { 4.5 } else { 3.5 },
-        gradient: GuidanceGradient::Both,
-        sampling: Sampling {
-            sampler,
-            steps: 6,
-            eta: sampler.default_eta(),
-            grid: Grid::Shifted,
-            // FLUX's golden folder shifts by the number of tokens, 64 at 32 pixels.
-            shift: None,
-            tokens: 16,
-        },
-        credit,
-    };
-    [
-        ddim("ppo", Objective::PpoClip, 0.0, Credit::Native),
-        ddim("hinge", Objective::LogHinge, 0.05, Credit::Proportionate),
-        Case { guidance: 1.0, ..ddim("native", Objective::LogHinge, 0.0, Credit::Native) },
-        Case {
-            gradient: GuidanceGradient::Conditional,
-            ..ddim("conditional", Objective::LogHinge, 0.05, Credit::Proportionate)
-        },
-        flow(
-            "sd3-hinge",
-            "sd3",
-            Objective::LogHinge,
-            0.05,
-            Credit::Proportionate,
-            Sampler::FlowGrpo,
-        ),
-        flow("flux-guard", "flux-dev", Objective::PpoClip, 0.0, Credit::Guard, Sampler::Dance),
-        Case {
-            model: golden("sdxl"),
-            ..ddim("sdxl-hinge", Objective::LogHinge, 0.05, Credit::Proportionate).of_steps(6)
-        },
-        // An adapter of convolutions.
-        Case {
-            model: golden("sdxl"),
-            ..ddim("sdxl-conv", Objective::LogHinge, 0.05, Credit::Proportionate).of_steps(6)
-        },
-    ]
-}
-
-impl Case {
-    fn of_steps(mut self, steps: usize) -> Self {
-        self.sampling.steps = steps;
-        self
-    }
-}
+use self::cases::{Case, cases};
+use self::dump::{Dump, Gradients};
+use crate::support::{cpu, files, gpu};
 
 /// How a dump is replayed.
 #[derive(Clone, Copy)]
@@ -127,66 +45,7 @@ impl<'a> Replay<'a> {
     }
 }
 
-/// A dump's tensors.
-pub struct Dump {
-    pub file: Weights,
-}
-
 impl Dump {
-    pub fn open(name: &str) -> Self {
-        Self { file: Weights::open_file(&golden(&format!("update/{name}.safetensors"))).unwrap() }
-    }
-
-    pub fn values(&self, name: &str) -> Vec<f32> {
-        self.file.f32(name).unwrap().values
-    }
-
-    pub fn metadata(&self, name: &str) -> String {
-        self.file.required_metadata(name).unwrap()
-    }
-
-    /// Embeddings of the images `first` to `first + n`.
-    pub fn conditioning(
-        &self,
-        compute: &Compute,
-        prefix: &str,
-        first: usize,
-        n: usize,
-    ) -> Conditioning {
-        let rows = |name: &str| {
-            let shape = self.file.shape(name).unwrap()[1..].to_vec();
-            (self.file.rows(name, first..first + n, &shape).unwrap(), shape)
-        };
-        let (values, shape) = rows(&format!("{prefix}prompt_embeds"));
-        let sequence = upload(&values, [n, shape[0], shape[1]], &compute.burn);
-        let name = format!("{prefix}pooled_prompt_embeds");
-        let pooled = self.file.has(&name).then(|| {
-            let (values, shape) = rows(&name);
-            upload(&values, [n, shape[0]], &compute.burn)
-        });
-        let mut cond = Conditioning::of_each(sequence, pooled);
-        let name = format!("{prefix}time_ids");
-        if self.file.has(&name) {
-            cond.time_ids = rows(&name).0.as_chunks().0.to_vec();
-        }
-        cond
-    }
-
-    /// An adapter that the dump holds under a prefix, by way of a file of its own with its alpha.
-    pub fn adapter(&self, prefix: &str, network: &str, linears: &[LayerShape]) -> Adapter {
-        let names = self.file.names().filter(|n| n.starts_with(prefix));
-        let own = |n: &str| {
-            let t = self.file.f32(n).unwrap();
-            HostTensor { name: n.trim_start_matches(prefix).to_string(), ..t }
-        };
-        let tensors: Vec<HostTensor> = names.map(own).collect();
-        let alpha = format!("{{\"{network}.lora_alpha\": {}}}", self.metadata("lora_alpha"));
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("adapter.safetensors");
-        write_tensors(&file, &tensors, &[("lora_adapter_metadata", alpha)]).unwrap();
-        load(&file, linears).unwrap()
-    }
-
     /// The trained steps, which have to have the dump's weights.
     fn trained(&self, case: &Case) -> Vec<Step> {
         let schedule = files(&case.model).schedule().unwrap();
@@ -204,16 +63,13 @@ impl Dump {
     }
 }
 
-/// The gradient of every matrix.
-pub type Gradients = Vec<HostTensor>;
-
 /// Replays a dump.
 fn replay(case: &Case, how: Replay) -> Gradients {
     let compute = how.compute;
     let dump = Dump::open(case.name);
     let model = files(&case.model);
     let family = model.family;
-    let net = model.load_network(&compute.burn, how.storage).unwrap();
+    let net = model.load_network(&compute.burn, how.storage, None).unwrap();
     let adapter = dump.adapter("lora.", family.network(), &net.linears());
     let lora = adapter.to_device(&compute.burn);
     let trained = dump.trained(case);
