@@ -61,7 +61,8 @@ impl Settings {
         ensure!(
             self.stream_blocks != Switch::True || self.activation_checkpointing != Switch::False,
             "--stream-blocks true: a block's weights are there for the time of its work alone; \
-             give --activation-checkpointing true or auto"
+             give --activation-checkpointing true or auto (a run that began without it goes on \
+             without it, and without streaming)"
         );
         numbers::count("--rank", self.rank, MOST_RANK)?;
         self.micro()?;

@@ -18,7 +18,7 @@ macro_rules! recipes {
 }
 
 /// All recipes, by what they need.
-pub const RECIPES: [Recipe; 8] = recipes!(
+pub const RECIPES: [Recipe; 11] = recipes!(
     "sd15-6gb",
     "sd15-branch-6gb",
     "sd35m-12gb",
@@ -26,6 +26,9 @@ pub const RECIPES: [Recipe; 8] = recipes!(
     "sd35m-branch-16gb",
     "sd35m-nft-16gb",
     "sd35m-awm-16gb",
+    "flux2-klein-12gb",
+    "flux-12gb",
+    "z-image-turbo-16gb",
     "flux-24gb"
 );
 

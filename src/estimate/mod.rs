@@ -177,15 +177,14 @@ pub fn estimate(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
 }
 
 /// A run whose blocks are read when their turn comes: of the weights a block for each batch that
-/// runs at once is held, and where the device's memory is the host's what it is made of.
+/// runs at once is held.
 fn estimate_streamed(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
     let whole = estimate_with(shapes, s, target, true);
     let batches = Batches::of(shapes, s, target);
     let at_once = batches.sampling.max(batches.updating);
-    let made = if target.gpu && !target.software { 0.0 } else { 8.0 * shapes.largest * at_once };
+    let streamed = (shapes.largest_block * at_once).min(shapes.block_weights);
     Estimate {
-        weights: whole.weights - shapes.block_weights + shapes.largest_block * at_once,
-        program: whole.program + made,
+        weights: whole.weights - shapes.block_weights + streamed,
         streaming: Some(Streaming::of(shapes, s, batches.per_epoch)),
         ..whole
     }
@@ -347,6 +346,12 @@ pub fn check(shapes: &Shapes, s: &Settings, target: Target) -> Result<Estimate> 
 fn way_out(shapes: &Shapes, s: &Settings, target: Target) -> String {
     if s.activation_checkpointing == Switch::False {
         return "use --activation-checkpointing true and --batch 1".into();
+    }
+    let streamed = Settings { stream_blocks: Switch::True, batch: 1, ..s.clone() };
+    if s.stream_blocks == Switch::False
+        && target.offered.is_some_and(|o| estimate(shapes, &streamed, target).peak() <= o as f64)
+    {
+        return "use --stream-blocks true".into();
     }
     let smaller = match s.storage {
         Storage::F32 => Some("f16"),

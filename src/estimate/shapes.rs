@@ -18,9 +18,8 @@ use crate::model::loader::Storage;
 use crate::model::text::clip::ClipConfig;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::model::text::layout::TextLayout;
-use crate::model::text::qwen3::Qwen3Config;
+use crate::model::text::qwen3::{Qwen3Config, prefix};
 use crate::model::text::t5::T5Config;
-use crate::model::tiles::TILE;
 use crate::model::vae::config::VaeConfig;
 use crate::reward::model_size;
 
@@ -128,7 +127,7 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
     Ok(Shapes {
         blocks: network.block_shapes(size, tokens),
         decoder: vae.decoder_shapes(size),
-        tile: vae.decoder_shapes(size.map(|side| side.min(TILE))),
+        tile: vae.decoder_shapes(size.map(|side| side.min(vae.tile()))),
         text,
         weights,
         block_weights: blocks.values().sum(),
@@ -194,8 +193,7 @@ fn encoders(s: &Settings, files: &ModelFiles) -> Result<(usize, TextShape)> {
 fn qwen3_shape(s: &Settings, files: &ModelFiles) -> Result<TextShape> {
     let part = files.component("text_encoder")?;
     let (config, weights) = (Qwen3Config::read(&part.config)?, part.weights()?);
-    let prefix = if weights.has("model.embed_tokens.weight") { "model." } else { "" };
-    let first = format!("{prefix}layers.0.");
+    let first = format!("{}layers.0.", prefix(&weights));
     let layer = tensors(&weights)
         .filter(|(name, _)| name.starts_with(&first))
         .map(|(name, shape)| elements(shape) * bytes_per_weight(name, shape, s.storage));

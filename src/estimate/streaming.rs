@@ -1,18 +1,18 @@
 //! What streaming a network's blocks costs: how much is read in an epoch, and how fast this machine
 //! reads it.
 
-use std::sync::Arc;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 
 use super::shapes::{Shapes, block_of};
 use crate::config::{Rollout, Settings};
 use crate::device::Compute;
-use crate::device::system::memory_text;
-use crate::kernels::frozen_weight::by_input;
+use crate::device::system::{available, memory_text};
 use crate::model::ModelFiles;
-use crate::model::loader::{Loader, Stream};
+use crate::model::loader::Loader;
+use crate::ops::Guidance;
+use crate::ops::policy_objective::GuidanceGradient;
 
 /// What is read in an epoch.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,9 +26,15 @@ pub struct Streaming {
 impl Streaming {
     /// Of a run with so many batches an epoch: each reads all blocks once at each of its steps, and
     /// twice at each that is trained, forward and backward; a pass more for the base that a KL is
-    /// taken to, and two for the old policies of an objective of the forward process.
+    /// taken to, one for guidance without gradients, and two for the old policies of an objective
+    /// of the forward process.
     pub fn of(shapes: &Shapes, s: &Settings, batches: usize) -> Self {
-        let passes = 2 + usize::from(s.kl_beta > 0.0) + if s.objective.forward() { 2 } else { 0 };
+        let guided = !shapes.distilled && Guidance::new(shapes.guidance) != Guidance::Off;
+        let apart = guided && s.guidance_gradient == GuidanceGradient::Conditional;
+        let passes = 2
+            + usize::from(s.kl_beta > 0.0)
+            + usize::from(apart)
+            + if s.objective.forward() { 2 } else { 0 };
         let trained = match &s.rollout {
             Rollout::Plain(_) => s.trained_steps(),
             // A batch of branches is of one step.
@@ -57,7 +63,7 @@ impl Streaming {
 }
 
 /// Bytes of blocks that this machine reads in a second, by reading the largest matrix of a block as
-/// a run does: the second time, where what is read is kept.
+/// a run does: the second time, where what is read is kept, by the program or by the system.
 ///
 /// # Errors
 /// When it cannot be read.
@@ -65,21 +71,22 @@ pub fn read_rate(files: &ModelFiles, s: &Settings, compute: &Compute) -> Result<
     let weights = files.network()?.weights()?;
     let size = |name: &&str| weights.shape(name).map_or(0, |shape| shape.iter().product::<usize>());
     let matrix = |name: &&str| {
-        block_of(name).is_some() && weights.shape(name).is_some_and(|shape| shape.len() > 1)
+        block_of(name).is_some() && weights.shape(name).is_some_and(|shape| shape.len() == 2)
     };
     let name = weights.names().filter(matrix).max_by_key(size).context("the network has blocks")?;
-    let outputs = weights.shape(name).map_or(1, |shape| shape[0]);
-    let shape = [size(&name) / outputs, outputs];
+    let &[outputs, inputs] = weights.shape(name).context("a listed tensor has a shape")? else {
+        bail!("{}: tensor {name} is no matrix", weights.source().display())
+    };
     let stream = files.stream(compute, s.storage)?;
     let mut loader = Loader::new(&weights, &compute.burn, s.storage);
-    loader.prepared = (stream == Stream::FromHost).then(Arc::default);
-    let mut seconds = 0.0;
-    let mut bytes = 0;
-    for _ in 0..2 {
+    loader.prepared = stream.prepared();
+    // A file that the system can keep in memory is read from the disk once.
+    let file = weights.elements(|_| true) as u64 * size_of::<half::f16>() as u64;
+    let again = if loader.prepared.is_some() || file < available() { 2 } else { 1 };
+    let (mut seconds, mut bytes) = (0.0, 0);
+    for _ in 0..again {
         let start = Instant::now();
-        let read = loader.frozen(name, shape, s.storage, || {
-            Ok(by_input(&weights.f32(name)?.values, outputs, |row| row))
-        })?;
+        let read = loader.frozen(name, [outputs, inputs], s.storage, |row| row)?;
         compute.sync()?;
         seconds = start.elapsed().as_secs_f64();
         bytes = read.bytes();

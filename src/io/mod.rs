@@ -1,6 +1,7 @@
 //! Files: every result is written to a temporary name and renamed; every error names the file.
 
 pub mod checkpoint;
+mod columns;
 #[doc(hidden)]
 pub mod disk;
 pub mod imports;

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use half::{bf16, f16};
 use memmap2::Mmap;
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 
 use super::checkpoint;
@@ -71,6 +72,27 @@ pub(super) fn below(prefix: &str, entries: &BTreeMap<String, Entry>) -> BTreeMap
     entries.iter().filter_map(short).collect()
 }
 
+/// The types of weights.
+const SUPPORTED: &str = "F64, F32, F16, BF16 and F8_E4M3";
+
+/// Whether a type is of whole numbers: token numbers and masks, and no weight.
+fn counts(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::I64 | Dtype::I32 | Dtype::U8 | Dtype::BOOL)
+}
+
+/// The values of numbers of `N` bytes each.
+fn each<const N: usize>(bytes: &[u8], value: impl Fn([u8; N]) -> f32 + Sync) -> Vec<f32> {
+    // As many as a core reads at a time.
+    const PART: usize = 1 << 16;
+    let numbers = bytes.as_chunks::<N>().0;
+    let mut values = vec![0.0; numbers.len()];
+    let parts = values.par_chunks_mut(PART).zip(numbers.par_chunks(PART));
+    parts.for_each(|(values, numbers)| {
+        values.iter_mut().zip(numbers).for_each(|(to, from)| *to = value(*from));
+    });
+    values
+}
+
 /// A number of 8 bits, 4 of them its exponent and 3 its mantissa (`float8_e4m3fn`).
 pub(super) fn e4m3(bits: u8) -> f32 {
     let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
@@ -100,8 +122,7 @@ impl Weights {
     }
 
     /// Opens a file of weights of either kind: PyTorch's checkpoints end in .pt, .pth, .bin or
-    /// .ckpt. The
-    /// names begin below `state_dict`, where the file has one.
+    /// .ckpt. The names begin below `state_dict`, where the file has one.
     ///
     /// # Errors
     /// As [`Self::open_file`] and [`checkpoint::open`].
@@ -241,8 +262,16 @@ impl Weights {
     /// # Errors
     /// When it is missing, of another type, or holds a value that is not finite.
     pub fn f32(&self, name: &str) -> Result<HostTensor> {
+        let dtype = self.entry(name)?.dtype;
+        ensure!(
+            !counts(dtype),
+            "{}: tensor {name} has type {dtype:?}; {SUPPORTED} are supported",
+            self.path_of(self.entry(name)?).display()
+        );
         let tensor = self.raw(name)?;
-        if let Some(i) = tensor.values.iter().position(|v| !v.is_finite()) {
+        if !tensor.values.par_iter().all(|v| v.is_finite())
+            && let Some(i) = tensor.values.iter().position(|v| !v.is_finite())
+        {
             let path = self.path_of(&self.entries[name]).display();
             let value = tensor.values[i];
             bail!("{path}: tensor {name} holds {value} at element {i}; the file is damaged");
@@ -250,7 +279,7 @@ impl Weights {
         Ok(tensor)
     }
 
-    /// One tensor in f32, converted from f16 and bf16, whatever its values.
+    /// One tensor in f32, converted from f16, bf16 and whole numbers, whatever its values.
     ///
     /// # Errors
     /// When it is missing or of another type.
@@ -334,31 +363,27 @@ impl Weights {
         #[cfg(test)]
         self.reads.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
         let bytes = self.stored(e, &range)?;
-        let half = |b: &[u8]| [b[0], b[1]];
         let values = match e.dtype {
-            Dtype::F32 => {
-                let word = |b: &[u8]| f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
-                bytes.chunks_exact(4).map(word).collect()
-            }
-            Dtype::F16 => {
-                bytes.chunks_exact(2).map(|b| f16::from_le_bytes(half(b)).to_f32()).collect()
-            }
-            Dtype::BF16 => {
-                bytes.chunks_exact(2).map(|b| bf16::from_le_bytes(half(b)).to_f32()).collect()
-            }
-            Dtype::F64 => {
-                let word = |b: &[u8]| f64::from_le_bytes(std::array::from_fn(|i| b[i])) as f32;
-                bytes.chunks_exact(8).map(word).collect()
-            }
-            Dtype::F8_E4M3 => bytes.iter().map(|&b| e4m3(b)).collect(),
+            Dtype::F32 => each(&bytes, f32::from_le_bytes),
+            Dtype::F16 => each(&bytes, |b| f16::from_le_bytes(b).to_f32()),
+            Dtype::BF16 => each(&bytes, |b| bf16::from_le_bytes(b).to_f32()),
+            Dtype::F64 => each(&bytes, |b| f64::from_le_bytes(b) as f32),
+            Dtype::F8_E4M3 => each(&bytes, |[b]| e4m3(b)),
+            Dtype::I64 => each(&bytes, |b| i64::from_le_bytes(b) as f32),
+            Dtype::I32 => each(&bytes, |b| i32::from_le_bytes(b) as f32),
+            Dtype::U8 | Dtype::BOOL => each(&bytes, |[b]| f32::from(b)),
             other => bail!(
-                "{}: tensor {name} has type {other:?}; F64, F32, F16, BF16 and F8_E4M3 are \
-                 supported",
+                "{}: tensor {name} has type {other:?}; {SUPPORTED} are supported",
                 self.path_of(e).display()
             ),
         };
-        // A mapped file counts as this process's memory once it is read: a large model would
-        // count twice.
+        self.release(e, &range);
+        Ok(values)
+    }
+
+    /// A mapped file counts as this process's memory once it is read: a large model would count
+    /// twice.
+    pub(super) fn release(&self, e: &Entry, range: &Range<usize>) {
         #[cfg(target_os = "linux")]
         if let Place::Mapped(file) = e.place
             && range.len() > 1 << 20
@@ -369,6 +394,7 @@ impl Weights {
             // again when needed.
             let _ = unsafe { map.unchecked_advise_range(advice, range.start, range.len()) };
         }
-        Ok(values)
+        #[cfg(not(target_os = "linux"))]
+        let _ = (e, range);
     }
 }

@@ -25,15 +25,10 @@ pub struct ConvShape {
 }
 
 impl ConvShape {
-    /// Rows and columns of its matrix.
-    pub fn matrix(&self) -> [usize; 2] {
-        [self.kernel * self.kernel * self.cin, self.cout]
-    }
-
-    /// The matrix of PyTorch's weight `[cout, cin, kernel, kernel]`.
-    pub fn rows(&self, values: &[f32]) -> Vec<f32> {
-        let (cin, places) = (self.cin, self.kernel * self.kernel);
-        by_input(values, self.cout, |row| row % cin * places + row / cin)
+    /// Which of an output's numbers in PyTorch's weight `[cout, cin, kernel, kernel]` stands in a
+    /// row of its matrix: there the places of the neighbourhood come first.
+    pub fn place(&self, row: usize) -> usize {
+        row % self.cin * self.kernel * self.kernel + row / self.cin
     }
 }
 
@@ -61,8 +56,9 @@ impl FrozenConv {
         storage: Storage,
         device: &Device,
     ) -> Self {
-        let (rows, storage) = (shape.rows(values), storage.unquantised());
-        Self::new(FrozenWeight::new(rows, shape.matrix(), storage, device), shape, bias)
+        let rows = by_input(values, shape.cout, |row| shape.place(row));
+        let matrix = [values.len() / shape.cout, shape.cout];
+        Self::new(FrozenWeight::new(rows, matrix, storage.unquantised(), device), shape, bias)
     }
 }
 

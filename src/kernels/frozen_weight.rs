@@ -47,6 +47,12 @@ impl Storage {
         }
     }
 
+    /// Bytes of a value of a linear layer's matrix.
+    pub fn bytes_per_value(self) -> f64 {
+        let bits = |bits: u32| f64::from(bits) / 8.0 + 4.0 / BLOCK as f64;
+        self.bits().map_or(self.dtype().size() as f64, bits)
+    }
+
     /// Bits of a quantised weight.
     fn bits(self) -> Option<u32> {
         match self {
@@ -86,28 +92,66 @@ pub(super) struct Quantised {
 pub struct PreparedWeight {
     rows: usize,
     columns: usize,
-    values: Prepared,
+    values: HostValues,
 }
 
 #[derive(Clone)]
-enum Prepared {
+enum HostValues {
     F32(Vec<f32>),
     F16(Vec<f16>),
     Quantised { bits: u32, words: Vec<u32>, scales: Vec<f32> },
 }
 
+/// Rows that become what is stored at a time: whole blocks of scales.
+const ROWS: usize = 2 * BLOCK;
+
 impl PreparedWeight {
     /// From values `[rows, columns]`, quantised where the storage says so and the rows are whole
     /// blocks.
-    pub fn new(values: Vec<f32>, [rows, columns]: [usize; 2], storage: Storage) -> Self {
-        let quantised = storage.bits().filter(|_| rows.is_multiple_of(BLOCK));
-        let values = match quantised {
-            Some(bits) => quantise(&values, rows, columns, bits),
-            None if storage == Storage::F32 => Prepared::F32(values),
+    pub fn new(values: &[f32], shape: [usize; 2], storage: Storage) -> Self {
+        let copy = |first: usize, rows: &mut [f32]| {
+            rows.copy_from_slice(&values[first * shape[1]..][..rows.len()]);
+        };
+        Self::of(shape, storage, copy)
+    }
+
+    /// The same from what `read` writes of the rows from a number on, on several threads.
+    pub fn of(
+        [rows, columns]: [usize; 2],
+        storage: Storage,
+        read: impl Fn(usize, &mut [f32]) + Sync,
+    ) -> Self {
+        let size = (ROWS * columns).max(1);
+        let panel = || vec![0f32; size];
+        let values = match storage.bits().filter(|_| rows.is_multiple_of(BLOCK)) {
+            Some(bits) => {
+                let each = (32 / bits) as usize;
+                let mut scales = vec![0f32; rows / BLOCK * columns];
+                let mut words = vec![0u32; rows * columns / each];
+                let parts = words.par_chunks_mut((size / each).max(1));
+                let parts = parts.zip(scales.par_chunks_mut((size / BLOCK).max(1))).enumerate();
+                parts.for_each_init(panel, |panel, (part, (words, scales))| {
+                    let panel = &mut panel[..words.len() * each];
+                    read(part * ROWS, panel);
+                    quantise(panel, columns, bits, scales, words);
+                });
+                HostValues::Quantised { bits, words, scales }
+            }
+            None if storage == Storage::F32 => {
+                let mut values = vec![0f32; rows * columns];
+                let parts = values.par_chunks_mut(size).enumerate();
+                parts.for_each(|(part, values)| read(part * ROWS, values));
+                HostValues::F32(values)
+            }
             None => {
-                let mut half = vec![f16::ZERO; values.len()];
-                half.convert_from_f32_slice(&values);
-                Prepared::F16(half)
+                let mut half = vec![f16::ZERO; rows * columns];
+                let parts = half.par_chunks_mut(size).enumerate();
+                parts.for_each_init(panel, |panel, (part, half)| {
+                    let panel = &mut panel[..half.len()];
+                    read(part * ROWS, panel);
+                    half.convert_from_f32_slice(panel);
+                });
+                HostValues::F16(half)
             }
         };
         Self { rows, columns, values }
@@ -121,18 +165,20 @@ impl PreparedWeight {
             Err(shared) => shared.values.clone(),
         };
         let stored = match values {
-            Prepared::F32(values) => {
+            HostValues::F32(values) => {
                 Stored::F32(Tensor::from_data(TensorData::new(values, [rows, columns]), device))
             }
-            Prepared::F16(values) => {
+            HostValues::F16(values) => {
                 let data = TensorData::new(values, [rows, columns]);
                 Stored::F16(Tensor::from_data(data, (device, DType::F16)))
             }
-            Prepared::Quantised { bits, words, scales } => Stored::Quantised(Box::new(Quantised {
-                bits,
-                words: upload(bytemuck::cast_slice(&words), [words.len()], device),
-                scales: upload(&scales, [rows / BLOCK, columns], device),
-            })),
+            HostValues::Quantised { bits, words, scales } => {
+                Stored::Quantised(Box::new(Quantised {
+                    bits,
+                    words: upload(bytemuck::cast_slice(&words), [words.len()], device),
+                    scales: upload(&scales, [rows / BLOCK, columns], device),
+                }))
+            }
         };
         FrozenWeight { rows, columns, exact: false, stored }
     }
@@ -141,7 +187,7 @@ impl PreparedWeight {
 impl FrozenWeight {
     /// From values `[rows, columns]`, as [`PreparedWeight::new`].
     pub fn new(values: Vec<f32>, shape: [usize; 2], storage: Storage, device: &Device) -> Self {
-        Arc::new(PreparedWeight::new(values, shape, storage)).on(device)
+        Arc::new(PreparedWeight::new(&values, shape, storage)).on(device)
     }
 
     /// Bytes that it takes.
@@ -168,40 +214,44 @@ impl FrozenWeight {
     }
 }
 
-fn quantise(values: &[f32], rows: usize, columns: usize, bits: u32) -> Prepared {
+/// Quantises whole blocks of rows.
+fn quantise(values: &[f32], columns: usize, bits: u32, scales: &mut [f32], words: &mut [u32]) {
     let most = ((1 << (bits - 1)) - 1) as f32;
-    let mut scales = vec![0f32; rows / BLOCK * columns];
-    for (scale, block) in scales.chunks_exact_mut(columns).zip(values.chunks(BLOCK * columns)) {
-        for row in block.chunks_exact(columns) {
-            scale.iter_mut().zip(row).for_each(|(s, v)| *s = s.max(v.abs() / most));
-        }
-    }
     let each = (32 / bits) as usize;
     let mask = u32::MAX >> (32 - bits);
-    let mut words = vec![0u32; values.len().div_ceil(each)];
-    for (k, row) in values.chunks_exact(columns).enumerate() {
-        let scales = &scales[k / BLOCK * columns..][..columns];
-        for (i, (v, scale)) in (k * columns..).zip(row.iter().zip(scales)) {
-            let q = if *scale > 0.0 { (v / scale).round().clamp(-most, most) as i32 } else { 0 };
-            words[i / each] |= (q as u32 & mask) << (bits * (i % each) as u32);
+    let size = BLOCK * columns;
+    let blocks = values.chunks_exact(size).zip(scales.chunks_exact_mut(columns));
+    for ((block, scales), words) in blocks.zip(words.chunks_exact_mut(size / each)) {
+        for row in block.chunks_exact(columns) {
+            scales.iter_mut().zip(row).for_each(|(s, v)| *s = s.max(v.abs() / most));
+        }
+        for (k, row) in block.chunks_exact(columns).enumerate() {
+            for (i, (v, scale)) in (k * columns..).zip(row.iter().zip(&*scales)) {
+                let fits = *scale > 0.0;
+                let q = if fits { (v / scale).round().clamp(-most, most) as i32 } else { 0 };
+                words[i / each] |= (q as u32 & mask) << (bits * (i % each) as u32);
+            }
         }
     }
-    Prepared::Quantised { bits, words, scales }
 }
 
 /// PyTorch's weight `[outputs, columns]` as rows for a product: row r of `[columns, outputs]` is
 /// its column `order(r)`. A few outputs at a time, so that what is read stays in a cache.
-pub fn by_input(values: &[f32], outputs: usize, order: impl Fn(usize) -> usize) -> Vec<f32> {
+pub fn by_input(values: &[f32], outputs: usize, order: impl Fn(usize) -> usize + Sync) -> Vec<f32> {
     const OUTPUTS: usize = 16;
+    // Rows that a core writes at a time.
+    const ROWS: usize = 64;
     let columns = values.len() / outputs;
     let mut rows = vec![0.0; values.len()];
-    for first in (0..outputs).step_by(OUTPUTS) {
-        let end = outputs.min(first + OUTPUTS);
-        for (r, row) in rows.chunks_exact_mut(outputs).enumerate() {
-            let column = order(r);
-            (first..end).for_each(|o| row[o] = values[o * columns + column]);
+    rows.par_chunks_mut(ROWS * outputs).enumerate().for_each(|(part, rows)| {
+        for first in (0..outputs).step_by(OUTPUTS) {
+            let end = outputs.min(first + OUTPUTS);
+            for (r, row) in rows.chunks_exact_mut(outputs).enumerate() {
+                let column = order(part * ROWS + r);
+                (first..end).for_each(|o| row[o] = values[o * columns + column]);
+            }
         }
-    }
+    });
     rows
 }
 

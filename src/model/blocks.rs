@@ -331,9 +331,19 @@ pub struct TimeEmbedding {
 impl TimeEmbedding {
     /// `inputs` are the waves of one number, unless there are those of several, or others beside.
     pub fn load(l: &Loader, waves: Waves, inputs: usize, out: usize) -> Result<Self> {
+        Self::load_as(l, ["linear_1", "linear_2"], waves, [inputs, out, out])
+    }
+
+    /// The same under other names, with the widths before, between and behind the two layers.
+    pub fn load_as(
+        l: &Loader,
+        names: [&str; 2],
+        waves: Waves,
+        [inputs, inner, out]: [usize; 3],
+    ) -> Result<Self> {
         Ok(Self {
-            linear_1: Linear::load(l, "linear_1", inputs, out)?,
-            linear_2: Linear::load(l, "linear_2", out, out)?,
+            linear_1: Linear::load(l, names[0], inputs, inner)?,
+            linear_2: Linear::load(l, names[1], inner, out)?,
             waves,
         })
     }

@@ -130,6 +130,33 @@ impl Config {
         }
     }
 
+    /// What is added below a root.
+    ///
+    /// # Errors
+    /// When it is not a number, or negative.
+    pub fn eps(&self, field: &str, default: f64) -> Result<f64> {
+        let value = self.float(field, default)?;
+        ensure!(value >= 0.0, self.bad(field, "must not be negative"));
+        Ok(value)
+    }
+
+    /// Widths of the `N` axes of a rotary embedding of heads of a width.
+    ///
+    /// # Errors
+    /// When they are not so many even numbers that add up to it.
+    pub fn axes<const N: usize>(
+        &self,
+        field: &str,
+        default: [usize; N],
+        head: usize,
+    ) -> Result<Vec<usize>> {
+        let axes = if self.json[field].is_null() { default.to_vec() } else { self.list(field)? };
+        let fits = axes.len() == N && axes.iter().sum::<usize>() == head;
+        let what = format!("must be {N} even numbers that add up to a head's width, {head}");
+        ensure!(fits && axes.iter().all(|a| a % 2 == 0), self.bad(field, &what));
+        Ok(axes)
+    }
+
     /// A number that something is divided by.
     ///
     /// # Errors

@@ -2,6 +2,7 @@
 //! runs it from end to end; the update can differentiate it block by block, so that only one
 //! block's activations are held at a time.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -147,6 +148,12 @@ pub trait Denoiser: Send + Sync {
 
     /// Block `i`.
     fn block(&self, i: usize, hidden: Hidden, lora: Option<&Lora>) -> Hidden;
+
+    /// Keeps what a block is read from for as long as the result lives: for several runs of it,
+    /// where blocks are read when their turn comes.
+    fn keep(&self, _i: usize) -> Option<Arc<dyn Any + Send + Sync>> {
+        None
+    }
 
     /// Everything after the last block: the prediction, `[B, C, H, W]`.
     fn finish(&self, hidden: Hidden) -> Tensor<4>;

@@ -2,6 +2,7 @@
 //! authors; and what is given in place of parts.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use anyhow::{Context, Result, bail, ensure};
 use burn::tensor::Device;
@@ -10,7 +11,7 @@ use serde_json::{Value, json};
 use super::component::Component;
 use super::denoiser::Denoiser;
 use super::family::Family;
-use super::loader::{Storage, Stream};
+use super::loader::{PreparedWeights, Storage, Stream};
 use super::single_file::{Kind, SingleFile, is_t5, text_encoder_of, vae_of};
 use super::text::layout::TextLayout;
 use crate::choice::name;
@@ -45,7 +46,12 @@ pub struct ModelFiles {
     pub family: Family,
     /// The model itself, where it is one file.
     file: Option<SingleFile>,
+    /// What is kept of streamed blocks, for all devices.
+    prepared: Arc<PreparedWeights>,
 }
+
+/// Share of the host's free memory that streamed blocks may take.
+const ROOM: f64 = 0.75;
 
 /// Where a folder's network is: in a folder of its own, or this folder itself.
 fn network_dir(dir: &Path) -> Result<PathBuf> {
@@ -83,11 +89,13 @@ impl ModelFiles {
         if path.is_dir() {
             let network = Component::folder(&network_dir(path)?)?;
             let family = Family::of_network(&network.config)?;
-            return Ok(Self { spec: spec.clone(), family, file: None });
+            let prepared = Arc::default();
+            return Ok(Self { spec: spec.clone(), family, file: None, prepared });
         }
         let file = SingleFile::open(path, spec.config.as_deref(), spec.prediction)
             .with_context(|| format!("--model {}", path.display()))?;
-        Ok(Self { spec: spec.clone(), family: file.family, file: Some(file) })
+        let (spec, family, prepared) = (spec.clone(), file.family, Arc::default());
+        Ok(Self { spec, family, file: Some(file), prepared })
     }
 
     /// A folder without flags.
@@ -173,9 +181,13 @@ impl ModelFiles {
     /// When the list of its tensors cannot be read.
     pub fn stream(&self, compute: &Compute, storage: Storage) -> Result<Stream> {
         let values = self.network()?.weights()?.elements(|_| true);
-        let bytes = (values * storage.dtype().size()) as u64;
+        let bytes = values as f64 * storage.bytes_per_value();
         let own = compute.gpu.is_some() && !compute.software;
-        Ok(if own && bytes < available() / 2 { Stream::FromHost } else { Stream::FromDisk })
+        let room = bytes < ROOM * available() as f64;
+        Ok(match own && room {
+            true => Stream::FromHost(self.prepared.clone()),
+            false => Stream::FromDisk,
+        })
     }
 
     /// A part by its folder's name in diffusers' layout.
@@ -209,6 +221,11 @@ impl ModelFiles {
         }
         let layout = self.family.text();
         let one = matches!(layout, TextLayout::Qwen3(_));
+        ensure!(
+            !one || self.spec.text_encoder.len() < 2,
+            "--text-encoder: stands there {} times, and the model has one text encoder",
+            self.spec.text_encoder.len()
+        );
         let shown = |path: &Path| format!("--text-encoder {}", path.display());
         let mut given = Vec::new();
         for path in &self.spec.text_encoder {

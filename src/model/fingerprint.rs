@@ -42,6 +42,9 @@ impl ModelFiles {
     }
 
     fn add_folder(&self, embeddings: Option<&Path>, hasher: &mut sha2::Sha256) -> Result<()> {
+        // What model_index.json says of the network and of its prompts.
+        let network = self.network()?.config.json;
+        hasher.update([u8::from(network["is_distilled"] == true)]);
         let network = self.family.network();
         for part in listed(self.path(), "--model ")? {
             let name = part.file_name().and_then(|n| n.to_str()).unwrap_or_default();
@@ -71,7 +74,8 @@ fn add_path(path: &Path, hasher: &mut sha2::Sha256) -> Result<()> {
 /// Adds the small files of a folder.
 fn add_small(path: &Path, hasher: &mut sha2::Sha256) -> Result<()> {
     let mut files = listed(path, "")?;
-    files.retain(|f| f.extension().is_some_and(|e| e == "json" || e == "txt") && f.is_file());
+    let small = ["json", "txt", "jinja"];
+    files.retain(|f| f.extension().is_some_and(|e| small.iter().any(|s| e == *s)) && f.is_file());
     for file in files {
         let bytes = std::fs::read(&file);
         hasher.update(bytes.with_context(|| format!("{}: cannot be read", file.display()))?);

@@ -1,30 +1,42 @@
 //! From a component's weights to tensors on a device, in the type that they are stored in.
 
 use std::collections::HashMap;
+use std::sync::atomic::AtomicBool;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Result, ensure};
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::io::weights::Weights;
-use crate::kernels::frozen_weight::{FrozenWeight, PreparedWeight};
+use crate::kernels::frozen_weight::{FrozenWeight, PreparedWeight, by_input};
 
 pub use crate::kernels::frozen_weight::Storage;
 
 /// Where the blocks of a network are read from when their turn comes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub enum Stream {
-    /// From the host's memory, as they go to the device.
-    FromHost,
+    /// From the host's memory, where their matrices lie as they go to devices.
+    FromHost(Arc<PreparedWeights>),
     /// From their file.
     FromDisk,
 }
 
-/// Matrices as they go to a device, by their names, each made once.
-#[derive(Default)]
-pub struct Prepared(Mutex<HashMap<String, Arc<PreparedWeight>>>);
+impl Stream {
+    /// What is kept of the matrices that were read.
+    pub fn prepared(&self) -> Option<Arc<PreparedWeights>> {
+        match self {
+            Self::FromHost(prepared) => Some(prepared.clone()),
+            Self::FromDisk => None,
+        }
+    }
+}
 
-impl Prepared {
+/// Matrices as they go to a device, by their names, each made once for all devices.
+#[derive(Default)]
+pub struct PreparedWeights(Mutex<HashMap<String, Arc<PreparedWeight>>>);
+
+impl PreparedWeights {
     /// The one of a name, made where it is missing.
     fn get(
         &self,
@@ -54,7 +66,7 @@ pub struct Loader<'a> {
     /// Whether blocks are read when their turn comes, and where from.
     pub stream: Option<Stream>,
     /// What is kept of the matrices that were read.
-    pub prepared: Option<Arc<Prepared>>,
+    pub prepared: Option<Arc<PreparedWeights>>,
     prefix: String,
 }
 
@@ -98,18 +110,38 @@ impl<'a> Loader<'a> {
         Ok(Tensor::from_data(TensorData::new(values, shape), self.device))
     }
 
-    /// A frozen matrix `[rows, columns]` on the device, from what `values` makes of tensor `part`.
+    /// A frozen matrix on the device, from tensor `part` of the shape that PyTorch has it in,
+    /// outputs first: row `r` is its column `order(r)`.
     ///
     /// # Errors
-    /// Those of `values`.
-    pub fn frozen(
+    /// As [`Self::values`].
+    pub fn frozen<const D: usize>(
         &self,
         part: &str,
-        shape: [usize; 2],
+        shape: [usize; D],
         storage: Storage,
-        values: impl FnOnce() -> Result<Vec<f32>>,
+        order: impl Fn(usize) -> usize + Sync,
     ) -> Result<FrozenWeight> {
-        let make = || Ok(Arc::new(PreparedWeight::new(values()?, shape, storage)));
+        let outputs = shape[0];
+        let matrix = [shape[1..].iter().product(), outputs];
+        let make = || {
+            let name = self.fitting(part, shape)?;
+            if let Some(columns) = self.weights.columns(&name) {
+                let damaged = AtomicBool::new(false);
+                let read = |first: usize, rows: &mut [f32]| {
+                    if !columns.read(|r| order(first + r), rows) {
+                        damaged.store(true, Relaxed);
+                    }
+                };
+                let made = PreparedWeight::of(matrix, storage, read);
+                if !damaged.into_inner() {
+                    return Ok(Arc::new(made));
+                }
+            }
+            // As it cannot be read in place; or the error that says what is damaged.
+            let values = by_input(&self.values(part, shape)?, outputs, &order);
+            Ok(Arc::new(PreparedWeight::new(&values, matrix, storage)))
+        };
         let prepared = match &self.prepared {
             Some(kept) => kept.get(&self.name(part), make)?,
             None => make()?,
@@ -124,6 +156,11 @@ impl<'a> Loader<'a> {
     /// # Errors
     /// When it is missing, of another type or shape, or holds a value that is not finite.
     pub fn values<const D: usize>(&self, part: &str, shape: [usize; D]) -> Result<Vec<f32>> {
+        Ok(self.weights.f32(&self.fitting(part, shape)?)?.values)
+    }
+
+    /// The full name of a tensor that has a known shape, or is missing.
+    fn fitting<const D: usize>(&self, part: &str, shape: [usize; D]) -> Result<String> {
         let name = self.name(part);
         // Linear layers that older versions stored as 1x1 convolutions, and the reverse, hold the
         // same numbers.
@@ -135,6 +172,6 @@ impl<'a> Loader<'a> {
                 self.weights.source().display()
             );
         }
-        Ok(self.weights.f32(&name)?.values)
+        Ok(name)
     }
 }

@@ -11,7 +11,7 @@ pub use crate::kernels::activation::Activation;
 use crate::kernels::activation::activation;
 use crate::kernels::frozen_conv::{ConvShape, FrozenConv, frozen_conv};
 use crate::kernels::frozen_linear::{LowRank, frozen_linear};
-use crate::kernels::frozen_weight::{FrozenWeight, by_input};
+use crate::kernels::frozen_weight::FrozenWeight;
 use crate::kernels::group_norm_silu::group_norm_silu;
 use crate::kernels::layer_norm::layer_norm;
 use crate::kernels::low_rank::low_rank;
@@ -29,11 +29,7 @@ pub struct Linear {
 impl Linear {
     pub fn load(l: &Loader, part: &str, inputs: usize, outputs: usize) -> Result<Self> {
         let l = l.at(part);
-        let weight = l.frozen("weight", [inputs, outputs], l.storage, || {
-            let values = l.values("weight", [outputs, inputs])?;
-            Ok(by_input(&values, outputs, |input| input))
-        })?;
-        let weight = Arc::new(weight);
+        let weight = Arc::new(l.frozen("weight", [outputs, inputs], l.storage, |input| input)?);
         let bias = if l.has("bias") { Some(l.tensor("bias", [outputs])?) } else { None };
         let name = l.name("").trim_end_matches('.').to_string();
         Ok(Self {
@@ -64,9 +60,8 @@ impl Conv2d {
     pub fn load(l: &Loader, part: &str, shape: ConvShape) -> Result<Self> {
         let l = l.at(part);
         let ConvShape { cin, cout, kernel, .. } = shape;
-        let weight = l.frozen("weight", shape.matrix(), l.storage.unquantised(), || {
-            Ok(shape.rows(&l.values("weight", [cout, cin, kernel, kernel])?))
-        })?;
+        let (stored, own) = ([cout, cin, kernel, kernel], l.storage.unquantised());
+        let weight = l.frozen("weight", stored, own, |row| shape.place(row))?;
         let bias = if l.has("bias") { Some(l.tensor("bias", [cout])?) } else { None };
         let conv = FrozenConv::new(weight, shape, bias);
         let name = l.name("").trim_end_matches('.').to_string();
@@ -195,6 +190,11 @@ impl RmsNorm {
     pub fn times(&self, x: Tensor<3>, factor: Tensor<2>) -> Tensor<3> {
         rms_norm(x, self.gamma.clone() * factor, self.eps)
     }
+}
+
+/// silu(gate) x: what transformers of today have between the products of a feed-forward.
+pub fn silu_gated<const D: usize>(gate: Tensor<D>, x: Tensor<D>) -> Tensor<D> {
+    Activation::Silu.forward(gate) * x
 }
 
 impl Activation {

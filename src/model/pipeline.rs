@@ -14,7 +14,6 @@ use super::loader::{Storage, Stream};
 use super::resolution::Resolution;
 use super::text::TextEncoders;
 use super::text::embeddings::{PromptEmbeddings, fits};
-use super::tiles::TILE;
 use super::vae::Vae;
 use crate::schedule::Schedule;
 
@@ -138,7 +137,7 @@ impl Pipeline {
 
     /// The same, whose pictures are decoded in tiles where `tiled` says so.
     pub fn in_tiles(mut self, tiled: bool) -> Self {
-        self.vae.tile = tiled.then_some(TILE);
+        self.vae.tile = tiled.then_some(self.vae.tile_side);
         self
     }
 

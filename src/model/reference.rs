@@ -43,6 +43,11 @@ impl ReferenceTensors {
     /// When it is missing or has another number of dimensions.
     pub fn tensor<const D: usize>(&self, name: &str) -> Result<Tensor<D>> {
         let HostTensor { shape, values, .. } = self.file.raw(name)?;
+        ensure!(
+            shape.iter().all(|&n| n > 0),
+            "{}: {name} has shape {shape:?}, and is empty",
+            self.path().display()
+        );
         let found = shape.clone();
         let shape: [usize; D] = shape.try_into().ok().with_context(|| {
             let path = self.path().display();

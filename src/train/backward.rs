@@ -160,6 +160,7 @@ impl Blocks<'_> {
     ) -> Option<Incoming> {
         let total = before.len();
         let mut parts: Vec<Incoming> = Vec::new();
+        let _kept = self.net.keep(i);
         for start in (0..total).step_by(self.rows) {
             let n = self.rows.min(total - start);
             let Leaves { leaves, hidden } = Leaves::of(&before.rows(start, n));

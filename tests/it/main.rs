@@ -17,6 +17,7 @@ mod model;
 mod numbers;
 mod page;
 mod picture;
+mod qwen_input;
 mod remote_server;
 mod reward;
 mod reward_guidance;

@@ -169,6 +169,8 @@ fn recipes_are_runs_of_their_families() {
             "sd15" => "sd15",
             "sd35m" => "sd35m",
             "flux" => "flux-dev",
+            "flux2" => "flux2-klein",
+            "z" => "z-image",
             other => panic!("{other} has no model here"),
         };
         let prompts: Vec<String> = (0..8).map(|i| format!("prompt {i}")).collect();

@@ -19,6 +19,11 @@ const FOLDERS: [(&str, &str); 6] = [
     ("z-image", "w2"),
 ];
 
+/// From the host's memory, with nothing in it yet.
+fn host() -> Stream {
+    Stream::FromHost(Default::default())
+}
+
 /// The prediction of a folder's reference with an adapter that does something.
 fn prediction(
     compute: &Compute,
@@ -40,15 +45,15 @@ fn streamed_blocks_give_the_bits_of_held_ones() {
     for compute in [cpu(), gpu()] {
         for (folder, target) in FOLDERS {
             let held = prediction(&compute, folder, target, Storage::F32, None);
-            for stream in [Stream::FromHost, Stream::FromDisk] {
+            for (from, stream) in [("host", host()), ("disk", Stream::FromDisk)] {
                 let found = prediction(&compute, folder, target, Storage::F32, Some(stream));
-                assert!(found == held, "{folder} {stream:?} on {}", compute.name);
+                assert!(found == held, "{folder} from the {from} on {}", compute.name);
             }
         }
         let (folder, target) = ("z-image", "to_v");
         for storage in [Storage::F16, Storage::Q8, Storage::Q4] {
             let held = prediction(&compute, folder, target, storage, None);
-            let found = prediction(&compute, folder, target, storage, Some(Stream::FromHost));
+            let found = prediction(&compute, folder, target, storage, Some(host()));
             assert!(found == held, "{folder} {storage:?} on {}", compute.name);
         }
     }

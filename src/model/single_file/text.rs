@@ -11,6 +11,7 @@ use crate::io::weights::Weights;
 use crate::model::clip::open_clip::as_transformers;
 use crate::model::component::Component;
 use crate::model::family::Family;
+use crate::model::text::qwen3::prefix;
 
 /// What an encoder is, which its tensors do not show.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -163,7 +164,7 @@ fn clip(mut weights: Weights, kind: Kind) -> Result<Part> {
 /// A Qwen3, whose names are transformers' already. Its base of the rotary embedding is that of all
 /// published ones.
 fn qwen3(weights: &Weights) -> Result<Part> {
-    let prefix = if weights.has("model.embed_tokens.weight") { "model." } else { "" };
+    let prefix = prefix(weights);
     let matrix = |name: &str| shape::<2>(weights, &format!("{prefix}{name}.weight"));
     let [words, width] = matrix("embed_tokens")?;
     let [queries, _] = matrix("layers.0.self_attn.q_proj")?;

@@ -134,6 +134,8 @@ fn template_of(dir: &Path, config_file: &Path, config: &Value) -> Result<(PathBu
 /// The template as transformers sets Jinja up for it.
 fn environment(source: &Path, text: String) -> Result<Environment<'static>> {
     let mut env = Environment::new();
+    // A template that does not end is refused; Qwen3's takes some hundred instructions.
+    env.set_fuel(Some(10_000_000));
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);

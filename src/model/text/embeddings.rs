@@ -149,7 +149,9 @@ impl PromptEmbeddings {
         let (mut sequences, mut pooleds, mut lengths) = (Vec::new(), Vec::new(), Vec::new());
         let map = RowMap::of_equal(rows);
         for row in map.firsts().into_iter().map(|image| rows[image]) {
-            lengths.extend(self.lengths.get(row));
+            if !self.lengths.is_empty() {
+                lengths.push(self.lengths.get(row).copied().unwrap_or(tokens));
+            }
             match &self.source {
                 _ if row == ZEROS => {
                     sequences.resize(sequences.len() + tokens * width, 0.0);

@@ -1,7 +1,7 @@
 //! From prompts to what a network is conditioned on: the text encoders of each family, put together
 //! as diffusers' pipelines do.
 
-mod chat;
+pub mod chat;
 pub mod clip;
 pub mod embeddings;
 pub mod layout;
@@ -87,17 +87,18 @@ impl Qwen3 {
         storage: Storage,
     ) -> Result<Self> {
         let part = "text_encoder";
-        ensure!(
-            files.has(part),
-            "{}: {part} is missing; give it by --text-encoder DIR, or its work by --embeddings \
-             FILE",
-            files.shown()
-        );
+        let component = files.component(part).with_context(|| {
+            format!(
+                "{}: its text encoder cannot be used; give one by --text-encoder DIR, or its work \
+                 by --embeddings FILE",
+                files.shown()
+            )
+        })?;
         // Z-Image's pipeline leaves room for thoughts, FLUX.2's does not.
         let thinking = states == States::SecondLast;
         Ok(Self {
             tokenizer: ChatTokenizer::load(&files.chat_tokenizer()?, length, thinking)?,
-            model: Qwen3Encoder::open(&files.component(part)?, states, device, storage)?,
+            model: Qwen3Encoder::open(&component, states, device, storage)?,
             states,
         })
     }

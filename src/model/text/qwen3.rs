@@ -11,7 +11,7 @@ use crate::kernels::attention::{Heads, attention};
 use crate::model::component::Component;
 use crate::model::config::Config;
 use crate::model::loader::{Loader, Storage};
-use crate::model::nn::{Activation, Linear, RmsNorm};
+use crate::model::nn::{Linear, RmsNorm, silu_gated};
 
 /// What stands for minus infinity among scores: its exponential is 0 beside any other's.
 const NEVER: f32 = -1e30;
@@ -36,6 +36,13 @@ pub struct Qwen3Config {
 impl Qwen3Config {
     /// The architectures that it is read of.
     pub const ARCHITECTURES: [&str; 2] = ["Qwen3ForCausalLM", "Qwen3Model"];
+
+    /// Whether a text encoder's configuration is of one.
+    pub fn is_of(c: &Config) -> bool {
+        let architecture = c.json["architectures"][0].as_str();
+        c.json["model_type"] == "qwen3"
+            || architecture.is_some_and(|a| Self::ARCHITECTURES.contains(&a))
+    }
 
     /// Reads a text encoder's `config.json`.
     ///
@@ -72,10 +79,15 @@ impl Qwen3Config {
             inner: c.width("intermediate_size", 22016)?,
             layers: c.count("num_hidden_layers", 32)?,
             vocabulary: c.width("vocab_size", 151_936)?,
-            eps: c.float("rms_norm_eps", 1e-6)?,
+            eps: c.eps("rms_norm_eps", 1e-6)?,
             theta: theta(c)?,
         })
     }
+}
+
+/// What all names begin with: those of `Qwen3ForCausalLM` with its model's name.
+pub fn prefix(weights: &Weights) -> &'static str {
+    if weights.has("model.embed_tokens.weight") { "model." } else { "" }
 }
 
 /// The base of the rotary embedding, at the top of the configuration or in `rope_parameters`.
@@ -227,8 +239,8 @@ impl Layer {
         let x = x + out.forward(attended * prompt.seeing.clone(), None);
         let h = self.post_norm.forward(x.clone());
         let [gate, up, down] = &self.mlp;
-        let gate = Activation::Silu.forward(gate.forward(h.clone(), None));
-        x + down.forward(gate * up.forward(h, None), None)
+        let h = silu_gated(gate.forward(h.clone(), None), up.forward(h, None));
+        x + down.forward(h, None)
     }
 }
 
@@ -273,10 +285,8 @@ impl Qwen3Encoder {
     pub fn forward(&self, prompts: &[Tokens]) -> Result<Vec<Vec<f32>>> {
         let c = &self.config;
         let wanted = self.states.of(c.layers)?;
-        let prefixed = self.weights.has("model.embed_tokens.weight");
         let root = Loader::new(&self.weights, &self.device, self.storage);
-        let root = if prefixed { root.at("model") } else { root };
-        let fixed: Vec<Prompt> = prompts.iter().map(|p| self.prompt(p)).collect();
+        let root = if prefix(&self.weights).is_empty() { root } else { root.at("model") };
         let embed = |p: &Tokens| self.embed(&root, &p.ids);
         let mut hidden: Vec<Vec<f32>> = prompts.iter().map(embed).collect::<Result<_>>()?;
         let mut states: Vec<Vec<Vec<f32>>> = vec![Vec::new(); prompts.len()];
@@ -285,10 +295,10 @@ impl Qwen3Encoder {
             // What transformers has behind the last layer is normed.
             let norm = (i + 1 == c.layers).then(|| RmsNorm::load(&root, "norm", c.width, c.eps));
             let norm = norm.transpose()?;
-            for (prompt, hidden) in fixed.iter().zip(&mut hidden) {
+            for (prompt, hidden) in prompts.iter().zip(&mut hidden) {
                 let t = hidden.len() / c.width;
                 let x = upload(hidden, [1, t, c.width], &self.device);
-                let y = layer.forward(c, x, prompt);
+                let y = layer.forward(c, x, &self.prompt(prompt));
                 *hidden = read(&match &norm {
                     Some(norm) => norm.forward(y),
                     None => y,

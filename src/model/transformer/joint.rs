@@ -29,6 +29,15 @@ pub fn tokens(held: Tensor<4>) -> Tensor<3> {
     held.squeeze_dim(1)
 }
 
+/// Image and text tokens as one stream, text first, as single blocks have it from the first of them
+/// on.
+pub fn one_stream(mut flow: Vec<Tensor<4>>) -> Tensor<3> {
+    if flow.len() == 2 {
+        flow.swap(0, 1);
+    }
+    tokens(Tensor::cat(flow, 2))
+}
+
 /// diffusers' `CombinedTimestepTextProjEmbeddings`, and the variant with an embedding of the
 /// guidance scale.
 pub struct TimeTextEmbedding {

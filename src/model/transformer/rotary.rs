@@ -22,17 +22,21 @@ impl Rotary {
     pub fn of<const N: usize>(&self, sequences: &[Vec<[f32; N]>], device: &Device) -> Turns {
         let head: usize = self.axes.iter().sum();
         let tokens = sequences.first().map_or(0, Vec::len);
+        // Of each pair its axis and frequency.
+        let frequency =
+            |pair: usize, width: usize| self.theta.powf(-2.0 * pair as f64 / width as f64);
+        let axis = |(axis, &width): (usize, &usize)| {
+            (0..width / 2).map(move |pair| (axis, frequency(pair, width)))
+        };
+        let pairs: Vec<(usize, f64)> = self.axes.iter().enumerate().flat_map(axis).collect();
         let mut values = [Vec::new(), Vec::new()];
         for position in sequences.iter().flatten() {
-            for (axis, &width) in self.axes.iter().enumerate() {
-                for pair in 0..width / 2 {
-                    let frequency = self.theta.powf(-2.0 * pair as f64 / width as f64);
-                    let angle = f64::from(position[axis]) * frequency;
-                    let angle = if self.rounded { f64::from(angle as f32) } else { angle };
-                    let (sin, cos) = angle.sin_cos();
-                    values[0].extend([cos as f32; 2]);
-                    values[1].extend([sin as f32; 2]);
-                }
+            for (axis, frequency) in &pairs {
+                let angle = f64::from(position[*axis]) * frequency;
+                let angle = if self.rounded { f64::from(angle as f32) } else { angle };
+                let (sin, cos) = angle.sin_cos();
+                values[0].extend([cos as f32; 2]);
+                values[1].extend([sin as f32; 2]);
             }
         }
         let shape = [sequences.len(), tokens, 1, head];

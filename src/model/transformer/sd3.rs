@@ -1,6 +1,7 @@
 //! diffusers' `SD3Transformer2DModel`: Stable Diffusion 3, 3.5 medium (dual attention) and 3.5
 //! large.
 
+use std::any::Any;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
@@ -321,6 +322,10 @@ impl Denoiser for Sd3 {
         let (image, text) =
             self.blocks.get(i).forward(tokens(image), tokens(text), &hidden.fixed, lora);
         Hidden { flow: vec![hold(image), hold(text)], fixed: hidden.fixed }
+    }
+
+    fn keep(&self, i: usize) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.blocks.keep(i)
     }
 
     fn finish(&self, mut hidden: Hidden) -> Tensor<4> {

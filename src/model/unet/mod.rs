@@ -3,6 +3,7 @@
 pub mod config;
 pub mod original;
 
+use std::any::Any;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -328,6 +329,10 @@ impl Denoiser for UNet {
         }
         flow.push(h);
         Hidden { flow, fixed }
+    }
+
+    fn keep(&self, i: usize) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.units.keep(i)
     }
 
     fn finish(&self, mut hidden: Hidden) -> Tensor<4> {

@@ -6,6 +6,7 @@ use serde_json::json;
 use crate::model::blocks::ResnetSpec;
 use crate::model::config::{BlockShape, Config};
 use crate::model::nn::Activation;
+use crate::model::tiles::TILE;
 
 /// Side of the squares of latent pixels that FLUX.2 packs into channels.
 pub(super) const PATCH: usize = 2;
@@ -112,6 +113,11 @@ impl VaeConfig {
     /// Channels of the latents that a sampler has.
     pub fn latent_channels(&self) -> usize {
         self.coded_channels * self.patch() * self.patch()
+    }
+
+    /// Side in latent pixels of a tile that is decoded alone.
+    pub fn tile(&self) -> usize {
+        TILE / self.patch()
     }
 
     /// Side of what a latent pixel is of what the decoder takes.

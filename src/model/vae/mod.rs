@@ -2,7 +2,7 @@
 
 pub mod config;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use burn::tensor::{Device, Tensor};
 
 use self::config::{PATCH, VaeConfig};
@@ -172,6 +172,13 @@ impl Packed {
             l.tensor::<1>(part, [channels]).map(|values| values.reshape([1, channels, 1, 1]))
         };
         let variance = counted("running_var")?;
+        let least = l.values("running_var", [channels])?.into_iter().fold(f32::INFINITY, f32::min);
+        ensure!(
+            least >= 0.0,
+            "{}: tensor {} holds {least}; a variance is not negative",
+            root.weights.source().display(),
+            l.name("running_var")
+        );
         Ok(Self { mean: counted("running_mean")?, deviation: (variance + eps).sqrt() })
     }
 
@@ -203,6 +210,8 @@ pub struct Vae {
     packed: Option<Packed>,
     /// Side in latent pixels of the tiles that it decodes one by one, where it does.
     pub tile: Option<usize>,
+    /// What that is where it does.
+    pub tile_side: usize,
     encoder: Coder,
     quant: Option<Conv2d>,
     post_quant: Option<Conv2d>,
@@ -236,6 +245,7 @@ impl Vae {
             post_quant: one(c.post_quant, "post_quant_conv", latent)?,
             decoder: Coder::load(&root, &c, Way::Decode)?,
             tile: None,
+            tile_side: c.tile(),
         })
     }
 

@@ -33,6 +33,13 @@ impl Subject<'_> {
         }
         if r.has("out.encoded") && r.has("in.image") {
             let image = fitting("in.image", &[3])?;
+            let [_, _, h, w] = image.dims();
+            ensure!(
+                h % vae.factor == 0 && w % vae.factor == 0,
+                "{}: in.image has {h}x{w} pixels, the VAE takes multiples of {}",
+                r.path().display(),
+                vae.factor
+            );
             let packed = r.file.shape("out.encoded").is_none_or(|s| s.get(1) != Some(&coded));
             let raw = own != coded && !packed;
             let latents = if raw { vae.encode_coded(image) } else { vae.encode(image) };

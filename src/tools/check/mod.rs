@@ -21,6 +21,7 @@ use crate::model::reference::ReferenceTensors;
 use crate::model::row_map::RowMap;
 use crate::model::text::layout::TextLayout;
 use crate::model::text::qwen3::Qwen3Config;
+use crate::model::text::tokenizer::MOST_TOKENS;
 use crate::model::vae::config::VaeConfig;
 use crate::model::{Component, Conditioning, Denoiser, ModelFiles, ModelSpec};
 use crate::sampling::policy::{GuidanceMode, Policy, PromptPair, Weighted};
@@ -173,7 +174,10 @@ impl Subject<'_> {
                     && files.chat_tokenizer().is_ok()
                     && files.scheduler().is_ok()
             }
-            _ => files.file().is_none() || run,
+            TextLayout::Clip
+            | TextLayout::TwoClips
+            | TextLayout::TwoClipsAndT5
+            | TextLayout::T5AndPooledClip => files.file().is_none() || run,
         };
         encoders && !files.is_network_alone() && own
     }
@@ -214,6 +218,13 @@ impl Subject<'_> {
             }
             None => [h, w],
         };
+        let qwen = matches!(files.family.text(), TextLayout::Qwen3(_));
+        ensure!(
+            !qwen || (1..=MOST_TOKENS).contains(&run.max_sequence_length),
+            "{}: max_sequence_length = {}: must lie between 1 and {MOST_TOKENS}",
+            path.display(),
+            run.max_sequence_length
+        );
         let prompts = self.encode(files, &run, pixels)?;
         let mut lines = self.embeddings(&prompts)?;
         let sampler = Sampler::of_pipelines(files.family.is_flow());
@@ -265,6 +276,25 @@ impl Subject<'_> {
         Ok(PromptPair { cond: of(&rows)?, uncond: of(&[embeddings.uncond()])? })
     }
 
+    /// Checks that prompts have as many tokens as the reference's mask leaves of each.
+    fn have_lengths(&self, found: &[usize], reference: &str) -> Result<()> {
+        let mask = "in.attention_mask";
+        if reference != PROMPT_EMBEDS || !self.reference.has(mask) {
+            return Ok(());
+        }
+        let mask = self.reference.file.raw(mask)?.values;
+        let rows = mask.chunks((mask.len() / found.len()).max(1));
+        let expected: Vec<usize> =
+            rows.map(|row| row.iter().filter(|v| **v != 0.0).count()).collect();
+        ensure!(
+            expected == found,
+            "{}: the prompts have {expected:?} tokens by in.attention_mask, and {found:?} by the \
+             model's tokenizer",
+            self.reference.path().display()
+        );
+        Ok(())
+    }
+
     fn embeddings(&self, prompts: &PromptPair) -> Result<Vec<Comparison>> {
         let sides: [(&Conditioning, [&'static str; 2], [&str; 2]); 2] = [
             (
@@ -291,6 +321,7 @@ impl Subject<'_> {
                         let found = HostTensor::new(names[0], shape, read(&sequence)?);
                         let own = lengths.iter().flat_map(|n| (0..shape[1]).map(move |i| i < *n));
                         let own: Vec<bool> = own.collect();
+                        self.have_lengths(&lengths, references[0])?;
                         self.compare_tokens(names[0], references[0], &found, &own)?
                     }
                 });

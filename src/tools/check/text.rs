@@ -7,6 +7,7 @@ use super::subject::{Comparison, Subject};
 use crate::io::tensors::HostTensor;
 use crate::model::text::clip::ClipText;
 use crate::model::text::qwen3::{Qwen3Config, Qwen3Encoder, States, Tokens};
+use crate::model::text::tokenizer::MOST_TOKENS;
 use crate::model::{Component, ModelFiles};
 use crate::tools::errors::relative_error;
 
@@ -20,7 +21,7 @@ impl Subject<'_> {
         if !self.reference.has("in.input_ids") {
             return Ok(None);
         }
-        if encoder.config.json["model_type"] == "qwen3" {
+        if Qwen3Config::is_of(&encoder.config) {
             let width = Qwen3Config::read(&encoder.config)?.width;
             let shape = self.reference.file.shape(PROMPT_EMBEDS);
             let three = shape.and_then(<[usize]>::last).is_some_and(|&n| n == 3 * width);
@@ -66,6 +67,12 @@ impl Subject<'_> {
             return Ok(None);
         }
         let ids = self.token_numbers("in.input_ids")?;
+        ensure!(
+            ids[0].len() <= MOST_TOKENS,
+            "{}: in.input_ids has rows of {} tokens; pipelines take {MOST_TOKENS} at most",
+            r.path().display(),
+            ids[0].len()
+        );
         let mask = match r.has("in.attention_mask") {
             true => r.values("in.attention_mask", ids.iter().map(Vec::len).sum())?,
             false => vec![1.0; ids.iter().map(Vec::len).sum()],
@@ -102,6 +109,11 @@ impl Subject<'_> {
             self.reference.path().display(),
             expected.shape,
             found.shape
+        );
+        ensure!(
+            compared.contains(&true),
+            "{}: the mask leaves nothing of {reference} to compare",
+            self.reference.path().display()
         );
         let of = |values: &[f32], tokens: usize| {
             let at = |row: usize, i: usize| &values[(row * tokens + i) * width..][..width];

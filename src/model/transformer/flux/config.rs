@@ -45,13 +45,7 @@ impl FluxConfig {
             c.size("out_channels", token)? == token,
             c.bad("out_channels", "must be null or in_channels")
         );
-        let axes = match c.list("axes_dims_rope")? {
-            axes if c.json["axes_dims_rope"].is_null() && axes.is_empty() => vec![16, 56, 56],
-            axes => axes,
-        };
-        let fits = axes.len() == 3 && axes.iter().sum::<usize>() == head;
-        let what = format!("must be three even numbers that add up to attention_head_dim = {head}");
-        ensure!(fits && axes.iter().all(|a| a % 2 == 0), c.bad("axes_dims_rope", &what));
+        let axes = c.axes("axes_dims_rope", [16, 56, 56], head)?;
         let (double, single) =
             (c.count_or_none("num_layers", 19)?, c.count_or_none("num_single_layers", 38)?);
         ensure!(double + single > 0, c.bad("num_layers", "leaves the network without a block"));

@@ -3,6 +3,7 @@
 
 pub mod config;
 
+use std::any::Any;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
@@ -10,7 +11,8 @@ use burn::tensor::{Device, Tensor};
 
 use self::config::{FluxConfig, PACK};
 use super::joint::{
-    Gated, JointAttention, JointSpec, Modulation, Output, TimeTextEmbedding, hold, tokens,
+    Gated, JointAttention, JointSpec, Modulation, Output, TimeTextEmbedding, hold, one_stream,
+    tokens,
 };
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
@@ -246,7 +248,7 @@ impl Denoiser for Flux {
     }
 
     fn block(&self, i: usize, hidden: Hidden, lora: Option<&Lora>) -> Hidden {
-        let Hidden { mut flow, fixed } = hidden;
+        let Hidden { flow, fixed } = hidden;
         let flow = match &*self.blocks.get(i) {
             Block::Double(block) => {
                 let [image, text]: [Tensor<4>; 2] = flow.try_into().expect("image and text");
@@ -254,16 +256,14 @@ impl Denoiser for Flux {
                 vec![hold(image), hold(text)]
             }
             Block::Single(block) => {
-                // From the first single block on, text and image are one stream, text first.
-                let joined = if flow.len() == 2 {
-                    Tensor::cat(vec![flow.remove(1), flow.remove(0)], 2)
-                } else {
-                    flow.remove(0)
-                };
-                vec![hold(block.forward(tokens(joined), &fixed, lora))]
+                vec![hold(block.forward(one_stream(flow), &fixed, lora))]
             }
         };
         Hidden { flow, fixed }
+    }
+
+    fn keep(&self, i: usize) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.blocks.keep(i)
     }
 
     fn finish(&self, hidden: Hidden) -> Tensor<4> {

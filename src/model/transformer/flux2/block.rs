@@ -8,14 +8,14 @@ use crate::kernels::attention::{Heads, attention};
 use crate::lora::{LayerShape, Lora};
 use crate::model::block_store::StoredBlock;
 use crate::model::loader::Loader;
-use crate::model::nn::{Activation, Linear, RmsNorm};
+use crate::model::nn::{Linear, RmsNorm, silu_gated};
 use crate::model::transformer::joint::{Gated, JointAttention, Output};
 use crate::model::transformer::rotary::{Turns, rotate};
 
 /// silu(a) b of the halves of a last dimension.
 fn gated_halves(x: Tensor<3>) -> Tensor<3> {
     let half = x.dims()[2] / 2;
-    Activation::Silu.forward(x.clone().narrow(2, 0, half)) * x.narrow(2, half, half)
+    silu_gated(x.clone().narrow(2, 0, half), x.narrow(2, half, half))
 }
 
 /// diffusers' `Flux2FeedForward`.

@@ -10,6 +10,9 @@ use crate::model::transformer::rotary::Rotary;
 /// Latent height and width of the pipeline's default, 1024 pixels.
 const SAMPLE_SIZE: usize = 64;
 
+/// A wider feed-forward than any network has.
+const MOST_INNER: usize = 1 << 24;
+
 /// A transformer's settings.
 #[derive(Clone, Debug)]
 pub struct Flux2Config {
@@ -49,19 +52,14 @@ impl Flux2Config {
             c.size("out_channels", token)? == token,
             c.bad("out_channels", "must be null or in_channels")
         );
-        let axes = match c.list("axes_dims_rope")? {
-            axes if c.json["axes_dims_rope"].is_null() && axes.is_empty() => vec![32; 4],
-            axes => axes,
-        };
-        let fits = axes.len() == 4 && axes.iter().sum::<usize>() == head;
-        let what = format!("must be four even numbers that add up to attention_head_dim = {head}");
-        ensure!(fits && axes.iter().all(|a| a % 2 == 0), c.bad("axes_dims_rope", &what));
+        let axes = c.axes("axes_dims_rope", [32; 4], head)?;
         let (double, single) =
             (c.count_or_none("num_layers", 8)?, c.count_or_none("num_single_layers", 48)?);
         ensure!(double + single > 0, c.bad("num_layers", "leaves the network without a block"));
         let width = heads * head;
         let inner = (width as f64 * c.positive("mlp_ratio", 3.0)?) as usize;
-        ensure!(inner > 0, c.bad("mlp_ratio", "leaves the feed-forward without a width"));
+        let what = format!("makes a feed-forward of {inner} out of a width of {width}");
+        ensure!((1..=MOST_INNER).contains(&inner), c.bad("mlp_ratio", &what));
         Ok(Self {
             width,
             heads,

@@ -4,6 +4,7 @@
 mod block;
 pub mod config;
 
+use std::any::Any;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
@@ -11,7 +12,7 @@ use burn::tensor::{Device, Tensor};
 
 use self::block::{Block, Double, Single};
 use self::config::Flux2Config;
-use super::joint::{Gated, Modulation, WAVES, hold, tokens};
+use super::joint::{Gated, Modulation, WAVES, hold, one_stream, tokens};
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
 use crate::lora::{LayerShape, Lora};
@@ -155,7 +156,7 @@ impl Denoiser for Flux2 {
     }
 
     fn block(&self, i: usize, hidden: Hidden, lora: Option<&Lora>) -> Hidden {
-        let Hidden { mut flow, fixed } = hidden;
+        let Hidden { flow, fixed } = hidden;
         let (width, rows) = (self.config.width, &fixed.cond.rows);
         let gated = |i: usize| Gated::shared(&fixed.modulations[i], width, rows);
         let rotary = fixed.rotary.as_ref();
@@ -167,16 +168,14 @@ impl Denoiser for Flux2 {
                 both.map(hold).into()
             }
             Block::Single(block) => {
-                // From the first single block on, text and image are one stream, text first.
-                let joined = if flow.len() == 2 {
-                    Tensor::cat(vec![flow.remove(1), flow.remove(0)], 2)
-                } else {
-                    flow.remove(0)
-                };
-                vec![hold(block.forward(tokens(joined), &gated(2)[0], rotary, lora))]
+                vec![hold(block.forward(one_stream(flow), &gated(2)[0], rotary, lora))]
             }
         };
         Hidden { flow, fixed }
+    }
+
+    fn keep(&self, i: usize) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.blocks.keep(i)
     }
 
     fn finish(&self, hidden: Hidden) -> Tensor<4> {

@@ -9,7 +9,7 @@ use crate::lora::{LayerShape, Lora};
 use crate::model::block_store::StoredBlock;
 use crate::model::denoiser::Fixed;
 use crate::model::loader::Loader;
-use crate::model::nn::{Activation, Linear, RmsNorm};
+use crate::model::nn::{Linear, RmsNorm, silu_gated};
 use crate::model::transformer::rotary::{Turns, rotate};
 
 /// eps of the norms of queries and keys.
@@ -109,8 +109,7 @@ impl ZImageBlock {
 
     fn feed(&self, x: Tensor<3>, lora: Option<&Lora>) -> Tensor<3> {
         let [w1, w2, w3] = &self.feed_forward;
-        let gate = Activation::Silu.forward(w1.forward(x.clone(), lora));
-        w2.forward(gate * w3.forward(x, lora), lora)
+        w2.forward(silu_gated(w1.forward(x.clone(), lora), w3.forward(x, lora)), lora)
     }
 
     fn attend(

@@ -1,6 +1,6 @@
 //! The numbers of diffusers' `ZImageTransformer2DModel`.
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use serde_json::json;
 
 use crate::model::config::{BlockShape, Config, NetworkConfig};
@@ -49,17 +49,7 @@ impl ZImageConfig {
         ])?;
         let width = c.width("dim", 3840)?;
         let heads = c.heads("n_heads", 30, width)?;
-        let three = |field: &str, default: [usize; 3]| match c.list(field)? {
-            list if c.json[field].is_null() && list.is_empty() => anyhow::Ok(default.to_vec()),
-            list => {
-                ensure!(list.len() == 3, c.bad(field, "must be three numbers"));
-                Ok(list)
-            }
-        };
-        let (axes, head) = (three("axes_dims", [32, 48, 48])?, width / heads);
-        let fits = axes.iter().all(|a| a % 2 == 0) && axes.iter().sum::<usize>() == head;
-        let what = format!("must be three even numbers that add up to dim / n_heads = {head}");
-        ensure!(fits, c.bad("axes_dims", &what));
+        let axes = c.axes("axes_dims", [32, 48, 48], width / heads)?;
         Ok(Self {
             width,
             heads,
@@ -68,8 +58,8 @@ impl ZImageConfig {
             refiners: c.count_or_none("n_refiner_layers", 2)?,
             context: c.width("cap_feat_dim", 2560)?,
             rotary: Rotary { axes, theta: c.positive("rope_theta", 256.0)?, rounded: true },
-            positions: three("axes_lens", [1024, 512, 512])?,
-            eps: c.float("norm_eps", 1e-5)?,
+            positions: c.widths("axes_lens", 3, &[1024, 512, 512])?,
+            eps: c.eps("norm_eps", 1e-5)?,
             qk_norm: c.flag("qk_norm", true)?,
             time_scale: c.float("t_scale", 1000.0)?,
         })

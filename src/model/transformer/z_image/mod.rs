@@ -5,6 +5,7 @@
 mod block;
 pub mod config;
 
+use std::any::Any;
 use std::sync::Arc;
 
 use anyhow::{Result, ensure};
@@ -19,6 +20,7 @@ use crate::io::tensors::HostTensor;
 use crate::kernels::layer_norm::layer_norm;
 use crate::lora::{LayerShape, Lora};
 use crate::model::block_store::BlockStore;
+use crate::model::blocks::TimeEmbedding;
 use crate::model::component::Component;
 use crate::model::conditioning::Conditioning;
 use crate::model::config::NetworkConfig;
@@ -32,34 +34,6 @@ use crate::model::row_map::RowMap;
 const TIME_INNER: usize = 1024;
 /// eps of the last norm.
 const FINAL_EPS: f64 = 1e-6;
-
-/// diffusers' `TimestepEmbedder`.
-struct TimeEmbedding {
-    linears: [Linear; 2],
-    scale: f64,
-    device: Device,
-}
-
-impl TimeEmbedding {
-    fn load(l: &Loader, c: &ZImageConfig) -> Result<Self> {
-        let l = l.at("t_embedder");
-        Ok(Self {
-            linears: [
-                Linear::load(&l, "mlp.0", WAVES.width, TIME_INNER)?,
-                Linear::load(&l, "mlp.2", TIME_INNER, c.modulation())?,
-            ],
-            scale: c.time_scale,
-            device: l.device.clone(),
-        })
-    }
-
-    /// Times from 0, noise, to 1, the image -> `[P, width]`, not activated.
-    fn forward(&self, times: &[f32]) -> Tensor<2> {
-        let scaled: Vec<f32> = times.iter().map(|t| t * self.scale as f32).collect();
-        let x = self.linears[0].forward(WAVES.of(&scaled, &self.device), None);
-        self.linears[1].forward(Activation::Silu.forward(x), None)
-    }
-}
 
 /// A caption's way in.
 struct CaptionEmbedder {
@@ -138,7 +112,12 @@ impl ZImage {
         let last = l.at("all_final_layer.2-1");
         Ok(Self {
             device: device.clone(),
-            time: TimeEmbedding::load(&l, &c)?,
+            time: TimeEmbedding::load_as(
+                &l.at("t_embedder"),
+                ["mlp.0", "mlp.2"],
+                WAVES,
+                [WAVES.width, TIME_INNER, c.modulation()],
+            )?,
             captions: CaptionEmbedder::load(&l, &c)?,
             x_embedder: Linear::load(&l, "all_x_embedder.2-1", token, width)?,
             x_pad: l.tensor::<2>("x_pad_token", [1, width])?.unsqueeze(),
@@ -165,7 +144,10 @@ impl ZImage {
         let counts = lengths(cond);
         let t = counts.iter().copied().map(filled).max().expect("a condition at least");
         let captions = self.captions.forward(cond.sequence.clone(), &counts, t);
-        let fixed = Fixed::new(self.time.forward(times), cond.clone(), [h, w]);
+        let scale = self.config.time_scale as f32;
+        let scaled: Vec<f32> = times.iter().map(|t| t * scale).collect();
+        let time = self.time.forward(&scaled, &self.device);
+        let fixed = Fixed::new(time, cond.clone(), [h, w]);
         let rotary = Some(self.turns(&counts, t, [rows, columns]));
         let flow = vec![hold(image), hold(cond.rows.spread(captions))];
         Hidden { flow, fixed: Arc::new(Fixed { rotary, ..fixed }) }
@@ -279,6 +261,10 @@ impl Denoiser for ZImage {
             flow = vec![run(joined, 0, &keys)];
         }
         Hidden { flow, fixed }
+    }
+
+    fn keep(&self, i: usize) -> Option<Arc<dyn Any + Send + Sync>> {
+        self.blocks.keep(i)
     }
 
     fn finish(&self, hidden: Hidden) -> Tensor<4> {
