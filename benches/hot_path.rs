@@ -7,8 +7,8 @@
 //! log_ratio_finish, policy_objective, credit_reduce, philox_noise, with the preludes common,
 //! philox, sampler_step, partials_sum, lanes1 and lanes4; frozen_conv with frozen_conv_gradient,
 //! frozen_linear with frozen_linear_gradient, group_norm_silu with group_norm_silu_gradient,
-//! layer_norm with layer_norm_gradient, geglu with geglu_gradient, activation with
-//! activation_gradient, attention with attention_delta, attention_gradient_q and
+//! layer_norm with layer_norm_gradient, rms_norm with rms_norm_gradient, geglu with geglu_gradient,
+//! activation with activation_gradient, attention with attention_delta, attention_gradient_q and
 //! attention_gradient_kv.
 //!
 //! divan times each path by itself; the table after it has the ratios, whose paths are measured in

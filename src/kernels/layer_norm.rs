@@ -45,7 +45,7 @@ fn moments(x: &[f32], eps: f32) -> [f32; 2] {
 }
 
 /// Rows of one part of the work.
-const ROWS: usize = 16;
+pub(super) const ROWS: usize = 16;
 
 /// Rows of `width`, on the CPU.
 pub fn forward(x: &[f32], width: usize, a: Affine) -> Vec<f32> {
@@ -100,18 +100,19 @@ pub fn gradient(x: &[f32], g: &[f32], width: usize, a: Affine) -> Vec<f32> {
 pub(super) const FORWARD: Kernel = kernel!("layer_norm", "run_sum");
 pub(super) const GRADIENT: Kernel = kernel!("layer_norm_gradient", "run_sum");
 
-/// Kept in sync with `shaders/layer_norm.wgsl`.
+/// What norms of rows are told. Kept in sync with `shaders/layer_norm.wgsl` and
+/// `shaders/rms_norm.wgsl`.
 #[repr(C)]
 #[derive(Clone, Copy, Pod, Zeroable)]
-struct Sizes {
-    rows: u32,
-    width: u32,
-    rows_per_gamma: u32,
-    eps: f32,
+pub(super) struct Sizes {
+    pub rows: u32,
+    pub width: u32,
+    pub rows_per_gamma: u32,
+    pub eps: f32,
 }
 
 /// Rows of a workgroup.
-const GROUP: usize = 8;
+pub(super) const GROUP: usize = 8;
 
 fn on_gpu(
     gpu: Gpu,

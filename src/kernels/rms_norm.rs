@@ -3,11 +3,10 @@
 
 use burn::backend::DispatchTensor;
 use burn::tensor::Tensor;
-use bytemuck::{Pod, Zeroable};
 
 use super::cpu::{Values, parts, tensor};
 use super::gpu::{grid, launch};
-use super::layer_norm::sum;
+use super::layer_norm::{GROUP, ROWS, Sizes, sum};
 use super::node::{input, node, output};
 use super::vector::vectorised;
 use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, output as empty};
@@ -19,9 +18,6 @@ struct Scale<'a> {
     each: usize,
     eps: f32,
 }
-
-/// Rows of one part of the work.
-const ROWS: usize = 16;
 
 /// 1 / root of the mean square of a row.
 #[inline(always)]
@@ -77,19 +73,6 @@ fn gradient(x: &[f32], g: &[f32], width: usize, s: Scale) -> Vec<f32> {
 
 pub(super) const FORWARD: Kernel = kernel!("rms_norm", "run_sum");
 pub(super) const GRADIENT: Kernel = kernel!("rms_norm_gradient", "run_sum");
-
-/// Kept in sync with `shaders/rms_norm.wgsl`.
-#[repr(C)]
-#[derive(Clone, Copy, Pod, Zeroable)]
-struct Sizes {
-    rows: u32,
-    width: u32,
-    rows_per_gamma: u32,
-    eps: f32,
-}
-
-/// Rows of a workgroup.
-const GROUP: usize = 8;
 
 fn on_gpu(
     gpu: Gpu,

@@ -2,7 +2,7 @@
 //! joint attention over text and image tokens, modulation by time and text, and the embedding that
 //! modulates.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use burn::tensor::{Device, Tensor};
 
 use super::rotary::{Turns, rotate};
@@ -10,10 +10,12 @@ use crate::kernels::attention::{Heads, attention};
 use crate::kernels::layer_norm::layer_norm;
 use crate::lora::Lora;
 use crate::model::blocks::{TimeEmbedding, Waves};
-use crate::model::config::BlockShape;
-use crate::model::denoiser::{Fixed, Inputs};
+use crate::model::conditioning::Conditioning;
+use crate::model::config::{BlockShape, NetworkConfig};
+use crate::model::denoiser::{Fixed, Hidden, Inputs};
 use crate::model::loader::Loader;
 use crate::model::nn::{Activation, Linear, RmsNorm};
+use crate::model::reference::ReferenceTensors;
 use crate::model::row_map::RowMap;
 
 /// The sinusoidal embedding of time and guidance.
@@ -36,6 +38,70 @@ pub fn one_stream(mut flow: Vec<Tensor<4>>) -> Tensor<3> {
         flow.swap(0, 1);
     }
     tokens(Tensor::cat(flow, 2))
+}
+
+/// What stands behind the last block: the prediction of its last `n` tokens, `[B, n, C]`, which are
+/// the image's.
+pub fn predicted(
+    mut hidden: Hidden,
+    n: usize,
+    norm_out: &Modulation,
+    proj_out: &Linear,
+) -> Tensor<3> {
+    let first = tokens(hidden.flow.swap_remove(0));
+    let total = first.dims()[1];
+    let image = first.narrow(1, total - n, n);
+    let shift = norm_out.continuous(&hidden.fixed, None);
+    proj_out.forward(shift.norm(image), None)
+}
+
+/// What the forward of a class takes whose tokens are packed and have positions of `N` numbers.
+pub struct PackedReference<const N: usize> {
+    /// `[B, S, C]`
+    pub packed: Tensor<3>,
+    pub cond: Conditioning,
+    pub image_ids: Vec<[f32; N]>,
+    pub text_ids: Vec<[f32; N]>,
+    /// One an image, 0..1000; in the file they are 0..1.
+    pub timesteps: Vec<f32>,
+    /// One an image, where the file has it.
+    pub guidance: Option<Vec<f32>>,
+}
+
+impl<const N: usize> PackedReference<N> {
+    /// Reads them for a network whose tokens have so many channels.
+    ///
+    /// # Errors
+    /// When an input is missing or does not fit the network.
+    pub fn read(
+        inputs: &ReferenceTensors,
+        network: &dyn NetworkConfig,
+        token: usize,
+    ) -> Result<Self> {
+        let packed = inputs.tensor::<3>("in.hidden_states")?;
+        let [rows, n, channels] = packed.dims();
+        ensure!(
+            channels == token,
+            "{}: in.hidden_states has tokens of {channels} channels, the network takes {token}",
+            inputs.path().display()
+        );
+        let cond = inputs.conditioning(rows, network)?;
+        let ids = |name: &str, count: usize| -> Result<Vec<[f32; N]>> {
+            Ok(inputs.values(name, N * count)?.as_chunks().0.to_vec())
+        };
+        let (image_ids, text_ids) =
+            (ids("in.img_ids", n)?, ids("in.txt_ids", cond.sequence.dims()[1])?);
+        let times = inputs.values("in.timestep", rows)?;
+        let given = inputs.has("in.guidance");
+        Ok(Self {
+            packed,
+            cond,
+            image_ids,
+            text_ids,
+            timesteps: times.iter().map(|t| 1000.0 * t).collect(),
+            guidance: given.then(|| inputs.values("in.guidance", rows)).transpose()?,
+        })
+    }
 }
 
 /// diffusers' `CombinedTimestepTextProjEmbeddings`, and the variant with an embedding of the

@@ -11,8 +11,8 @@ use burn::tensor::{Device, Tensor};
 
 use self::config::{FluxConfig, PACK};
 use super::joint::{
-    Gated, JointAttention, JointSpec, Modulation, Output, TimeTextEmbedding, hold, one_stream,
-    tokens,
+    Gated, JointAttention, JointSpec, Modulation, Output, PackedReference, TimeTextEmbedding, hold,
+    one_stream, predicted, tokens,
 };
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
@@ -200,15 +200,6 @@ impl Flux {
         let fixed = Fixed { rotary: Some(rotary), ..fixed };
         Hidden { flow: vec![hold(image), hold(text)], fixed: Arc::new(fixed) }
     }
-
-    /// The prediction of the last hidden's `n` image tokens, packed, `[B, n, 4 C]`.
-    fn finish_tokens(&self, mut hidden: Hidden, n: usize) -> Tensor<3> {
-        let first = tokens(hidden.flow.swap_remove(0));
-        let total = first.dims()[1];
-        let image = first.narrow(1, total - n, n);
-        let shift = self.norm_out.continuous(&hidden.fixed, None);
-        self.proj_out.forward(shift.norm(image), None)
-    }
 }
 
 impl Denoiser for Flux {
@@ -269,7 +260,7 @@ impl Denoiser for Flux {
     fn finish(&self, hidden: Hidden) -> Tensor<4> {
         let [h, w] = hidden.fixed.size;
         let (rows, columns) = (h / PACK, w / PACK);
-        let y = self.finish_tokens(hidden, rows * columns);
+        let y = predicted(hidden, rows * columns, &self.norm_out, &self.proj_out);
         let (b, c) = (y.dims()[0], self.latent_shape()[0]);
         let pixels = y.reshape([b, rows, columns, c, PACK, PACK]);
         pixels.permute([0, 3, 1, 4, 2, 5]).reshape([b, c, h, w])
@@ -281,32 +272,13 @@ impl Denoiser for Flux {
         inputs: &ReferenceTensors,
         lora: Option<&Lora>,
     ) -> Result<HostTensor> {
-        let packed = inputs.tensor::<3>("in.hidden_states")?;
-        let [rows, n, channels] = packed.dims();
-        let token = self.config.token;
-        ensure!(
-            channels == token,
-            "{}: in.hidden_states has tokens of {channels} channels, the network takes {token}",
-            inputs.path().display()
-        );
-        let cond = inputs.conditioning(rows, &self.config)?;
-        let ids = |name: &str, count: usize| -> Result<Vec<[f32; 3]>> {
-            let values = inputs.values(name, 3 * count)?;
-            Ok(values.chunks_exact(3).map(|c| [c[0], c[1], c[2]]).collect())
-        };
-        let image_ids = ids("in.img_ids", n)?;
-        let text_ids = ids("in.txt_ids", cond.sequence.dims()[1])?;
-        let times = inputs.values("in.timestep", rows)?;
-        let timesteps: Vec<f32> = times.iter().map(|t| 1000.0 * t).collect();
-        let guidance = if inputs.has("in.guidance") {
-            inputs.values("in.guidance", rows)?
-        } else {
-            vec![1.0; rows]
-        };
-        let own = Inputs { timesteps: &timesteps, cond: &cond, guidance: &guidance };
-        let start = self.start_tokens(packed, &image_ids, &text_ids, [0, 0], own);
+        let r = PackedReference::<3>::read(inputs, &self.config, self.config.token)?;
+        let [rows, n, _] = r.packed.dims();
+        let guidance = r.guidance.unwrap_or_else(|| vec![1.0; rows]);
+        let own = Inputs { timesteps: &r.timesteps, cond: &r.cond, guidance: &guidance };
+        let start = self.start_tokens(r.packed, &r.image_ids, &r.text_ids, [0, 0], own);
         let hidden = (0..self.blocks()).fold(start, |hidden, i| self.block(i, hidden, lora));
-        let y = self.finish_tokens(hidden, n);
+        let y = predicted(hidden, n, &self.norm_out, &self.proj_out);
         Ok(HostTensor::new("out.prediction", y.dims(), read(&y)?))
     }
 }

@@ -7,12 +7,14 @@ pub mod config;
 use std::any::Any;
 use std::sync::Arc;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use burn::tensor::{Device, Tensor};
 
 use self::block::{Block, Double, Single};
 use self::config::Flux2Config;
-use super::joint::{Gated, Modulation, WAVES, hold, one_stream, tokens};
+use super::joint::{
+    Gated, Modulation, PackedReference, WAVES, hold, one_stream, predicted, tokens,
+};
 use crate::device::tensor::read;
 use crate::io::tensors::HostTensor;
 use crate::lora::{LayerShape, Lora};
@@ -117,15 +119,6 @@ impl Flux2 {
         let fixed = Fixed { rotary: Some(rotary), modulations, ..fixed };
         Hidden { flow: vec![hold(image), hold(text)], fixed: Arc::new(fixed) }
     }
-
-    /// The prediction of the last hidden's `n` image tokens, `[B, n, C]`.
-    fn finish_tokens(&self, mut hidden: Hidden, n: usize) -> Tensor<3> {
-        let first = tokens(hidden.flow.swap_remove(0));
-        let total = first.dims()[1];
-        let image = first.narrow(1, total - n, n);
-        let shift = self.norm_out.continuous(&hidden.fixed, None);
-        self.proj_out.forward(shift.norm(image), None)
-    }
 }
 
 impl Denoiser for Flux2 {
@@ -180,7 +173,7 @@ impl Denoiser for Flux2 {
 
     fn finish(&self, hidden: Hidden) -> Tensor<4> {
         let [h, w] = hidden.fixed.size;
-        let y = self.finish_tokens(hidden, h * w);
+        let y = predicted(hidden, h * w, &self.norm_out, &self.proj_out);
         let b = y.dims()[0];
         y.permute([0, 2, 1]).reshape([b, self.config.token, h, w])
     }
@@ -191,31 +184,13 @@ impl Denoiser for Flux2 {
         inputs: &ReferenceTensors,
         lora: Option<&Lora>,
     ) -> Result<HostTensor> {
-        let packed = inputs.tensor::<3>("in.hidden_states")?;
-        let [rows, n, channels] = packed.dims();
-        let token = self.config.token;
-        ensure!(
-            channels == token,
-            "{}: in.hidden_states has tokens of {channels} channels, the network takes {token}",
-            inputs.path().display()
-        );
-        let cond = inputs.conditioning(rows, &self.config)?;
-        let ids = |name: &str, count: usize| -> Result<Vec<[f32; 4]>> {
-            Ok(inputs.values(name, 4 * count)?.as_chunks().0.to_vec())
-        };
-        let image_ids = ids("in.img_ids", n)?;
-        let text_ids = ids("in.txt_ids", cond.sequence.dims()[1])?;
-        let times = inputs.values("in.timestep", rows)?;
-        let timesteps: Vec<f32> = times.iter().map(|t| 1000.0 * t).collect();
-        let guidance = if inputs.has("in.guidance") {
-            inputs.values("in.guidance", rows)?
-        } else {
-            Vec::new()
-        };
-        let own = Inputs { timesteps: &timesteps, cond: &cond, guidance: &guidance };
-        let start = self.start_tokens(packed, &image_ids, &text_ids, [0, 0], own);
+        let r = PackedReference::<4>::read(inputs, &self.config, self.config.token)?;
+        let n = r.packed.dims()[1];
+        let guidance = r.guidance.unwrap_or_default();
+        let own = Inputs { timesteps: &r.timesteps, cond: &r.cond, guidance: &guidance };
+        let start = self.start_tokens(r.packed, &r.image_ids, &r.text_ids, [0, 0], own);
         let hidden = (0..self.blocks()).fold(start, |hidden, i| self.block(i, hidden, lora));
-        let y = self.finish_tokens(hidden, n);
+        let y = predicted(hidden, n, &self.norm_out, &self.proj_out);
         Ok(HostTensor::new("out.prediction", y.dims(), read(&y)?))
     }
 }

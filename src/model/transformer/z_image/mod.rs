@@ -80,8 +80,8 @@ pub struct ZImage {
     blocks: BlockStore<ZImageBlock>,
     final_scale: Linear,
     final_linear: Linear,
-    /// One and zero, `[1, width]`.
-    plain: [Tensor<2>; 2],
+    /// `[1, width]`: the last norm shifts nothing.
+    zero: Tensor<2>,
 }
 
 impl ZImage {
@@ -124,7 +124,7 @@ impl ZImage {
             blocks: BlockStore::new(&l, 2 * c.refiners + c.layers, block)?,
             final_scale: Linear::load(&last, "adaLN_modulation.1", c.modulation(), width)?,
             final_linear: Linear::load(&last, "linear", width, token)?,
-            plain: [Tensor::ones([1, width], device), Tensor::zeros([1, width], device)],
+            zero: Tensor::zeros([1, width], device),
             config: c,
         })
     }
@@ -176,7 +176,7 @@ impl ZImage {
         let fixed = &hidden.fixed;
         let few = self.final_scale.forward(Activation::Silu.forward(fixed.time.clone()), None);
         let factor = fixed.cond.rows.spread(few) + 1.0;
-        let zero = self.plain[1].clone().expand(factor.dims());
+        let zero = self.zero.clone().expand(factor.dims());
         let y = self.final_linear.forward(layer_norm(image, factor, zero, FINAL_EPS), None);
         let b = y.dims()[0];
         let pixels = y.reshape([b, rows, columns, PATCH, PATCH, c]);
