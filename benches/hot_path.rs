@@ -26,7 +26,7 @@ use pcpo_wgpu::device::adapters::{adapters, auto};
 use pcpo_wgpu::device::{Compute, open};
 use pcpo_wgpu::tools::bench::{Case, Operation, reduction_row};
 use pcpo_wgpu::tools::bench_kernels::{SMALL, STABLE_DIFFUSION, kernel_lines};
-use pcpo_wgpu::tools::timing::{header, row, settle};
+use pcpo_wgpu::tools::timing::{header, row};
 
 /// The device, opened once: Burn keeps one runtime a device.
 fn compute() -> &'static Compute {
@@ -73,7 +73,7 @@ fn time(bencher: Bencher, size: Size, operation: Operation, path: impl Fn(&Case)
     case.verify(operation).unwrap_or_else(|e| panic!("{e:#}"));
     bencher.bench_local(|| {
         path(&case);
-        settle(compute()).expect("the device works");
+        compute().sync().expect("the device works");
     });
 }
 

@@ -4,6 +4,10 @@
 @group(0) @binding(5) var<storage, read_write> out: array<f32>;   // [batch, queries, heads, HEAD]
 @group(0) @binding(6) var<storage, read_write> lse: array<f32>;   // [batch, heads, queries]
 
+// The place of an inner row among the scores, which is in range anyway. Without the bound, here
+// and of r below, lavapipe's compiler unrolls the loops over them and takes minutes.
+fn bounded(i: u32) -> u32 { return min(i, TILE - 1u); }
+
 @compute @workgroup_size(64)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>, @builtin(num_workgroups) groups: vec3<u32>,
@@ -31,15 +35,16 @@ fn main(
         // In powers of two from here on, which is what devices compute.
         var own_top = top;
         for (var i = 0u; i < TILE; i += 1u) {
-            s[i] *= sizes.scale * LOG2E;
+            let at_i = bounded(i);
+            s[at_i] *= sizes.scale * LOG2E;
             if sizes.has_bias == 1u && first + i < keys {
                 for (var r = 0u; r < 4u; r += 1u) {
                     let at = bias_at + min(row + r, queries - 1u) * keys + first + i;
-                    s[i][r] += bias[at] * LOG2E;
+                    s[at_i][min(r, 3u)] += bias[at] * LOG2E;
                 }
             }
-            if first + i >= keys { s[i] = vec4<f32>(LOWEST); }
-            own_top = max(own_top, s[i]);
+            if first + i >= keys { s[at_i] = vec4<f32>(LOWEST); }
+            own_top = max(own_top, s[at_i]);
         }
         let keep = exp2(top - own_top);
         top = own_top;
@@ -47,15 +52,16 @@ fn main(
         for (var i = 0u; i < 8u * OUT_UNITS; i += 1u) { sums[i] *= keep; }
         let held = min(TILE, keys - first);
         for (var i = 0u; i < held; i += 1u) {
-            s[i] = exp2(s[i] - top);
-            total += s[i];
+            let at_i = bounded(i);
+            s[at_i] = exp2(s[at_i] - top);
+            total += s[at_i];
         }
         let at = row_at(own.image, own.head, keys, first);
         for (var u = 0u; u < OUT_UNITS; u += 1u) {
             let column = at + column_of(own.unit + u, x);
             var share = Sums();
             for (var i = 0u; i < held; i += 1u) {
-                add(&share, hold1(v[column + i * stride]), s[i]);
+                add(&share, hold1(v[column + i * stride]), s[bounded(i)]);
             }
             collect(&sums, u, share);
         }

@@ -6,7 +6,7 @@ struct Sizes {
     // Strides of bias over images and heads in numbers; 0 where one serves all.
     bias_batch: u32, bias_head: u32, scale: f32, splits: u32,
     batch: u32,
-    // Workgroups of the submissions before.
+    // Workgroups of the launches before.
     first: u32, pad0: u32, pad1: u32,
 }
 

@@ -2,12 +2,12 @@
 // r of the result is the sum over places (of the kernel; a linear layer has one) of row
 // source_row(r, place) of the source times that place's matrix [inner, columns].
 //
-// A number is summed up by one thread, over places, then channels: neither the batch nor how tiles
-// are cut changes a bit of it.
+// A number is summed up over places, then channels, by one thread or by a matrix unit: neither the
+// batch nor how tiles are cut changes a bit of it.
 //
-// The rest of a source: product_tile.wgsl, or product_eights.wgsl where subgroups are eight wide;
-// channels1 or channels4.wgsl (reading and writing), a file of weights/, product_forward or
-// product_gradient.wgsl, and the kernel with its source_row.
+// The rest of a source: product_tile.wgsl, or product_eights.wgsl where subgroups are eight wide,
+// or product_matrices.wgsl; channels1 or channels4.wgsl (reading and writing), a file of weights/,
+// product_forward or product_gradient.wgsl, and the kernel with its source_row.
 
 struct Sizes {
     // Of the result, in pixels and channels; channels of the source.
@@ -17,7 +17,7 @@ struct Sizes {
     // Images of the source and of the result.
     padding: u32, source_h: u32, source_w: u32, h: u32,
     w: u32,
-    // Workgroups of the submissions before.
+    // Workgroups of the launches before.
     first: u32, pad0: u32, pad1: u32,
 }
 

@@ -2,8 +2,8 @@
 
 // Four channels of a quad of columns of a slice: which of them a thread fetches. Neighbours read
 // neighbouring columns.
-fn fetched_by(thread: u32, quads: u32) -> vec2<u32> {
-    return vec2<u32>(4u * (thread / quads), thread % quads);
+fn fetched_by(thread: u32, depth: u32, columns: u32) -> vec2<u32> {
+    return vec2<u32>(4u * (thread / (columns / 4u)), thread % (columns / 4u));
 }
 
 fn forward4(place: u32, channel: u32, column: u32) -> vec4<f32> {

@@ -1,10 +1,10 @@
 // The right side of the gradient's product: a place's matrix transposed, its rows being columns of
 // the result.
 
-// Four channels of a quad of columns of a slice: which of them a thread fetches. Four neighbours
-// read the 16 channels of a row.
-fn fetched_by(thread: u32, quads: u32) -> vec2<u32> {
-    return vec2<u32>(4u * (thread % 4u), thread / 4u);
+// Four channels of a quad of columns of a slice: which of them a thread fetches. Neighbours read
+// the slice's channels of a row.
+fn fetched_by(thread: u32, depth: u32, columns: u32) -> vec2<u32> {
+    return vec2<u32>(4u * (thread % (depth / 4u)), thread / (depth / 4u));
 }
 
 fn gradient4(place: u32, channel: u32, column: u32) -> vec4<f32> {

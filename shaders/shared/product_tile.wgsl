@@ -30,7 +30,7 @@ fn main(
     let depth = 4u * (thread % 4u);
     let quad = thread / 4u;
     let row = first_row + 4u * quad;
-    let own = fetched_by(thread, COLUMNS / 4u);
+    let own = fetched_by(thread, DEPTH, COLUMNS);
 
     // Sums by row: s of the columns 4 x .., t of those 32 further; 0 to 3 of the rows 4 y ..,
     // 4 to 7 of those 32 further.

@@ -52,6 +52,27 @@ impl Adapter {
         Some(system::available())
     }
 
+    /// Whether shaders reach matrix units (tensor cores) that take 16 x 16 numbers in f16 and add
+    /// up in f32, in subgroups of 32: `--compute f16` uses them.
+    pub fn has_matrices(&self) -> bool {
+        let i = &self.info;
+        let features = wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX
+            | wgpu::Features::SHADER_F16
+            | wgpu::Features::SUBGROUP;
+        let limits = self.adapter.limits();
+        let wanted = |m: &wgpu::CooperativeMatrixProperties| {
+            (m.m_size, m.n_size, m.k_size) == (16, 16, 16)
+                && m.ab_type == wgpu::CooperativeScalarType::F16
+                && m.cr_type == wgpu::CooperativeScalarType::F32
+        };
+        (i.subgroup_min_size, i.subgroup_max_size) == (32, 32)
+            && self.adapter.features().contains(features)
+            // What shaders/shared/product_matrices.wgsl takes.
+            && limits.max_compute_workgroup_storage_size >= 27_136
+            && limits.max_compute_invocations_per_workgroup >= 256
+            && self.adapter.cooperative_matrix_properties().iter().any(wanted)
+    }
+
     fn matches(&self, wanted: &str) -> bool {
         let lavapipe =
             self.info.name.to_lowercase().contains("llvmpipe") && "lavapipe".contains(wanted);
@@ -169,13 +190,22 @@ fn open_device(wanted: &str, how: Opening) -> Result<Compute> {
 
 fn request(instance: wgpu::Instance, chosen: &Adapter, how: Opening) -> Result<Compute> {
     let adapter = chosen.adapter.clone();
+    let half = how.compute == ComputeType::F16;
+    let matrices = half && chosen.has_matrices();
+    let experimental = if matrices {
+        // SAFETY: matrix units are used by our own shaders alone, which keep to their rules.
+        unsafe { wgpu::ExperimentalFeatures::enabled() }
+    } else {
+        wgpu::ExperimentalFeatures::disabled()
+    };
+    let mut features = adapter.features() - wgpu::Features::all_experimental_mask();
+    features.set(wgpu::Features::EXPERIMENTAL_COOPERATIVE_MATRIX, matrices);
     // Everything that the adapter has: Burn's kernels use f16, subgroups and large bindings where
     // they exist.
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("pcpo-wgpu"),
-        required_features: adapter.features()
-            - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS
-            - wgpu::Features::all_experimental_mask(),
+        required_features: features - wgpu::Features::MAPPABLE_PRIMARY_BUFFERS,
+        experimental_features: experimental,
         required_limits: adapter.limits(),
         memory_hints: wgpu::MemoryHints::MemoryUsage,
         ..Default::default()
@@ -190,7 +220,7 @@ fn request(instance: wgpu::Instance, chosen: &Adapter, how: Opening) -> Result<C
         instance,
         adapter,
         device: device.clone(),
-        queue: queue.clone(),
+        queue,
         backend: chosen.info.backend,
     };
     let burn = Device::wgpu_options()
@@ -201,13 +231,16 @@ fn request(instance: wgpu::Instance, chosen: &Adapter, how: Opening) -> Result<C
         && !chosen.is_hardware()
         && device.features().contains(wgpu::Features::SUBGROUP)
         && (chosen.info.subgroup_min_size, chosen.info.subgroup_max_size) == (8, 8);
-    let half = how.compute == ComputeType::F16;
     ensure!(
         !half || device.features().contains(wgpu::Features::SHADER_F16),
         "--compute f16: {} has no f16 in its shaders; leave it out",
         chosen.label()
     );
-    let gpu = Gpu::new(&burn, device, queue, Kernels { eights, half });
+    // A second or two of a slow device: 10^10 products a second are a tenth of what slow integrated
+    // GPUs make, 10^11 a tenth of what slow cards do.
+    let most_products =
+        if chosen.info.device_type == wgpu::DeviceType::DiscreteGpu { 1e11 } else { 1.5e10 };
+    let gpu = Gpu::new(&burn, device, Kernels { eights, half, matrices, most_products });
     let software =
         if chosen.is_hardware() { "" } else { " [software: for tests of the GPU path, slow]" };
     Ok(Compute {

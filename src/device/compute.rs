@@ -18,12 +18,12 @@ pub enum ComputeType {
 }
 
 /// An opened device: Burn computes the networks on `burn`; the hot path's shaders run on `gpu`,
-/// which is the same wgpu device and queue, or on the CPU references where there is none.
+/// which is the same device and queue, or on the CPU references where there is none.
 #[derive(Clone)]
 pub struct Compute {
     /// Burn's handle, without autodiff.
     pub burn: Device,
-    /// Burn's own wgpu device and queue with our pipelines; `None` on the CPU backend.
+    /// What our kernels are on Burn's wgpu device; `None` on the CPU backend.
     pub gpu: Option<gpu::Gpu>,
     /// One line for people: name, backend and driver.
     pub name: String,

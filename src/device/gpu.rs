@@ -1,18 +1,17 @@
-//! Our pipelines on Burn's own wgpu device and queue: compile once, bind tensors' buffers, submit
-//! in order.
+//! Our kernels in Burn's queue: tensors' buffers, and launches that Burn's server records among its
+//! own.
 
-use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use anyhow::{Result, anyhow};
-use burn::backend::wgpu::{AutoCompiler, WgpuResource};
 use burn::backend::{BackendTensor, DispatchTensorKind};
-use burn::cubecl::client::Client;
-use burn::cubecl::server::Handle;
-use burn::cubecl::wgpu::WgpuServer;
 use burn::tensor::{Device, Tensor};
-use wgpu::util::DeviceExt;
+use burn_cubecl::cubecl::client::Client;
+use burn_cubecl::cubecl::ir::metadata::Info;
+use burn_cubecl::cubecl::ir::{ElemType, Scope, UIntKind};
+use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::cubecl::server::{Handle, KernelArguments, MetadataBindingInfo};
+use burn_cubecl::cubecl::{CubeKernel, PrecompiledSource};
 
 /// A kernel: its name is the shader's file name, its source carries the shared parts. A variant is
 /// another source of the same name: a number of elements a thread (1 or 4) in the hot path.
@@ -69,15 +68,21 @@ pub struct Kernels {
     pub eights: bool,
     /// Those whose products take f16.
     pub half: bool,
+    /// Those whose products in f16 run on matrix units: `shaders/shared/product_matrices.wgsl`.
+    pub matrices: bool,
+    /// Products that one submission makes at most.
+    pub most_products: f64,
 }
 
-/// Burn's wgpu device and queue with our compiled pipelines; clones share them.
+/// A wgpu device that is Burn's too, and what our kernels are on it; clones share it.
 #[derive(Clone)]
 pub struct Gpu {
     pub device: wgpu::Device,
-    queue: wgpu::Queue,
     pub kernels: Kernels,
-    pipelines: Arc<Mutex<HashMap<(&'static str, u32), wgpu::ComputePipeline>>>,
+    /// Bytes that a binding holds at most.
+    most_bound: u64,
+    /// Products that have been queued since they were last sent off.
+    queued: Arc<Mutex<f64>>,
 }
 
 /// Memory of a Burn tensor, contiguous, or of Burn's pool; holds the allocation as long as it
@@ -99,7 +104,7 @@ impl Buffer {
     }
 }
 
-/// One kernel launch: tensors in the order of the bindings from 1 on, and the grid.
+/// One kernel launch: tensors in the order of the shader's bindings from 1 on, and the grid.
 pub struct Launch<'a> {
     pub kernel: Kernel,
     pub bindings: Vec<&'a Buffer>,
@@ -133,9 +138,10 @@ pub fn lose_all() {
 }
 
 impl Gpu {
-    /// Burn's wgpu device and queue for our pipelines, found again by [`Self::of`].
-    pub fn new(burn: &Device, device: wgpu::Device, queue: wgpu::Queue, kernels: Kernels) -> Self {
-        let own = Self { device, queue, kernels, pipelines: Arc::default() };
+    /// Burn's wgpu device, found again by [`Self::of`].
+    pub fn new(burn: &Device, device: wgpu::Device, kernels: Kernels) -> Self {
+        let most_bound = device.limits().max_storage_buffer_binding_size;
+        let own = Self { device, kernels, most_bound, queued: Arc::default() };
         let mut opened = OPENED.write().unwrap_or_else(PoisonError::into_inner);
         opened.push((burn.clone(), own.clone()));
         own
@@ -152,87 +158,98 @@ impl Gpu {
         Some(own.expect("tensors are on devices that this program has opened"))
     }
 
-    fn pipeline(&self, kernel: Kernel, width: u32) -> wgpu::ComputePipeline {
-        let mut pipelines = self.pipelines.lock().expect("no thread panics while it compiles");
-        pipelines
-            .entry((kernel.name, width))
-            .or_insert_with(|| {
-                let module = self.device.create_shader_module(wgpu::ShaderModuleDescriptor {
-                    label: Some(kernel.name),
-                    source: wgpu::ShaderSource::Wgsl((kernel.source)(width).into()),
-                });
-                self.device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-                    label: Some(kernel.name),
-                    layout: None,
-                    module: &module,
-                    entry_point: Some("main"),
-                    compilation_options: Default::default(),
-                    cache: None,
-                })
-            })
-            .clone()
-    }
-
-    /// Submits the launches in order, after everything that Burn has queued. They share the
-    /// uniforms (binding 0) and the width that their sources are made for.
-    ///
-    /// # Errors
-    /// When an earlier operation that a tensor waits for failed (out of memory, a lost device).
-    pub fn run(&self, uniforms: &[u8], width: u32, launches: &[Launch]) -> Result<()> {
-        let client = &launches[0].bindings[0].client;
-        // Burn's server has a thread of its own. The whole submission is one visit to it: each
-        // question asked from here costs as much as a small kernel.
-        let done = client.exclusive(|| self.submit(client, uniforms, width, launches));
-        done.map_err(|e| anyhow!("the device failed: {e}"))?
-    }
-
-    fn submit(
-        &self,
-        client: &Client,
-        uniforms: &[u8],
-        width: u32,
-        launches: &[Launch],
-    ) -> Result<()> {
-        let resource = |buffer: &&Buffer| {
-            let found = client.get_resource::<WgpuServer<AutoCompiler>>(buffer.handle.clone());
-            Ok(found
-                .map_err(|e| anyhow!("the device failed in an earlier operation: {e}"))?
-                .resource()
-                .clone())
-        };
-        let resources: Vec<Vec<WgpuResource>> = launches
-            .iter()
-            .map(|launch| launch.bindings.iter().map(resource).collect())
-            .collect::<Result<_>>()?;
-        // Burn batches its commands; ours must not overtake them.
-        client.flush().map_err(|e| anyhow!("the device refuses work: {e}"))?;
-        let uniforms = self.device.create_buffer_init(&wgpu::util::BufferInitDescriptor {
-            label: None,
-            contents: uniforms,
-            usage: wgpu::BufferUsages::UNIFORM,
-        });
-        let mut encoder = self.device.create_command_encoder(&Default::default());
-        let mut pass = encoder.begin_compute_pass(&Default::default());
-        for (launch, resources) in launches.iter().zip(&resources) {
-            let pipeline = self.pipeline(launch.kernel, width);
-            let mut entries =
-                vec![wgpu::BindGroupEntry { binding: 0, resource: uniforms.as_entire_binding() }];
-            entries.extend(resources.iter().zip(1..).map(|(resource, binding)| {
-                wgpu::BindGroupEntry { binding, resource: resource.as_wgpu_bind_resource() }
-            }));
-            let group = self.device.create_bind_group(&wgpu::BindGroupDescriptor {
-                label: Some(launch.kernel.name),
-                layout: &pipeline.get_bind_group_layout(0),
-                entries: &entries,
-            });
-            pass.set_pipeline(&pipeline);
-            pass.set_bind_group(0, &group, &[]);
-            pass.dispatch_workgroups(launch.grid[0], launch.grid[1], 1);
+    /// Queues the launches in order, behind everything that Burn has queued. They share the
+    /// uniforms and the variant of their sources. What fails on the device, fails where a result is
+    /// read; a tensor that no binding holds is a panic of the device ([`super::guard`]).
+    pub fn run(&self, uniforms: &[u8], variant: u32, launches: &[Launch]) {
+        for Launch { kernel, bindings, grid } in launches {
+            let largest = bindings.iter().map(|buffer| buffer.handle.size_in_used()).max();
+            if let Some(bytes) = largest.filter(|bytes| *bytes > self.most_bound) {
+                let [needs, has] = [bytes, self.most_bound].map(|n| n.div_ceil(1 << 20));
+                let words = format!(
+                    "{}: a tensor of {needs} MiB, where a binding of this device holds {has} MiB",
+                    kernel.name
+                );
+                // Not a fault of the place, which a panic would note.
+                std::panic::resume_unwind(Box::new(words));
+            }
+            let mut words = vec![0u64; uniforms.len().div_ceil(8)];
+            bytemuck::cast_slice_mut(&mut words)[..uniforms.len()].copy_from_slice(uniforms);
+            let handles = bindings.iter().map(|buffer| buffer.handle.clone().binding());
+            let arguments = KernelArguments::new()
+                .with_buffers(handles.collect())
+                .with_info(MetadataBindingInfo::custom(words));
+            let count = CubeCount::Static(grid[0], grid[1], 1);
+            let task = Task { kernel: *kernel, variant, tensors: bindings.len() };
+            bindings[0].client.launch(Box::new(task), count, arguments);
         }
-        drop(pass);
-        self.queue.submit([encoder.finish()]);
-        Ok(())
     }
+
+    /// Before work of so many products is queued: sends off what is, where both would be more than
+    /// a submission may hold. A watchdog takes a device away that works on one for two seconds
+    /// (Windows). One thread at a time gives a device work.
+    pub fn make_room(&self, buffer: &Buffer, products: f64) {
+        let mut queued = self.queued.lock().unwrap_or_else(PoisonError::into_inner);
+        if *queued + products > self.kernels.most_products {
+            *queued = 0.0;
+            // A lost device is seen where a result is read.
+            let _ = buffer.client.flush();
+        }
+        *queued += products;
+    }
+}
+
+/// A launch as Burn's server takes it: it compiles the source once, and records the dispatch among
+/// Burn's own, so that dozens of them are one submission.
+struct Task {
+    kernel: Kernel,
+    variant: u32,
+    tensors: usize,
+}
+
+impl KernelMetadata for Task {
+    fn name(&self) -> &'static str {
+        self.kernel.name
+    }
+
+    fn id(&self) -> KernelId {
+        // Unchecked: our shaders keep their indices in range, end their loops, divide by nothing
+        // that can be 0, and write workgroup memory before they read it.
+        KernelId::new::<Self>()
+            .info((self.kernel.name, self.variant))
+            .mode(ExecutionMode::Unchecked)
+    }
+
+    fn address_type(&self) -> ElemType {
+        UIntKind::U32.into()
+    }
+}
+
+impl CubeKernel for Task {
+    /// Nothing: the source stands for it.
+    fn define(&self) -> KernelDefinition {
+        let settings =
+            KernelSettings::new(self.id().cube_dim, ExecutionMode::Unchecked, AddressType::U32);
+        KernelDefinition { body: Scope::root(settings.clone()), settings, info: Info::default() }
+    }
+
+    fn source(&self) -> Option<PrecompiledSource> {
+        // Errors name the entry point.
+        let entry = self.kernel.name.replace(['/', ':'], "_");
+        let source = bound_as_burn_does((self.kernel.source)(self.variant), self.tensors)
+            .replace("fn main(", &format!("fn {entry}_main("));
+        let entrypoint_name = format!("{entry}_main");
+        Some(PrecompiledSource { source, entrypoint_name, lang: "wgsl" })
+    }
+}
+
+/// A source with its bindings where Burn puts them: tensors from 0 on, where ours count from 1,
+/// then the uniforms, which ours have at 0.
+fn bound_as_burn_does(source: String, tensors: usize) -> String {
+    let at = |binding: usize| format!("@binding({binding})");
+    let source = source.replace(&at(0), "@binding(uniforms)");
+    let moved = (1..=tensors).fold(source, |source, i| source.replace(&at(i), &at(i - 1)));
+    moved.replace("@binding(uniforms)", &at(tensors))
 }
 
 static POISON: AtomicBool = AtomicBool::new(false);
@@ -249,5 +266,20 @@ pub fn output<const D: usize>(shape: [usize; D], device: &Device) -> Tensor<D> {
         Tensor::full(shape, f32::NAN, device)
     } else {
         Tensor::empty(shape, device)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::bound_as_burn_does;
+
+    #[test]
+    fn tensors_move_down_by_one_and_the_uniforms_behind_them() {
+        let ours: Vec<String> = (0..=11).map(|i| format!("@group(0) @binding({i}) x{i}")).collect();
+        let bound = bound_as_burn_does(ours.join("\n"), 11);
+        let burns = |i: usize| if i == 0 { 11 } else { i - 1 };
+        for (i, line) in bound.lines().enumerate() {
+            assert_eq!(line, format!("@group(0) @binding({}) x{i}", burns(i)));
+        }
     }
 }

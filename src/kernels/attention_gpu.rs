@@ -4,7 +4,7 @@ use burn::backend::DispatchTensor;
 use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
-use super::gpu::{computing, grid, launch, submissions};
+use super::gpu::{computing, grid, in_parts, launch};
 use super::node::{node, output};
 use crate::device::gpu::{
     self, Buffer, Gpu, Kernel, Kernels, buffer, kernel, lanes, output as empty,
@@ -126,7 +126,7 @@ pub fn on_gpu(
         first: 0,
         pad: [0; 2],
     };
-    let (Kernels { eights, half }, units) = (gpu.kernels, head.div_ceil(8));
+    let (Kernels { eights, half, .. }, units) = (gpu.kernels, head.div_ceil(8));
     let variant = head as u32 + EIGHTS * u32::from(eights) + HALF * u32::from(half);
     let blocks = move |rows: usize, most: usize| {
         let blocks = rows.div_ceil(TILE) * b * heads;
@@ -137,10 +137,9 @@ pub fn on_gpu(
     // Two products for each pair of rows and column, twice as many backward.
     let products = move |inner: usize| TILE * inner * head * if eights { 16 } else { 2 };
     let run = move |gpu: &Gpu, kernel: Kernel, bindings: &[&Buffer], groups: usize, each: usize| {
-        for run in submissions(groups, each) {
-            let sizes = Sizes { first: run.start as u32, ..sizes };
-            launch(gpu, kernel, variant, &sizes, bindings, grid(run.len()));
-        }
+        in_parts(gpu, bindings[0], groups, each, |first, grid| {
+            launch(gpu, kernel, variant, &Sizes { first, ..sizes }, bindings, grid);
+        });
     };
     let (y, lse) = (empty([b, tq, width], &device), empty([b, heads, tq], &device));
     {

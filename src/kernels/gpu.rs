@@ -1,5 +1,5 @@
-//! What the kernels' GPU paths share: grids of any number of workgroups, and a launch whose failure
-//! is a panic as Burn's own operations have it ([`crate::device::guard`]).
+//! What the kernels' GPU paths share: grids of any number of workgroups, launches, and long work in
+//! parts.
 
 use std::ops::Range;
 
@@ -26,15 +26,26 @@ pub fn grid(groups: usize) -> [u32; 2] {
     [groups.div_ceil(rows) as u32, rows as u32]
 }
 
-/// Products that one submission makes at most. A watchdog takes a device away that works on one for
-/// two seconds (Windows): one that makes only 10^10 a second, a tenth of what slow integrated GPUs
-/// can do, is below that.
-const MOST_PRODUCTS: f64 = 1.5e10;
-
-/// Runs of workgroups that are submitted one by one: `groups` in all, each of so many products.
-pub fn submissions(groups: usize, products: usize) -> impl Iterator<Item = Range<usize>> {
-    let most = ((MOST_PRODUCTS / products.max(1) as f64) as usize).max(1);
+/// Runs of workgroups that are launched one by one: `groups` in all, each of so many products, of
+/// which a launch makes at most so many.
+fn parts(most: f64, groups: usize, products: usize) -> impl Iterator<Item = Range<usize>> {
+    let most = ((most / products.max(1) as f64) as usize).max(1);
     (0..groups).step_by(most).map(move |first| first..groups.min(first + most))
+}
+
+/// Runs `launch` for workgroups in parts that a device's watchdog bears: `groups` in all, each of
+/// so many products. A part is launched by its first workgroup and its grid.
+pub fn in_parts(
+    gpu: &Gpu,
+    buffer: &Buffer,
+    groups: usize,
+    products: usize,
+    launch: impl Fn(u32, [u32; 2]),
+) {
+    for part in parts(gpu.kernels.most_products, groups, products) {
+        gpu.make_room(buffer, (part.len() * products) as f64);
+        launch(part.start as u32, grid(part.len()));
+    }
 }
 
 /// Runs one kernel on buffers in the order of its bindings.
@@ -47,8 +58,7 @@ pub fn launch(
     grid: [u32; 2],
 ) {
     let launch = Launch { kernel, bindings: bindings.to_vec(), grid };
-    let done = gpu.run(bytemuck::bytes_of(uniforms), variant, &[launch]);
-    done.unwrap_or_else(|e| panic!("{}: {e:#}", kernel.name));
+    gpu.run(bytemuck::bytes_of(uniforms), variant, &[launch]);
 }
 
 #[cfg(test)]
@@ -56,20 +66,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn long_work_is_submitted_in_parts_that_are_all_of_it() {
-        for (groups, products, parts) in [
+    fn long_work_is_launched_in_parts_that_are_all_of_it() {
+        const MOST: f64 = 1.5e10;
+        for (groups, products, count) in [
             (1, 1, 1),
             (1000, 1 << 20, 1),
             (1, 1 << 40, 1),
             (3, 1 << 40, 3),
             (100_000, 1 << 22, 28),
         ] {
-            let all: Vec<Range<usize>> = submissions(groups, products).collect();
-            assert_eq!(all.len(), parts, "{groups} of {products}");
-            assert_eq!((all[0].start, all[parts - 1].end), (0, groups));
+            let all: Vec<Range<usize>> = parts(MOST, groups, products).collect();
+            assert_eq!(all.len(), count, "{groups} of {products}");
+            assert_eq!((all[0].start, all[count - 1].end), (0, groups));
             assert!(all.windows(2).all(|pair| pair[0].end == pair[1].start));
             let most = all.iter().map(|run| run.len() * products).max().unwrap();
-            assert!(parts == groups || most as f64 <= MOST_PRODUCTS);
+            assert!(count == groups || most as f64 <= MOST);
         }
     }
 }

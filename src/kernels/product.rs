@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
 use super::frozen_weight::{FrozenWeight, Stored};
-use super::gpu::{computing, grid, launch, submissions};
+use super::gpu::{computing, in_parts, launch};
 use crate::device::gpu::{Buffer, Gpu, Kernel, Kernels, buffer};
 
 /// Kept in sync with `shaders/shared/product.wgsl`.
@@ -33,9 +33,17 @@ pub struct Sizes {
 const TILE: [usize; 2] = [64, 64];
 /// The same where subgroups are eight wide.
 const EIGHTS: [usize; 2] = [256, 32];
+/// The same on matrix units.
+const MATRICES: [usize; 2] = [128, 128];
+
+/// Bits of a variant's number: whether subgroups are eight wide, whether products take f16, and
+/// whether that runs on matrix units. Those below say how weights are stored and channels come.
+const OF_EIGHTS: u32 = 8;
+const OF_HALF: u32 = 16;
+const OF_MATRICES: u32 = 32;
 
 /// The number of a variant: how weights are stored, whether channels come in fours, whether
-/// subgroups are eight wide, and whether products take f16.
+/// subgroups are eight wide, whether products take f16, and whether that runs on matrix units.
 fn variant(weight: &FrozenWeight, sizes: &Sizes, gpu: &Gpu) -> u32 {
     let format = match &weight.stored {
         Stored::F32(_) => 0,
@@ -44,9 +52,12 @@ fn variant(weight: &FrozenWeight, sizes: &Sizes, gpu: &Gpu) -> u32 {
         Stored::Quantised(_) => 3,
     };
     let fours = sizes.inner.is_multiple_of(4) && sizes.columns.is_multiple_of(4);
-    let Kernels { eights, half } = gpu.kernels;
+    let Kernels { eights, half, matrices, .. } = gpu.kernels;
     let half = half && !weight.exact;
-    16 * u32::from(half) + 8 * u32::from(eights) + 2 * format + u32::from(fours)
+    let matrices = half && matrices;
+    let bit = |bit: u32, set: bool| if set { bit } else { 0 };
+    let kind = bit(OF_MATRICES, matrices) | bit(OF_HALF, half) | bit(OF_EIGHTS, eights);
+    kind | (2 * format) | u32::from(fours)
 }
 
 /// What comes first in the source of a variant.
@@ -61,20 +72,22 @@ pub fn beginning(variant: u32) -> String {
         include_str!("../../shaders/shared/channels1.wgsl"),
         include_str!("../../shaders/shared/channels4.wgsl"),
     ];
+    let [half, eights, matrices] = [OF_HALF, OF_EIGHTS, OF_MATRICES].map(|bit| variant & bit != 0);
     let tiles = [
         include_str!("../../shaders/shared/product_tile.wgsl"),
         concat!(
             include_str!("../../shaders/shared/eights.wgsl"),
             include_str!("../../shaders/shared/product_eights.wgsl")
         ),
+        include_str!("../../shaders/shared/product_matrices.wgsl"),
     ];
     let [tiles, weights, channels] = [
-        tiles[(variant / 8 % 2) as usize],
+        tiles[if matrices { 2 } else { eights.into() }],
         weights[(variant / 2 % 4) as usize],
         channels[(variant % 2) as usize],
     ];
-    let computing = computing(variant >= 16, variant / 8 % 2 == 1);
-    [computing, channels, weights, tiles].join("\n")
+    let more = if matrices { "enable wgpu_cooperative_matrix;" } else { "" };
+    [more, computing(half, eights), channels, weights, tiles].join("\n")
 }
 
 /// A product on a GPU.
@@ -94,16 +107,20 @@ impl Product<'_> {
         let own = self.bias.map(buffer);
         let bias: &Buffer = own.as_ref().unwrap_or(&source);
         let [rows, columns] = [sizes.rows, sizes.columns].map(|n| n as usize);
-        let tile = if self.gpu.kernels.eights { EIGHTS } else { TILE };
+        let variant = variant(self.weight, &sizes, self.gpu);
+        let tile = match variant {
+            v if v & OF_MATRICES != 0 => MATRICES,
+            v if v & OF_EIGHTS != 0 => EIGHTS,
+            _ => TILE,
+        };
         let tiles = rows.div_ceil(tile[0]) * columns.div_ceil(tile[1]);
         let depth = sizes.inner * sizes.kernel[0] * sizes.kernel[1];
         let products = tile[0] * tile[1] * depth as usize;
-        let variant = variant(self.weight, &sizes, self.gpu);
         let run = |bindings: &[&Buffer]| {
-            for run in submissions(tiles, products) {
-                let sizes = Sizes { first: run.start as u32, ..sizes };
-                launch(self.gpu, self.kernel, variant, &sizes, bindings, grid(run.len()));
-            }
+            in_parts(self.gpu, bindings[0], tiles, products, |first, grid| {
+                let sizes = Sizes { first, ..sizes };
+                launch(self.gpu, self.kernel, variant, &sizes, bindings, grid);
+            });
         };
         match &self.weight.stored {
             Stored::F32(w) | Stored::F16(w) => run(&[&source, &buffer(w), bias, &out]),

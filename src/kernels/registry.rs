@@ -7,7 +7,8 @@ use super::{
 use crate::device::gpu::Kernel;
 
 /// Every kernel with its variants: lanes, widths of heads, or how weights are stored and channels
-/// come; of the last two also by the subgroups' width and by what products take.
+/// come; of the last two also by the subgroups' width and by what products take, of the last by
+/// matrix units.
 pub fn kernels() -> Vec<(Kernel, Vec<u32>)> {
     let lanes = [
         activation::FORWARD,
@@ -36,5 +37,5 @@ pub fn kernels() -> Vec<(Kernel, Vec<u32>)> {
         &[5, 40, 64, 512, H + 5, H + 40, E + 5, E + 40, E + 64, E + 512, E + H + 5, E + H + 40];
     let all = all.chain(heads.map(|k| (k, widths.to_vec())));
     // See `variant` in `product`.
-    all.chain(products.map(|k| (k, (0..32).collect()))).collect()
+    all.chain(products.map(|k| (k, (0..32).chain(48..56).collect()))).collect()
 }

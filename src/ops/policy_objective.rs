@@ -219,7 +219,7 @@ pub fn policy_objective(
         bindings: vec![&policy, base, &log_rho, &advantage, &slope, &rows],
         grid: [params.blocks, params.batch],
     };
-    gpu.run(bytemuck::bytes_of(&params), width(dim), &[partial, finish, objective])?;
+    gpu.run(bytemuck::bytes_of(&params), width(dim), &[partial, finish, objective]);
     Ok(ObjectiveOutput { gradient, stats })
 }
 

@@ -82,7 +82,7 @@ pub(super) fn run(
     };
     let rows = buffer(&log_prob);
     let finish = Launch { kernel: LOG_PROB, bindings: vec![&sums, &rows], grid: [params.batch, 1] };
-    gpu.run(bytemuck::bytes_of(&params), width(dim), &[step, finish])?;
+    gpu.run(bytemuck::bytes_of(&params), width(dim), &[step, finish]);
     Ok(Stepped { x_prev, prediction, log_prob })
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use burn::tensor::{Distribution, Tensor};
 
 use super::errors::largest_error;
-use super::timing::{force, header, medians, row, settle};
+use super::timing::{force, header, medians, row};
 use crate::device::Compute;
 use crate::device::tensor::{read, upload};
 use crate::ops::credit_reduce::{self, StepStats, credit_reduce};
@@ -255,9 +255,9 @@ impl<'a> Case<'a> {
         Ok(())
     }
 
-    /// See [`settle`].
+    /// Waits for the device.
     fn sync(&self) -> Result<()> {
-        settle(self.compute)
+        self.compute.sync()
     }
 
     /// Seconds of (shader, CPU reference, Burn operations).

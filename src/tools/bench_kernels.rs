@@ -8,7 +8,7 @@ use anyhow::{Result, ensure};
 use burn::tensor::{Device, Tensor};
 
 use super::errors::relative_error;
-use super::timing::{force, medians, row, settle};
+use super::timing::{force, medians, row};
 use crate::device::Compute;
 use crate::device::tensor::{read, upload};
 use crate::kernels::activation::{Activation, activation};
@@ -109,7 +109,7 @@ impl<const N: usize, const D: usize> Path<N, D> {
     fn force(&self, compute: &Compute, gradients: bool) -> Result<()> {
         let made = if gradients { self.gradients(&self.gradient) } else { vec![self.value()] };
         made.iter().for_each(|tensor| force(compute, tensor));
-        settle(compute)
+        compute.sync()
     }
 }
 

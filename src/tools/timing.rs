@@ -32,19 +32,6 @@ pub(super) fn force<const D: usize>(compute: &Compute, result: &Tensor<D>) {
     }
 }
 
-/// Waits for everything that was submitted to the device, our own submissions among it, which Burn
-/// does not know of.
-///
-/// # Errors
-/// When the device failed.
-pub fn settle(compute: &Compute) -> Result<()> {
-    compute.sync()?;
-    if let Some(gpu) = &compute.gpu {
-        let _ = gpu.device.poll(wgpu::PollType::wait_indefinitely());
-    }
-    Ok(())
-}
-
 /// Runs of a path in a row: each is measured warm, as in a loop.
 const ROW: usize = 5;
 

@@ -15,13 +15,14 @@ pub fn run() -> Result<i32> {
         say!("{i}: {}{}", a.label(), if auto == Some(i) { "   <- auto" } else { "" });
         say!(
             "   type {:?}, buffer {} MiB, binding {} MiB, workgroup memory {} KiB, f16 {}, \
-             subgroups {}",
+             subgroups {}, matrix units {}",
             a.info.device_type,
             mib(limits.max_buffer_size),
             mib(limits.max_storage_buffer_binding_size),
             limits.max_compute_workgroup_storage_size >> 10,
             yes(wgpu::Features::SHADER_F16),
             yes(wgpu::Features::SUBGROUP),
+            if a.has_matrices() { "yes" } else { "no" },
         );
     }
     let chosen = if auto.is_none() { "   <- auto: there is no hardware GPU" } else { "" };
