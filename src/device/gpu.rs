@@ -5,13 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use burn::backend::{BackendTensor, DispatchTensorKind};
+use burn::cubecl::client::Client;
+use burn::cubecl::ir::metadata::Info;
+use burn::cubecl::ir::{ElemType, Scope, UIntKind};
+use burn::cubecl::prelude::*;
+use burn::cubecl::server::{Handle, KernelArguments, MetadataBindingInfo};
+use burn::cubecl::{CubeKernel, PrecompiledSource};
 use burn::tensor::{Device, Tensor};
-use burn_cubecl::cubecl::client::Client;
-use burn_cubecl::cubecl::ir::metadata::Info;
-use burn_cubecl::cubecl::ir::{ElemType, Scope, UIntKind};
-use burn_cubecl::cubecl::prelude::*;
-use burn_cubecl::cubecl::server::{Handle, KernelArguments, MetadataBindingInfo};
-use burn_cubecl::cubecl::{CubeKernel, PrecompiledSource};
 
 /// A kernel: its name is the shader's file name, its source carries the shared parts. A variant is
 /// another source of the same name: a number of elements a thread (1 or 4) in the hot path.

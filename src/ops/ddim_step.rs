@@ -7,7 +7,6 @@
 //! Source: Song et al. 2021, eq. 12; Lee & Ye 2026, section 3. [`crate::schedule::ddim`] makes a
 //! and b.
 
-use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::context::StepContext;
@@ -18,12 +17,9 @@ pub(super) const STEP: Kernel = kernel!("ddim_step", "common", "philox", "sample
 
 /// One step for a batch. `model_out` holds the unconditional rows first where guidance is on.
 ///
-/// # Errors
-/// When the device failed.
-///
 /// # Panics
 /// When the shapes disagree: `[B, C, H, W]` against `[B or 2B, C, H, W]`.
-pub fn ddim_step(s: &StepContext, x: &Tensor<4>, model_out: &Tensor<4>) -> Result<Stepped> {
+pub fn ddim_step(s: &StepContext, x: &Tensor<4>, model_out: &Tensor<4>) -> Stepped {
     run(STEP, reference, s, x, model_out)
 }
 

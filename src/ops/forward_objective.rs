@@ -17,7 +17,6 @@
 //! elementwise but for a few means, so it is Burn's operations on every device; the gradient is
 //! exact.
 
-use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::policy_objective::STATS;
@@ -109,9 +108,6 @@ pub struct ForwardOutput {
 }
 
 /// Loss, statistics and gradient of a batch at a time, of latents `x` that are `x0` noised.
-///
-/// # Errors
-/// When the device fails.
 pub fn forward_objective(
     surrogate: &ForwardSurrogate,
     time: &ForwardTime,
@@ -119,7 +115,7 @@ pub fn forward_objective(
     x0: &Tensor<4>,
     p: &ForwardPredictions,
     advantage: &[f32],
-) -> Result<ForwardOutput> {
+) -> ForwardOutput {
     let shape = x.dims();
     let dim = shape[1..].iter().product::<usize>() as f32;
     let share: Vec<f32> = advantage.iter().map(|a| a / surrogate.clamp).collect();
@@ -148,10 +144,7 @@ pub fn forward_objective(
     let columns = [log_rho, loss, clipped, from_old * 0.5, kl, push];
     debug_assert_eq!(columns.len(), STATS);
     let columns = columns.map(|column| column.reshape([shape[0], 1])).into();
-    Ok(ForwardOutput {
-        gradient: gradient * (surrogate.scale / dim),
-        stats: Tensor::cat(columns, 1),
-    })
+    ForwardOutput { gradient: gradient * (surrogate.scale / dim), stats: Tensor::cat(columns, 1) }
 }
 
 /// An objective's own part, before scale; rows are `[B, 1, 1, 1]`, the gradient is times D.

@@ -9,7 +9,6 @@
 //! relative accuracy as D goes to 0, where exp(log p - log p_old) - 1 has lost all of it. Accuracy:
 //! 1e-5 of the mean magnitude of the terms. Its gradient is part of [`super::policy_objective`].
 
-use anyhow::Result;
 use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
@@ -49,17 +48,14 @@ pub struct LogRatio {
 }
 
 /// `[B, 2]`: log rho and KL of each sample. Without a base policy the KL is 0.
-///
-/// # Errors
-/// When the device failed.
-pub fn log_ratio(s: &StepContext, p: &Predictions) -> Result<Tensor<2>> {
+pub fn log_ratio(s: &StepContext, p: &Predictions) -> Tensor<2> {
     let shape = p.old.dims();
     let (batch, dim) = (shape[0], shape[1..].iter().product::<usize>());
     let Some(gpu) = &s.compute.gpu else {
         let (out, old, base) = (host(p.model_out), host(p.old), p.base.map(host));
         let p = HostPredictions { model_out: &out, old: &old, base: base.as_deref() };
         let rows = reference(s, &p, &philox_noise::reference(batch, dim, s.key), batch);
-        return Ok(upload(bytemuck::cast_slice(&rows), [batch, 2], &s.compute.burn));
+        return upload(bytemuck::cast_slice(&rows), [batch, 2], &s.compute.burn);
     };
     let params = Params { with_base: p.base.is_some().into(), ..Params::new(batch, dim, s) };
     let log_rho = output([batch, 2], &s.compute.burn);
@@ -70,7 +66,7 @@ pub fn log_ratio(s: &StepContext, p: &Predictions) -> Result<Tensor<2>> {
     // Without a direction to keep any buffer serves in its place.
     let inputs = Inputs { policy: &policy, old: &old, base, partials: &sums, direction: &old };
     gpu.run(bytemuck::bytes_of(&params), width(dim), &launches(&params, &inputs, &rows));
-    Ok(log_rho)
+    log_rho
 }
 
 /// What the operation's first launch is bound to.

@@ -17,7 +17,6 @@ pub mod registry;
 pub mod sampler_step;
 pub mod tensor_ops;
 
-use anyhow::Result;
 use burn::tensor::Tensor;
 
 pub use self::context::{BLOCK, Coefficients, Guidance, NoiseKey, StepContext, THREADS};
@@ -26,9 +25,6 @@ use self::flow_step::flow_step;
 use self::sampler_step::Stepped;
 
 /// The step of the kind that the coefficients belong to.
-///
-/// # Errors
-/// When the device failed.
-pub fn step(s: &StepContext, x: &Tensor<4>, model_out: &Tensor<4>) -> Result<Stepped> {
+pub fn step(s: &StepContext, x: &Tensor<4>, model_out: &Tensor<4>) -> Stepped {
     if s.coefficients.flow { flow_step(s, x, model_out) } else { ddim_step(s, x, model_out) }
 }

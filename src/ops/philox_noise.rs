@@ -4,7 +4,6 @@
 //! Shape `[batch, C, H, W]`; every normal is within 2e-6 of the f64 formula; a device repeats its
 //! own bits.
 
-use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::context::{Coefficients, Guidance, NoiseKey, Params, StepContext};
@@ -16,13 +15,10 @@ use crate::philox::{self, Stream};
 pub(super) const NOISE: Kernel = kernel!("philox_noise", "common", "philox");
 
 /// The noise that `ddim_step`, `log_ratio` and `policy_objective` draw for a batch at a step.
-///
-/// # Errors
-/// When the device failed.
-pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Result<Tensor<4>> {
+pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Tensor<4> {
     let (batch, dim) = (shape[0], shape[1..].iter().product::<usize>());
     let Some(gpu) = &compute.gpu else {
-        return Ok(upload(&reference(batch, dim, key), shape, &compute.burn));
+        return upload(&reference(batch, dim, key), shape, &compute.burn);
     };
     let noise = output(shape, &compute.burn);
     let (guidance, coefficients) = (Guidance::Off, Coefficients::default());
@@ -31,7 +27,7 @@ pub fn philox_noise(compute: &Compute, shape: [usize; 4], key: NoiseKey) -> Resu
     let launch =
         Launch { kernel: NOISE, bindings: vec![&out], grid: [params.blocks, params.batch] };
     gpu.run(bytemuck::bytes_of(&params), width(dim), &[launch]);
-    Ok(noise)
+    noise
 }
 
 /// CPU reference: `[batch, dim]`.

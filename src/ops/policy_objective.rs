@@ -11,7 +11,6 @@
 //! The objective is multiplied by the step's loss weight, everything by `scale`, one over the
 //! number of (sample, step) pairs of the update. Accuracy: 1e-5.
 
-use anyhow::Result;
 use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 use clap::ValueEnum;
@@ -169,15 +168,12 @@ pub struct HostObjective {
 }
 
 /// Loss, statistics and gradient of a batch at a step.
-///
-/// # Errors
-/// When the device failed.
 pub fn policy_objective(
     s: &StepContext,
     surrogate: &Surrogate,
     p: &Predictions,
     advantage: &[f32],
-) -> Result<ObjectiveOutput> {
+) -> ObjectiveOutput {
     let (batch, dim) = (advantage.len(), p.old.dims()[1..].iter().product::<usize>());
     let (shape, device) = (p.model_out.dims(), &s.compute.burn);
     let Some(gpu) = &s.compute.gpu else {
@@ -186,10 +182,10 @@ pub fn policy_objective(
         let noise = philox_noise::reference(batch, dim, s.key);
         let rows = log_ratio::reference(s, &p, &noise, batch);
         let done = reference(s, surrogate, &p, &noise, &rows, advantage);
-        return Ok(ObjectiveOutput {
+        return ObjectiveOutput {
             gradient: upload(&done.gradient, shape, device),
             stats: upload(bytemuck::cast_slice(&done.stats), [batch, STATS], device),
-        });
+        };
     };
     let Bounds { hi, lo } = surrogate.objective.bounds(surrogate.clip_range);
     let params = Params {
@@ -220,7 +216,7 @@ pub fn policy_objective(
         grid: [params.blocks, params.batch],
     };
     gpu.run(bytemuck::bytes_of(&params), width(dim), &[partial, finish, objective]);
-    Ok(ObjectiveOutput { gradient, stats })
+    ObjectiveOutput { gradient, stats }
 }
 
 /// CPU reference, with the step's noise `[B, D]` and each sample's log rho and KL.

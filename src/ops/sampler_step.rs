@@ -9,7 +9,6 @@
 //! Shapes: x `[B, C, H, W]`, network output `[B or 2B, ..]`. Accuracy: within 1e-5 of f64, relative
 //! to the larger of 1 and the value. No gradient: sampling is not differentiated.
 
-use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::context::{Params, StepContext};
@@ -44,9 +43,6 @@ pub(super) type Reference = fn(&StepContext, &[f32], &[f32], usize) -> SteppedHo
 /// One step for a batch, by a kernel or on the CPU by its reference; `model_out` holds the
 /// unconditional rows first where guidance is on.
 ///
-/// # Errors
-/// When the device failed.
-///
 /// # Panics
 /// When the shapes disagree: `[B, C, H, W]` against `[B or 2B, C, H, W]`.
 pub(super) fn run(
@@ -55,7 +51,7 @@ pub(super) fn run(
     s: &StepContext,
     x: &Tensor<4>,
     model_out: &Tensor<4>,
-) -> Result<Stepped> {
+) -> Stepped {
     let shape = x.dims();
     let (batch, dim) = (shape[0], shape[1..].iter().product::<usize>());
     let expected = [batch * s.guidance.rows(), shape[1], shape[2], shape[3]];
@@ -63,11 +59,11 @@ pub(super) fn run(
     let device = &s.compute.burn;
     let Some(gpu) = &s.compute.gpu else {
         let done = reference(s, &host(x), &host(model_out), batch);
-        return Ok(Stepped {
+        return Stepped {
             x_prev: upload(&done.x_prev, shape, device),
             prediction: upload(&done.prediction, shape, device),
             log_prob: upload(&done.log_prob, [batch], device),
-        });
+        };
     };
     let params = Params::new(batch, dim, s);
     let (x_prev, prediction) = (output(shape, device), output(shape, device));
@@ -83,7 +79,7 @@ pub(super) fn run(
     let rows = buffer(&log_prob);
     let finish = Launch { kernel: LOG_PROB, bindings: vec![&sums, &rows], grid: [params.batch, 1] };
     gpu.run(bytemuck::bytes_of(&params), width(dim), &[step, finish]);
-    Ok(Stepped { x_prev, prediction, log_prob })
+    Stepped { x_prev, prediction, log_prob }
 }
 
 /// The CPU reference with `mean` of (x, prediction).

@@ -60,7 +60,7 @@ fn batch_kl(
             coefficients: Coefficients::from(*step),
             key: noise.at(step),
         };
-        let base = read(&ops::step(&context, &x, &base.output(&x, step.t))?.prediction)?;
+        let base = read(&ops::step(&context, &x, &base.output(&x, step.t)).prediction)?;
         let weight = (step.b / step.sigma).powi(2) / 2.0;
         let rows = own.old_prediction.chunks(c * h * w).zip(base.chunks(c * h * w));
         for (sum, (p, base)) in sums.iter_mut().zip(rows) {

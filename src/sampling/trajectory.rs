@@ -90,7 +90,7 @@ pub fn sample(
             coefficients: Coefficients::from(step),
             key: noise.at(step),
         };
-        let next = ops::step(&context, &x, &out)?;
+        let next = ops::step(&context, &x, &out);
         if keep.contains(&step.index) {
             kept.extend([x, next.prediction]);
         }

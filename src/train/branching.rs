@@ -218,6 +218,6 @@ impl<'a> Tree<'a> {
         };
         let (x, prediction) =
             (batch.rows(&own.x, &compute.burn), batch.rows(&own.old_prediction, &compute.burn));
-        read(&ops::step(&context, &x, &prediction)?.x_prev)
+        read(&ops::step(&context, &x, &prediction).x_prev)
     }
 }

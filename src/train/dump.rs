@@ -103,7 +103,7 @@ fn transitions(u: &Update) -> Result<Vec<HostTensor>> {
             let values = from * size..(from + n) * size;
             let x = read(&batch.rows(&transition.x, &compute.burn))?;
             let prediction = read(&batch.rows(&transition.old_prediction, &compute.burn))?;
-            let drawn = philox_noise(compute, [n, c, h, w], batch.noise.at(step))?;
+            let drawn = philox_noise(compute, [n, c, h, w], batch.noise.at(step));
             noise[values.clone()].copy_from_slice(&read(&drawn)?);
             old[values.clone()].copy_from_slice(&in_eps(u, step, &x, &prediction));
             latents[values].copy_from_slice(&x);
@@ -139,7 +139,7 @@ fn ends(u: &Update) -> Result<Vec<HostTensor>> {
     for (at, step) in plan.trained.iter().enumerate() {
         for batch in u.batches {
             let key = noise_key(batch, step, pass);
-            noise.extend(read(&philox_noise(compute, [batch.part.images.len(), c, h, w], key)?)?);
+            noise.extend(read(&philox_noise(compute, [batch.part.images.len(), c, h, w], key))?);
             let times = plan.times[batch.part.images.clone()].iter();
             weights.extend(times.map(|own| f32::from(u8::from(own.contains(&at)))));
         }

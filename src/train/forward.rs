@@ -71,7 +71,7 @@ pub fn forward_gradient(
             let prompts = PromptPair { cond, uncond };
             let own = Policy { prompts: &prompts, ..*policy };
             let key = noise_key(batch, &trained[at], options.pass);
-            let all = philox_noise(policy.compute, [batch.part.images.len(), c, h, w], key)?;
+            let all = philox_noise(policy.compute, [batch.part.images.len(), c, h, w], key);
             let (x0, z) = (rows_of(&x0, &rows), rows_of(&all, &rows));
             let advantage: Vec<f32> = rows.iter().map(|row| options.advantage[*row]).collect();
             let given = Rows { x0, z, advantage };
@@ -138,7 +138,7 @@ fn time_gradient(
     let predictions =
         ForwardPredictions { now: &now, old: &old, sampled: sampled.as_ref(), base: base.as_ref() };
     let (surrogate, advantage) = (options.surrogate, &given.advantage);
-    let mut done = forward_objective(surrogate, &time, &x, &given.x0, &predictions, advantage)?;
+    let mut done = forward_objective(surrogate, &time, &x, &given.x0, &predictions, advantage);
     if options.test {
         // As a part of the prediction's largest value, which guidance makes large.
         let most = |values: Tensor<4>| values.abs().reshape([rows as i32, -1]).max_dim(1);

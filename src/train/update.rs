@@ -157,7 +157,7 @@ fn step_gradient(
         key: batch.noise.at(step),
     };
     let predictions = Predictions { model_out: &output, old: &old, base: base.as_ref() };
-    let done = policy_objective(&context, surrogate, &predictions, options.advantage)?;
+    let done = policy_objective(&context, surrogate, &predictions, options.advantage);
     let gradient = if conditional_only {
         let n = batch.part.rows.len();
         done.gradient.narrow(0, n, n)

@@ -55,7 +55,7 @@ fn found(
     let surrogate = ForwardSurrogate { objective, clamp: 5.0, kl_beta: 0.0, scale: 1.0 };
     let (now, old) = (tensor(now), tensor(old));
     let p = ForwardPredictions { now: &now, old: &old, sampled: None, base: None };
-    let done = forward_objective(&surrogate, &time(), &x, &x0, &p, &[advantage]).unwrap();
+    let done = forward_objective(&surrogate, &time(), &x, &x0, &p, &[advantage]);
     let gradient = host(&done.gradient).iter().map(|g| f64::from(*g)).collect();
     (gradient, f64::from(host(&done.stats)[1]))
 }

@@ -13,8 +13,8 @@ use crate::support::gpu;
 fn philox_noise_on_the_gpu_is_that_of_the_cpu_in_any_batch_layout() {
     let (gpu, cpu) = (gpu(), Compute::cpu());
     for shape in SHAPES {
-        let found = read(&philox_noise(&gpu, shape, KEY).unwrap()).unwrap();
-        let expected = read(&philox_noise(&cpu, shape, KEY).unwrap()).unwrap();
+        let found = read(&philox_noise(&gpu, shape, KEY)).unwrap();
+        let expected = read(&philox_noise(&cpu, shape, KEY)).unwrap();
         assert!(found.iter().zip(&expected).all(|(a, b)| (a - b).abs() < 2e-6), "{shape:?}");
         // And of the formula in f64.
         let dim: usize = shape[1..].iter().product();
@@ -37,14 +37,9 @@ fn philox_noise_on_the_gpu_is_that_of_the_cpu_in_any_batch_layout() {
                 "{shape:?}: element {i} is {z}, not {exact}"
             );
         }
-        assert_eq!(
-            found,
-            read(&philox_noise(&gpu, shape, KEY).unwrap()).unwrap(),
-            "repeats to the bit"
-        );
+        assert_eq!(found, read(&philox_noise(&gpu, shape, KEY)).unwrap(), "repeats to the bit");
         let last = NoiseKey { first_image: KEY.first_image + shape[0] as u32 - 1, ..KEY };
-        let alone =
-            read(&philox_noise(&gpu, [1, shape[1], shape[2], shape[3]], last).unwrap()).unwrap();
+        let alone = read(&philox_noise(&gpu, [1, shape[1], shape[2], shape[3]], last)).unwrap();
         assert_eq!(alone, found[found.len() - alone.len()..], "a batch of one has the same noise");
     }
 }
