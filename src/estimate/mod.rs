@@ -244,15 +244,15 @@ fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: 
         reward: if target.first { shapes.reward * s.storage.dtype().size() as f64 } else { 0.0 },
         program: program + cast,
         // On the host the values and two moments, now and at the last good epoch, and the sum of
-        // gradients; on the device the values once; of each batch its gradient there and on the
-        // host, and of those that wait their turn the host's. A running mean is on the host, now
-        // and then; an old policy on the device as well.
+        // gradients; on the device the values once; of each batch its gradient there, that of one
+        // of its steps and the host's, and of those that wait their turn the host's. A running
+        // mean is on the host, now and then; an old policy on the device as well.
         adapter: 4.0
             * parameters
             * (8.0
                 + if s.ema.is_some() { 2.0 } else { 0.0 }
                 + if s.objective.forward() { 3.0 } else { 0.0 }
-                + 2.0 * updating
+                + 3.0 * updating
                 + if updating > 1.0 { updating } else { 0.0 }),
         kept: transitions * s.trajectories() as f64 + 4.0 * text.embedding * prompts,
         // The host keeps all transitions; it is the device's own memory unless the device is a

@@ -3,7 +3,7 @@
 //! that the activations of one block and these rows are all that is held (activation checkpointing,
 //! Chen et al. 2016).
 
-use burn::tensor::{Gradients, Tensor};
+use burn::tensor::{Device, Gradients, Tensor};
 
 use crate::device::Compute;
 use crate::lora::{Adapter, Lora};
@@ -18,11 +18,26 @@ pub struct LoraPair<'a> {
     pub frozen: &'a Lora,
 }
 
-/// Gradients of an adapter's matrices, A and B of each layer, added up over backward passes.
+/// Squares that are added up on the device, each sum by one thread; the host adds up the sums.
+const SQUARES: usize = 256;
+
+/// What ended steps leave on the device.
+#[derive(Default)]
+pub struct StepSums {
+    /// The sum of their gradients, in the order of [`Adapter::parameters`] and then zeros.
+    pub gradient: Option<Tensor<1>>,
+    /// Of each step's gradient the squares, [`SQUARES`] to a sum.
+    pub squares: Vec<Tensor<1>>,
+}
+
+/// Gradients of an adapter's matrices, A and B of each layer, added up over the backward passes of
+/// a step, and those over steps.
 pub struct GradientAccumulator<'a> {
     adapter: &'a Adapter,
     tracked: &'a Lora,
-    sums: Vec<Option<Tensor<2>>>,
+    /// Of the step that is not ended, a matrix each.
+    step: Vec<Option<Tensor<2>>>,
+    steps: StepSums,
     /// Whether gradients pass through products in f16.
     half: bool,
     /// What the gradient that is passing was divided by.
@@ -33,8 +48,8 @@ impl<'a> GradientAccumulator<'a> {
     /// `tracked` is the adapter on a device, with gradients.
     pub fn new(adapter: &'a Adapter, tracked: &'a Lora, compute: &Compute) -> Self {
         let half = compute.gpu.as_ref().is_some_and(|gpu| gpu.kernels.half);
-        let sums = vec![None; 2 * adapter.layers.len()];
-        Self { adapter, tracked, sums, half, scale: None }
+        let step = vec![None; 2 * adapter.layers.len()];
+        Self { adapter, tracked, step, steps: StepSums::default(), half, scale: None }
     }
 
     /// A gradient of which f16 flushes nothing: its largest entry is 1.
@@ -50,7 +65,7 @@ impl<'a> GradientAccumulator<'a> {
 
     /// Adds what a backward pass left at the adapter's matrices.
     fn take(&mut self, grads: &mut Gradients) {
-        for (layer, sums) in self.adapter.layers.iter().zip(self.sums.chunks_mut(2)) {
+        for (layer, sums) in self.adapter.layers.iter().zip(self.step.chunks_mut(2)) {
             let pair = self.tracked.get(&layer.name).expect("the adapter's own layer");
             for (matrix, sum) in [&pair.a, &pair.b].into_iter().zip(sums) {
                 // Layers behind a detached branch, or of another block, get no gradient.
@@ -68,9 +83,32 @@ impl<'a> GradientAccumulator<'a> {
         }
     }
 
-    /// The sums, in the order of [`Adapter::parameters`]; none where nothing arrived.
-    pub fn finish(self) -> Vec<Option<Tensor<2>>> {
-        self.sums
+    /// Ends a step: what arrived in it joins the sum, and its size is kept.
+    pub fn end_step(&mut self, device: &Device) {
+        let lengths = self.adapter.parameters().map(Vec::len);
+        // Nothing arrives at layers whose output goes nowhere.
+        let own = self.step.iter_mut().zip(lengths).map(|(own, n)| match own.take() {
+            Some(own) => own.reshape([n]),
+            None => Tensor::zeros([n], device),
+        });
+        let mut own: Vec<Tensor<1>> = own.collect();
+        let length: usize = self.adapter.parameters().map(Vec::len).sum();
+        let rows = length.div_ceil(SQUARES);
+        if rows * SQUARES > length {
+            own.push(Tensor::zeros([rows * SQUARES - length], device));
+        }
+        let own = Tensor::cat(own, 0);
+        let squares = own.clone().powi_scalar(2).reshape([rows, SQUARES]).sum_dim(1);
+        self.steps.squares.push(squares.reshape([rows]));
+        self.steps.gradient = Some(match self.steps.gradient.take() {
+            Some(sum) => sum + own,
+            None => own,
+        });
+    }
+
+    /// What the ended steps leave.
+    pub fn finish(self) -> StepSums {
+        self.steps
     }
 }
 

@@ -10,7 +10,8 @@ use super::gradient::Loss;
 use super::job::DumpRequest;
 use super::plan::Part;
 use super::run::Run;
-use super::update::{TrajectoryBatch, UpdateGradient};
+use super::update::TrajectoryBatch;
+use super::update_gradient::UpdateGradient;
 use crate::choice::name;
 use crate::device::tensor::read;
 use crate::io::tensors::{HostTensor, write_tensors};
@@ -92,7 +93,7 @@ fn transitions(u: &Update) -> Result<Vec<HostTensor>> {
     let (mut latents, mut noise, mut old) = (all(), all(), all());
     let mut log_rho = vec![0.0; trained.len() * rows];
     let (mut weights, mut advantages) = (log_rho.clone(), vec![0.0; rows]);
-    let mut stats = u.gradient.stats.iter();
+    let mut done = u.gradient.steps.iter();
     for (batch, &first) in u.batches.iter().zip(&firsts) {
         let part = &batch.part;
         let n = part.rows.len();
@@ -108,7 +109,7 @@ fn transitions(u: &Update) -> Result<Vec<HostTensor>> {
             old[values.clone()].copy_from_slice(&in_eps(u, step, &x, &prediction));
             latents[values].copy_from_slice(&x);
             weights[from..from + n].fill(step.row_weight as f32);
-            let own = stats.next().into_iter().flat_map(|(_, own)| own);
+            let own = done.next().into_iter().flat_map(|step| &step.rows);
             log_rho[from..from + n].iter_mut().zip(own).for_each(|(to, of)| *to = of.log_rho);
         }
     }

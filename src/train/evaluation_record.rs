@@ -50,6 +50,9 @@ pub struct Measures {
     pub pairwise_cosine_distance: Option<f64>,
     /// Mean Vendi score of a prompt's pictures.
     pub vendi: Option<f64>,
+    /// Frechet distance to the pictures of the first evaluation: compared only among as many.
+    #[serde(default)]
+    pub frechet: Option<f64>,
     /// Kernel distances to the pictures of the first evaluation.
     pub kid: Option<f64>,
     /// The same by CMMD.

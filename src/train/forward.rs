@@ -5,7 +5,8 @@ use anyhow::Result;
 use burn::tensor::Tensor;
 
 use super::backward::{Forward, GradientAccumulator, LoraPair};
-use super::update::{BatchGradient, TrajectoryBatch, read_gradient};
+use super::update::TrajectoryBatch;
+use super::update_gradient::{BatchGradient, read_gradient};
 use crate::device::tensor::upload;
 use crate::lora::{Adapter, Lora};
 use crate::model::row_map::{RowMap, rows_of};
@@ -76,16 +77,14 @@ pub fn forward_gradient(
             let advantage: Vec<f32> = rows.iter().map(|row| options.advantage[*row]).collect();
             let given = Rows { x0, z, advantage };
             let done = time_gradient(&own, &trained[at], &given, options, lora, &mut sums)?;
+            sums.end_step(&policy.compute.burn);
             stats.push(done.stats);
             calls += done.calls;
             counts.push((at, rows.len()));
         }
         tick();
     }
-    let (gradients, all) = read_gradient(sums, adapter, Tensor::cat(stats, 0))?;
-    let mut all = all.into_iter();
-    let own = counts.into_iter().map(|(at, n)| (at, all.by_ref().take(n).collect()));
-    Ok(BatchGradient { gradients, stats: own.collect(), calls })
+    read_gradient(sums, adapter, stats, &counts, calls)
 }
 
 /// What the noise of a batch at a time is keyed by, in a pass over the epoch's images.

@@ -6,9 +6,8 @@ use super::epoch::EpochState;
 use super::forward::{ForwardOptions, forward_gradient};
 use super::observer::Event;
 use super::run::Run;
-use super::update::{
-    BatchGradient, GradientOptions, TrajectoryBatch, UpdateGradient, batch_gradient,
-};
+use super::update::{GradientOptions, TrajectoryBatch, batch_gradient};
+use super::update_gradient::{BatchGradient, UpdateGradient};
 use crate::config::{Objective, Settings};
 use crate::lora::{Adapter, Lora};
 use crate::ops::forward_objective::{ForwardObjective, ForwardSurrogate};

@@ -9,7 +9,7 @@ use super::metrics::Measures;
 use super::rewards::Scores;
 use super::run::{Evaluation, Run};
 use crate::measure::bootstrap::means_by_prompt;
-use crate::measure::distances::{cmmd, kid};
+use crate::measure::distances::{cmmd, frechet, kid};
 use crate::measure::diversity::over_prompts;
 use crate::measure::pixels::PixelStatistics;
 
@@ -62,6 +62,7 @@ fn measures(run: &mut Run, images: &[RgbImage], scores: &Scores) -> Result<Measu
         jpeg_kb: pixels.map(|p| p.jpeg_kb),
         pairwise_cosine_distance: found.and_then(|f| f.pairwise_cosine_distance),
         vendi: found.and_then(|f| f.vendi),
+        frechet: to_base(frechet),
         kid: to_base(kid),
         cmmd: to_base(cmmd),
         // A row of pictures is enough: a trajectory has many steps.

@@ -77,6 +77,7 @@ pub mod lines {
 
 #[cfg(test)]
 mod tests {
+    use super::super::update_record::TrainedStep;
     use super::*;
     use crate::ops::credit_reduce::StepStats;
 
@@ -85,7 +86,8 @@ mod tests {
         let stats = StepStats { log_rho_mean: 0.1, loss: f32::NAN, ..Default::default() };
         let step = crate::schedule::Ddim::stable_diffusion().steps(7, 1.0).unwrap()[2];
         let took = Took { learning_rate: 1e-3, grad_norm: f64::INFINITY, calls: 0 };
-        let update = UpdateRecord::new(1, 2, &[(step, stats)], took);
+        let trained = TrainedStep { step, stats, grad_norm: 0.1 + 0.2 };
+        let update = UpdateRecord::new(1, 2, &[trained], took);
         assert!(update.skipped);
         let text = serde_json::to_string(&Record::Update(update.clone())).unwrap();
         assert!(text.contains("\"kind\":\"update\"") && text.contains("\"loss\":null"), "{text}");

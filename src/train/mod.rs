@@ -46,6 +46,7 @@ mod sampled;
 mod self_test;
 #[doc(hidden)]
 pub mod update;
+pub mod update_gradient;
 mod update_record;
 #[doc(hidden)]
 pub mod watch;
@@ -73,7 +74,8 @@ use self::rollout::rollout;
 use self::run::Run;
 pub use self::run::Summary;
 use self::run_folder::{ABOUT, SETTINGS, open_grid};
-use self::update::{TrajectoryBatch, UpdateGradient, all_stats, credit_table};
+use self::update::TrajectoryBatch;
+use self::update_gradient::{UpdateGradient, all_stats, credit_table};
 use self::watch::best_epoch;
 use crate::device;
 use crate::device::system::{peak, reset_peak};
@@ -237,7 +239,7 @@ fn optimizer_step(
 ) -> Result<UpdateRecord> {
     let s = run.settings;
     if !run.tested {
-        let found = self_test::self_test(s, &all_stats(&sum.stats), &sum.gradients)?;
+        let found = self_test::self_test(s, &all_stats(&sum.steps), &sum.gradients)?;
         let self_test::SelfTest { of, largest, bound } = found;
         run.observer.on(Event::SelfTest { of, largest, bound });
     }

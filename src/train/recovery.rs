@@ -14,7 +14,8 @@ use super::observer::Event;
 use super::plan::Part;
 use super::run::{BEST, EMA, Run};
 use super::self_test::self_test;
-use super::update::{GradientOptions, TrajectoryBatch, all_stats, batch_gradient};
+use super::update::{GradientOptions, TrajectoryBatch, batch_gradient};
+use super::update_gradient::all_stats;
 use super::watch::best_epoch;
 use crate::device::tensor::{read, upload};
 use crate::io::weights::Weights;
@@ -151,7 +152,7 @@ pub(super) fn test_restored(
         rows_at_once: run.rows_at_once,
     };
     let found = batch_gradient(&policy, &run.adapter, &own, trained, &options, &|| {})?;
-    let passed = self_test(s, &all_stats(&found.stats), &found.gradients)?;
+    let passed = self_test(s, &all_stats(&found.steps), &found.gradients)?;
     run.observer.on(Event::SelfTest {
         of: passed.of,
         largest: passed.largest,

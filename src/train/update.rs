@@ -1,21 +1,17 @@
 //! The gradient of one batch: for each trained step the policy's prediction, the objective's
-//! gradient with respect to it, and from there into the adapter. Batches add up to an update.
+//! gradient with respect to it, and from there into the adapter.
 
 use anyhow::Result;
 use burn::tensor::{Device, Tensor};
-use serde::{Deserialize, Serialize};
 
 use super::backward::{Forward, GradientAccumulator, LoraPair};
 use super::plan::Part;
-use crate::device::Compute;
-use crate::device::tensor::{read_all, upload};
+use super::update_gradient::{BatchGradient, read_gradient};
+use crate::device::tensor::upload;
 use crate::lora::Adapter;
 use crate::model::row_map::RowMap;
-use crate::ops::credit_reduce::{StepStats, credit_reduce};
 use crate::ops::log_ratio::Predictions;
-use crate::ops::policy_objective::{
-    GuidanceGradient, STATS, SampleStats, Surrogate, policy_objective,
-};
+use crate::ops::policy_objective::{GuidanceGradient, Surrogate, policy_objective};
 use crate::ops::{Coefficients, Guidance, StepContext};
 use crate::sampling::policy::{Branch, Policy};
 use crate::sampling::trajectory::{Noise, Transition};
@@ -55,17 +51,6 @@ impl TrajectoryBatch {
     }
 }
 
-/// What a batch adds to an update.
-#[derive(Serialize, Deserialize)]
-pub struct BatchGradient {
-    /// Gradients of A and B of each layer, in the order of [`Adapter::parameters`].
-    pub gradients: Vec<Vec<f32>>,
-    /// Of each row of a step, by the step's place in the epoch's trained ones.
-    pub stats: Vec<(usize, Vec<SampleStats>)>,
-    /// Rows that the policy's network has computed; guidance's are not counted twice.
-    pub calls: usize,
-}
-
 /// What the gradient of a batch is told besides.
 #[derive(Clone, Copy)]
 pub struct GradientOptions<'a> {
@@ -100,13 +85,13 @@ pub fn batch_gradient(
     let (mut stats, mut calls) = (Vec::with_capacity(steps.len()), 0);
     for (step, transition) in trained[steps.clone()].iter().zip(&batch.transitions) {
         let done = step_gradient(policy, batch, step, transition, options, lora, &mut sums)?;
+        sums.end_step(&policy.compute.burn);
         stats.push(done.stats);
         calls += done.calls;
         tick();
     }
-    let (gradients, stats) = read_gradient(sums, adapter, Tensor::cat(stats, 0))?;
-    let rows = stats.chunks_exact(batch.part.rows.len()).map(<[SampleStats]>::to_vec);
-    Ok(BatchGradient { gradients, stats: steps.zip(rows).collect(), calls })
+    let of_each: Vec<(usize, usize)> = steps.map(|at| (at, batch.part.rows.len())).collect();
+    read_gradient(sums, adapter, stats, &of_each, calls)
 }
 
 /// What a step leaves beside its gradient.
@@ -168,91 +153,11 @@ fn step_gradient(
     Ok(StepGradient { stats: done.stats, calls: pass.calls() })
 }
 
-/// Gradients and statistics on the host, by one visit to the device.
-pub(super) fn read_gradient(
-    sums: GradientAccumulator,
-    adapter: &Adapter,
-    stats: Tensor<2>,
-) -> Result<(Vec<Vec<f32>>, Vec<SampleStats>)> {
-    let sums = sums.finish();
-    let arrived: Vec<bool> = sums.iter().map(Option::is_some).collect();
-    let tensors = sums.into_iter().flatten().chain([stats]).collect();
-    let mut values = read_all(tensors)?;
-    let stats = values.pop().expect("the statistics were registered last");
-    let mut values = values.into_iter();
-    let gradients = adapter.parameters().zip(arrived).map(|(p, arrived)| {
-        // Nothing arrives at layers whose output goes nowhere.
-        if arrived { values.next().expect("one for each sum") } else { vec![0.0; p.len()] }
-    });
-    debug_assert!(stats.len().is_multiple_of(STATS));
-    Ok((gradients.collect(), bytemuck::cast_slice(&stats).to_vec()))
-}
-
-/// An update's gradient and statistics, batch by batch in their order.
-#[derive(Default)]
-pub struct UpdateGradient {
-    pub gradients: Vec<Vec<f32>>,
-    /// Of each batch and step in their order, by the step's place in the epoch's trained ones.
-    pub stats: Vec<(usize, Vec<SampleStats>)>,
-    /// Rows that the policy's network has computed.
-    pub calls: usize,
-}
-
-impl UpdateGradient {
-    /// Adds a batch: its gradient is not held any longer.
-    pub fn add(&mut self, batch: BatchGradient) {
-        if self.gradients.is_empty() {
-            self.gradients = batch.gradients;
-        } else {
-            for (sum, own) in self.gradients.iter_mut().zip(&batch.gradients) {
-                sum.iter_mut().zip(own).for_each(|(s, g)| *s += g);
-            }
-        }
-        self.stats.extend(batch.stats);
-        self.calls += batch.calls;
-    }
-
-    /// The statistics of all rows of one of the trained steps.
-    pub fn stats_of(&self, step: usize) -> Vec<SampleStats> {
-        let own = self.stats.iter().filter(|(of, _)| *of == step);
-        own.flat_map(|(_, stats)| stats.iter().copied()).collect()
-    }
-}
-
-/// Statistics of several steps as one list.
-pub fn all_stats(stats: &[(usize, Vec<SampleStats>)]) -> Vec<SampleStats> {
-    stats.iter().flat_map(|(_, stats)| stats.iter().copied()).collect()
-}
-
-/// The statistics of each of the trained steps over the rows of an update; a time that no image of
-/// it was noised to has none.
-///
-/// # Errors
-/// When the device fails.
-pub fn credit_table(
-    compute: &Compute,
-    trained: &[Step],
-    sum: &UpdateGradient,
-) -> Result<Vec<(Step, StepStats)>> {
-    let steps = trained.iter().enumerate().map(|(i, step)| (*step, sum.stats_of(i)));
-    let steps: Vec<(Step, Vec<SampleStats>)> = steps.filter(|(_, s)| !s.is_empty()).collect();
-    let mut table = Vec::with_capacity(steps.len());
-    // Steps with as many rows as each other are one visit to the device.
-    for alike in steps.chunk_by(|(_, a), (_, b)| a.len() == b.len()) {
-        let weights: Vec<f32> = alike.iter().map(|(step, _)| Coefficients::from(step).w).collect();
-        let stats: Vec<SampleStats> = alike.iter().flat_map(|(_, s)| s.iter().copied()).collect();
-        let shape = [alike.len(), alike[0].1.len(), STATS];
-        let stats = upload(bytemuck::cast_slice(&stats), shape, &compute.burn);
-        let reduced = credit_reduce(compute, &stats, &weights)?;
-        table.extend(alike.iter().map(|(step, _)| *step).zip(reduced));
-    }
-    Ok(table)
-}
-
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
 
+    use super::super::update_gradient::{UpdateGradient, all_stats};
     use super::*;
     use crate::device::Compute;
     use crate::device::tensor::VISITS;
@@ -326,7 +231,7 @@ mod tests {
         for rows in [RowMap::identity(n), RowMap::of_equal(&branches)] {
             let shared = gradient(0..n, rows);
             assert_eq!(shared.calls, 3);
-            let stats = all_stats(&shared.stats);
+            let stats = all_stats(&shared.steps);
             let clipped = stats.iter().filter(|s| s.clipped > 0.0).count();
             assert!((1..n).contains(&clipped), "{clipped} of {n} rows are clipped");
             let one = shared.gradients.iter().flatten();
@@ -334,6 +239,9 @@ mod tests {
             let norm = |values: &mut dyn Iterator<Item = f32>| {
                 values.map(|v| f64::from(v).powi(2)).sum::<f64>().sqrt()
             };
+            // One step and one batch: their gradient is the update's.
+            let (own, whole) = (shared.steps[0].grad_norm, norm(&mut one.clone().copied()));
+            assert!((own / whole - 1.0).abs() <= 1e-5, "{own:e} and {whole:e}");
             let off = norm(&mut pairs().map(|(a, b)| a - b)) / norm(&mut pairs().map(|(_, b)| *b));
             assert!(off <= 1e-6, "the gradient is off by {off:e} of its norm");
         }
@@ -386,7 +294,11 @@ mod tests {
             VISITS.set(0);
             let found =
                 batch_gradient(&policy, &adapter, &batch, &trained, &options, &|| {}).unwrap();
-            assert!(found.gradients.iter().flatten().any(|g| *g != 0.0));
+            let square: f64 = found.gradients.iter().flatten().map(|g| f64::from(*g).powi(2)).sum();
+            let of_steps: Vec<f64> = found.steps.iter().map(|step| step.grad_norm).collect();
+            let least = (of_steps[0] - of_steps[1]).abs();
+            assert!((least..=of_steps[0] + of_steps[1]).contains(&square.sqrt()), "{of_steps:?}");
+            assert!(square > 0.0);
             // On the CPU the objective takes each step's output and old prediction besides.
             assert_eq!(VISITS.get(), 2 * trained.len() + 1, "{} layers", adapter.layers.len());
         }

@@ -78,6 +78,19 @@ pub struct StepRecord {
     /// How much the step adds to the gradient: mean |d loss / d log rho| times the weight.
     #[serde(deserialize_with = "or_nan")]
     pub contribution: f64,
+    /// Norm of what the step adds to the adapter's gradient, added up over the update's batches:
+    /// the norm of its gradient where that is one batch. NaN where an older run did not measure it.
+    #[serde(default = "nan", deserialize_with = "or_nan")]
+    pub grad_norm: f64,
+}
+
+/// A trained step of an update.
+#[derive(Clone, Copy, Debug)]
+pub struct TrainedStep {
+    pub step: Step,
+    pub stats: StepStats,
+    /// Norm of what it adds to the adapter's gradient, added up over batches.
+    pub grad_norm: f64,
 }
 
 /// What an update was done with and cost, beside its steps' statistics.
@@ -97,30 +110,30 @@ impl UpdateRecord {
     pub fn new(
         epoch: usize,
         update: usize,
-        table: &[(Step, StepStats)],
+        table: &[TrainedStep],
         Took { learning_rate, grad_norm, calls }: Took,
     ) -> Self {
-        let loss = mean(table, |t| t.loss);
+        let loss = mean(table, |t| t.stats.loss);
         Self {
             epoch,
             update,
             loss,
-            clip_frac: mean(table, |t| t.clip_frac),
-            approx_kl: mean(table, |t| t.approx_kl),
-            kl: mean(table, |t| t.kl),
-            log_rho_mean: mean(table, |t| t.log_rho_mean),
+            clip_frac: mean(table, |t| t.stats.clip_frac),
+            approx_kl: mean(table, |t| t.stats.approx_kl),
+            kl: mean(table, |t| t.stats.kl),
+            log_rho_mean: mean(table, |t| t.stats.log_rho_mean),
             log_rho_std: pooled_std(table),
             grad_norm,
             learning_rate,
             calls,
             skipped: !(loss.is_finite() && grad_norm.is_finite()),
-            steps: table.iter().map(|(s, t)| StepRecord::new(s, t)).collect(),
+            steps: table.iter().map(StepRecord::new).collect(),
         }
     }
 }
 
 impl StepRecord {
-    fn new(step: &Step, stats: &StepStats) -> Self {
+    fn new(TrainedStep { step, stats, grad_norm }: &TrainedStep) -> Self {
         Self {
             t: step.t,
             weight: step.weight,
@@ -132,22 +145,28 @@ impl StepRecord {
             approx_kl: stats.approx_kl.into(),
             kl: stats.kl.into(),
             contribution: stats.contribution.into(),
+            grad_norm: *grad_norm,
         }
     }
 }
 
 /// Mean over the steps.
-fn mean(table: &[(Step, StepStats)], f: impl Fn(&StepStats) -> f32) -> f64 {
-    table.iter().map(|(_, t)| f64::from(f(t))).sum::<f64>() / table.len() as f64
+fn mean(table: &[TrainedStep], f: impl Fn(&TrainedStep) -> f32) -> f64 {
+    table.iter().map(|t| f64::from(f(t))).sum::<f64>() / table.len() as f64
 }
 
 /// Standard deviation of log rho over all steps and samples.
-fn pooled_std(table: &[(Step, StepStats)]) -> f64 {
-    let whole = mean(table, |t| t.log_rho_mean);
-    let square = |t: &StepStats| {
-        f64::from(t.log_rho_std).powi(2) + (f64::from(t.log_rho_mean) - whole).powi(2)
+fn pooled_std(table: &[TrainedStep]) -> f64 {
+    let whole = mean(table, |t| t.stats.log_rho_mean);
+    let square = |StepStats { log_rho_mean, log_rho_std, .. }: &StepStats| {
+        f64::from(*log_rho_std).powi(2) + (f64::from(*log_rho_mean) - whole).powi(2)
     };
-    (table.iter().map(|(_, t)| square(t)).sum::<f64>() / table.len() as f64).sqrt()
+    (table.iter().map(|t| square(&t.stats)).sum::<f64>() / table.len() as f64).sqrt()
+}
+
+/// What was not measured.
+fn nan() -> f64 {
+    f64::NAN
 }
 
 /// JSON has no NaN: it is written as null.

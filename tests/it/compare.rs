@@ -13,9 +13,9 @@ const SMALL: [&str; 18] = [
     "--steps",
     "4",
     "--images-per-epoch",
-    "8",
-    "--group-size",
     "4",
+    "--group-size",
+    "2",
     "--train-steps",
     "2",
     "--epochs",
@@ -79,7 +79,7 @@ fn methods_are_tuned_and_compared_on_the_same_pictures() {
 
     // What is there is not done again, with its runs gone too; more seeds are.
     std::fs::remove_dir_all(out.join("runs")).unwrap();
-    let more = ["--methods", &methods, "--seeds", "3", "--tune", "learning-rate=1e-3,8e-3"];
+    let more = ["--methods", "grpo", "--seeds", "3", "--tune", "learning-rate=1e-3,8e-3"];
     let output = compare(&out, &[&more[..], &["--seed", "7"]].concat());
     assert!(output.status.success(), "{}", error_of(&output));
     let choice = std::fs::read_dir(out.join("runs/grpo")).unwrap().next().unwrap().unwrap();

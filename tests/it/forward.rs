@@ -18,7 +18,8 @@ use pcpo_wgpu::sampling::trajectory::Noise;
 use pcpo_wgpu::schedule::{Grid, Sampler, Sampling, Step};
 use pcpo_wgpu::train::forward::{ForwardOptions, forward_gradient};
 use pcpo_wgpu::train::plan::Part;
-use pcpo_wgpu::train::update::{TrajectoryBatch, UpdateGradient};
+use pcpo_wgpu::train::update::TrajectoryBatch;
+use pcpo_wgpu::train::update_gradient::UpdateGradient;
 
 use crate::support::{cpu, emoji, files, golden, gpu};
 use crate::update::dump::{Dump, Gradients};

@@ -44,9 +44,16 @@ pub struct StepSummary {
     pub t: f64,
     pub updates: usize,
     pub clip_frac: f64,
-    /// How much the step adds to the gradient: mean over updates, and their variance.
+    /// How much the step adds to the gradient at the network's output: mean over updates, and their
+    /// variance.
     pub gradient_mean: f64,
     pub gradient_variance: f64,
+    /// Norm of what it adds to the adapter's gradient, likewise; none in records that did not
+    /// measure it.
+    #[serde(default)]
+    pub grad_norm_mean: Option<f64>,
+    #[serde(default)]
+    pub grad_norm_variance: Option<f64>,
     /// Mean of log rho^2 / 2, by which 1 + log rho is below rho.
     pub log_ratio_error: f64,
 }
@@ -127,9 +134,36 @@ pub struct RunName {
 struct Sums {
     n: f64,
     clip: f64,
-    gradient: f64,
-    square: f64,
+    gradient: Moments,
+    grad_norm: Moments,
     error: f64,
+}
+
+/// Of a number over updates, where it was measured.
+#[derive(Default)]
+struct Moments {
+    n: f64,
+    sum: f64,
+    square: f64,
+}
+
+impl Moments {
+    fn add(&mut self, value: f64) {
+        if value.is_finite() {
+            self.n += 1.0;
+            self.sum += value;
+            self.square += value.powi(2);
+        }
+    }
+
+    /// None of no number.
+    fn mean(&self) -> Option<f64> {
+        (self.n > 0.0).then(|| self.sum / self.n)
+    }
+
+    fn variance(&self) -> Option<f64> {
+        Some((self.square / self.n - self.mean()?.powi(2)).max(0.0))
+    }
 }
 
 fn steps(updates: &[&UpdateRecord]) -> Vec<StepSummary> {
@@ -138,16 +172,18 @@ fn steps(updates: &[&UpdateRecord]) -> Vec<StepSummary> {
         let (_, sums) = all.entry(place(step.t)).or_insert_with(|| (step.t, Sums::default()));
         sums.n += 1.0;
         sums.clip += step.clip_frac;
-        sums.gradient += step.contribution;
-        sums.square += step.contribution.powi(2);
+        sums.gradient.add(step.contribution);
+        sums.grad_norm.add(step.grad_norm);
         sums.error += step.approx_kl;
     }
     let summary = |(t, s): (f64, Sums)| StepSummary {
         t,
         updates: s.n as usize,
         clip_frac: s.clip / s.n,
-        gradient_mean: s.gradient / s.n,
-        gradient_variance: (s.square / s.n - (s.gradient / s.n).powi(2)).max(0.0),
+        gradient_mean: s.gradient.mean().unwrap_or(f64::NAN),
+        gradient_variance: s.gradient.variance().unwrap_or(f64::NAN),
+        grad_norm_mean: s.grad_norm.mean(),
+        grad_norm_variance: s.grad_norm.variance(),
         log_ratio_error: s.error / s.n,
     };
     all.into_values().map(summary).collect()

@@ -107,8 +107,9 @@ pub struct Signs {
 
 /// What is measured at equal reward: its name, and how it is read.
 type Measure = (&'static str, fn(&Measures) -> Option<f64>);
-pub const MEASURES: [Measure; 5] = [
+pub const MEASURES: [Measure; 6] = [
     ("KL", |m| m.kl),
+    ("Frechet distance to the base", |m| m.frechet),
     ("CMMD to the base", |m| m.cmmd),
     ("KID to the base", |m| m.kid),
     ("1 - cosine within a prompt", |m| m.pairwise_cosine_distance),
@@ -242,6 +243,9 @@ pub fn median_steps(found: &Found) -> Vec<StepSummary> {
         all.entry(place(step.t)).or_default().push(step);
     }
     let summary = |steps: Vec<&StepSummary>| {
+        let measured = |f: fn(&StepSummary) -> Option<f64>| {
+            median(&steps.iter().filter_map(|s| f(s)).collect::<Vec<f64>>())
+        };
         let of = |f: fn(&StepSummary) -> f64| {
             median(&steps.iter().map(|s| f(s)).collect::<Vec<f64>>()).unwrap_or(f64::NAN)
         };
@@ -251,6 +255,8 @@ pub fn median_steps(found: &Found) -> Vec<StepSummary> {
             clip_frac: of(|s| s.clip_frac),
             gradient_mean: of(|s| s.gradient_mean),
             gradient_variance: of(|s| s.gradient_variance),
+            grad_norm_mean: measured(|s| s.grad_norm_mean),
+            grad_norm_variance: measured(|s| s.grad_norm_variance),
             log_ratio_error: of(|s| s.log_ratio_error),
         }
     };

@@ -86,8 +86,8 @@ fn at_target(s: &Summary) -> Table {
         title: "At equal reward".into(),
         how: "Where a run's evaluation passes the target, between two evaluations on a straight \
               line; of the seeds that come there. KL and distances should be small, diversity \
-              large. A Frechet distance needs ten times as many pictures as its features have \
-              dimensions; KID and CMMD do not."
+              large. The Frechet distance of few pictures is too large, here by as much for every \
+              method; KID and CMMD have no bias to speak of."
             .into(),
         head,
         rows: s.rows.iter().map(row).collect(),
@@ -95,6 +95,17 @@ fn at_target(s: &Summary) -> Table {
 }
 
 fn timesteps(s: &Summary) -> Vec<Table> {
+    const HEAD: [&str; 8] = [
+        "t",
+        "updates",
+        "clipped",
+        "gradient norm",
+        "variance",
+        "at the output",
+        "variance",
+        "error",
+    ];
+    let measured = |value: Option<f64>| value.map_or_else(|| "\u{2013}".into(), short);
     let table = |found: &Found| {
         let steps = median_steps(found);
         let row = |step: &StepSummary| {
@@ -102,6 +113,8 @@ fn timesteps(s: &Summary) -> Vec<Table> {
                 short(step.t),
                 step.updates.to_string(),
                 format!("{:.1}%", 100.0 * step.clip_frac),
+                measured(step.grad_norm_mean),
+                measured(step.grad_norm_variance),
                 short(step.gradient_mean),
                 short(step.gradient_variance),
                 short(step.log_ratio_error),
@@ -109,11 +122,13 @@ fn timesteps(s: &Summary) -> Vec<Table> {
         };
         (!steps.is_empty()).then(|| Table {
             title: format!("Timesteps: {}", found.method),
-            how: "Clipped entries, what the step adds to the gradient (mean of |d loss / d log \
-                  rho| times its weight, over updates, and its variance), and the error of 1 + \
-                  log rho against rho, log rho\u{b2} / 2. Medians over seeds."
-                .into(),
-            head: texts(&["t", "updates", "clipped", "gradient", "variance", "error"]),
+            how:
+                "Clipped entries; the norm of what the step adds to the adapter's gradient, added \
+                  up over an update's batches, as mean and variance over updates; the same at the \
+                  network's output, |d loss / d log rho| times the step's weight; and the error \
+                  of 1 + log rho against rho, log rho\u{b2} / 2. Medians over seeds."
+                    .into(),
+            head: texts(&HEAD),
             rows: steps.iter().map(row).collect(),
         })
     };

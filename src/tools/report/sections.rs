@@ -20,7 +20,7 @@ struct Measure {
     of: fn(&Measures) -> Option<f64>,
 }
 
-const MEASURES: [Measure; 9] = [
+const MEASURES: [Measure; 10] = [
     Measure {
         name: "pairwise_cosine_distance",
         title: "Distance within a prompt",
@@ -68,6 +68,12 @@ const MEASURES: [Measure; 9] = [
         title: "CMMD to the first pictures",
         reading: "distance of the features' distributions",
         of: |m| m.cmmd,
+    },
+    Measure {
+        name: "frechet",
+        title: "Frechet distance to the first pictures",
+        reading: "of their features as Gaussians; too large of few pictures, by as much each time",
+        of: |m| m.frechet,
     },
     Measure {
         name: "kid",
@@ -164,7 +170,9 @@ pub fn heat_maps(run: &Run) -> Option<Section> {
     let maps = [
         map("Clip rate", |s| s.clip_frac, Scale::Linear),
         map("Ratio: standard deviation of log \u{3c1}", |s| s.log_rho_std, Scale::AsNeeded),
-        map("Gradient: what each step adds", |s| s.contribution, Scale::AsNeeded),
+        map("Gradient: norm of what each step adds", |s| s.grad_norm, Scale::AsNeeded)
+            // As far as runs of older versions measured it.
+            .or_else(|| map("Gradient: what each step adds", |s| s.contribution, Scale::AsNeeded)),
     ];
     let maps: String = maps.into_iter().flatten().collect();
     let content = format!("<div class=\"plots three\">\n{maps}</div>\n");

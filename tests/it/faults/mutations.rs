@@ -292,7 +292,7 @@ fn changed_inputs_are_read_or_refused() {
         targets.push(Target::new(name, run.join(file), &[original], read));
     }
     let (mut all, mut refused) = (0, 0);
-    let number = cases(400, 1_000_000usize.div_ceil(targets.len()));
+    let number = cases(200, 1_000_000usize.div_ceil(targets.len()));
     for target in &targets {
         let (start, no) = (Instant::now(), target.attack(number));
         println!(

@@ -123,7 +123,7 @@ fn random_answers_of_a_server_are_numbers_or_refused() {
         }
     });
     let (mut numbers, mut refused) = (0, 0);
-    for case in 0..cases(60, 1000) {
+    for case in 0..cases(30, 1000) {
         let reward = Http::open(&server.url, Duration::from_secs(2)).unwrap();
         let mut reward = reward.with_first_pause(Duration::from_millis(1));
         let prompt = Prompt { text: "a".into(), metadata: Default::default() };
@@ -155,7 +155,7 @@ fn random_answers_are_numbers_or_refused() {
         "é",
     ];
     let mut draws = Draws(3);
-    for case in 0..cases(60, 1000) {
+    for case in 0..cases(30, 1000) {
         let n = draws.below(4);
         let answer: Vec<&str> = (0..n).map(|_| words[draws.below(words.len())]).collect();
         let end = ["\\n", "", "\\r\\n"][draws.below(3)];

@@ -19,7 +19,8 @@ fn a_run_that_ruins_its_pictures_is_stopped_and_its_best_adapter_kept() {
     let out = dir.path().join("run");
     let path = out.to_str().unwrap();
     let ruin = ["--device", "cpu", "--learning-rate", "1e4", "--seed", "1", "--stop-on-collapse"];
-    let output = program(&[&["train", "--out", path][..], &ruin[..]].concat());
+    let pictures = ["--eval-images", "2"];
+    let output = program(&[&["train", "--out", path][..], &ruin, &SMALL[..], &pictures].concat());
     assert_eq!(output.status.code(), Some(0), "{}", error_of(&output));
     let error = error_of(&output);
     let told: Vec<&str> = error.lines().filter(|l| l.starts_with("warning: collapse: ")).collect();
@@ -98,7 +99,8 @@ fn evaluations_measure_held_out_prompts() {
         let whole = epoch != 1;
         assert_eq!(e["pictures"].as_u64(), whole.then_some(10), "{e}");
         let fields = ["pvs", "saturated", "laplacian_variance", "pairwise_cosine_distance"];
-        for field in fields.into_iter().chain(["vendi", "kid", "cmmd", "kl", "jpeg_kb"]) {
+        for field in fields.into_iter().chain(["vendi", "frechet", "kid", "cmmd", "kl", "jpeg_kb"])
+        {
             assert_eq!(e[field].is_f64(), whole, "epoch {epoch}: {field} {}", e[field]);
         }
         if whole {

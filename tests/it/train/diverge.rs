@@ -47,7 +47,7 @@ fn a_run_that_diverges_goes_back_to_its_beginning() {
     for updates in ["1", "2", "8"] {
         let out = dir.path().join(updates);
         let path = out.to_str().unwrap();
-        let job = [&["--out", path, "--epochs", "3"], &RUIN, &SMALL[..10]].concat();
+        let job = [&["--out", path, "--epochs", "3"], &RUIN, &SMALL[..12]].concat();
         diverges(&[&job[..], &["--updates-per-epoch", updates]].concat());
         let adapter = out.join("adapter.safetensors");
         assert!(largest(&adapter) < 1.0, "{updates}: {}", largest(&adapter));
@@ -81,7 +81,7 @@ fn an_epoch_without_a_grid_is_not_saved_unseen() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let job = ["--out", out.to_str().unwrap(), "--epochs", "9", "--sample-every", "5"];
-    diverges(&[&job[..], &RUIN, &SMALL[..10], &["--updates-per-epoch", "1"]].concat());
+    diverges(&[&job[..], &RUIN, &SMALL[..12], &["--updates-per-epoch", "1"]].concat());
     assert_eq!(checkpoints(&out), ["epoch-00000"]);
     assert!(largest(&out.join("adapter.safetensors")) < 1.0);
 }
@@ -122,7 +122,7 @@ fn a_poisoned_epoch_that_was_stopped_gives_way_to_its_beginning() {
     let out = dir.path().join("run");
     let job = ["train", "--out", out.to_str().unwrap(), "--epochs", "3"];
     let many = ["--updates-per-epoch", "8", "--inner-epochs", "4"];
-    let mut child = start(&[&job[..], &RUIN, &SMALL[..10], &many].concat());
+    let mut child = start(&[&job[..], &RUIN, &SMALL[..12], &many].concat());
     let stdout = std::io::BufReader::new(child.stdout.take().unwrap());
     let mut lines = std::io::BufRead::lines(stdout);
     assert!(lines.any(|line| line.unwrap().starts_with("self-test")));

@@ -35,24 +35,24 @@ fn runs_of_the_forward_process_count_their_calls_and_resume_to_the_bit() {
             let own = ["--model", model, "--preset", preset, "--epochs"];
             let at = |name: &str| dir.path().join(format!("{name}-{preset}-{model}"));
             let job = |epochs| [&SMALL[..], &own, &[epochs]].concat();
-            let lines = run(&at("whole"), &job("4"));
+            let lines = run(&at("whole"), &job("2"));
             let epoch = of(&lines, "epoch").next().unwrap();
             let found = (&epoch["rollout_calls"], &epoch["update_calls"]);
             assert_eq!(found, (&40.into(), &calls.into()), "{preset} of {model}");
             let learnt = |u: &serde_json::Value| u["grad_norm"].as_f64().unwrap() > 0.0;
             assert!(of(&lines, "update").all(learnt), "{preset} of {model}");
-            run(&at("broken"), &job("2"));
+            run(&at("broken"), &job("1"));
             let broken = at("broken");
-            let more = ["train", "--resume", broken.to_str().unwrap(), "--epochs", "4"];
+            let more = ["train", "--resume", broken.to_str().unwrap(), "--epochs", "2"];
             let output = program(&more);
             assert!(output.status.success(), "{}", error_of(&output));
             let bytes = |dir: &Path, file: &str| std::fs::read(dir.join(file)).unwrap();
-            for file in ["adapter.safetensors", "checkpoints/epoch-00004/old.safetensors"] {
+            for file in ["adapter.safetensors", "checkpoints/epoch-00002/old.safetensors"] {
                 assert_eq!(bytes(&at("whole"), file), bytes(&broken, file), "{preset}: {file}");
             }
             let (adapter, old) = (
-                bytes(&broken, "checkpoints/epoch-00004/adapter.safetensors"),
-                bytes(&broken, "checkpoints/epoch-00004/old.safetensors"),
+                bytes(&broken, "checkpoints/epoch-00002/adapter.safetensors"),
+                bytes(&broken, "checkpoints/epoch-00002/old.safetensors"),
             );
             assert_ne!(adapter, old, "{preset}: the old policy lags behind");
         }

@@ -26,15 +26,17 @@ fn gpu_like_cpu(model: &[&str]) {
         "--prompt",
         "cat face on a white background",
         "--images-per-epoch",
-        "8",
+        "4",
         "--group-size",
-        "4",
+        "2",
         "--batch",
-        "4",
+        "2",
         "--steps",
-        "8",
+        "4",
         "--train-steps",
         "2",
+        "--eval-images",
+        "1",
     ];
     let start = std::time::Instant::now();
     let gpu = run(&dir.path().join("gpu"), &[&["--device", &device], model, &job[..]].concat());
@@ -79,6 +81,7 @@ fn a_run_resumes_to_the_bit_on_the_gpu() {
         "2",
     ];
     let short = ["--steps", "3", "--train-steps", "1", "--updates-per-epoch", "1"];
+    let job = [&job[..], &["--eval-images", "1"]].concat();
     run(&whole, &[&job[..], &short, &["--epochs", "2"]].concat());
     run(&parts, &[&job[..], &short, &["--epochs", "1"]].concat());
     let output = program(&["train", "--resume", parts.to_str().unwrap(), "--epochs", "2"]);
@@ -146,11 +149,13 @@ fn several_devices_train_like_one() {
         "--epochs",
         "1",
         "--images-per-epoch",
-        "8",
-        "--group-size",
         "4",
-        "--batch",
+        "--group-size",
         "2",
+        "--batch",
+        "1",
+        "--updates-per-epoch",
+        "1",
         "--steps",
         "3",
         "--train-steps",
@@ -171,7 +176,7 @@ fn several_devices_train_like_one() {
     let (two, of_two, of_both) = on("two", &format!("{device},{device}"));
     assert_eq!(update, of_two);
     assert!(adapter == of_both, "two replicas have the bits of one");
-    // Four batches to sample and decode, two of them in each of two updates.
+    // Four batches to sample, to decode and to update by.
     assert_eq!(two["device_batches"], serde_json::json!([6, 6]));
     let (mixed, of_mixed, _) = on("mixed", &format!("{device},cpu"));
     assert_eq!(mixed["device_batches"], serde_json::json!([6, 6]));

@@ -34,7 +34,7 @@ fn memory_estimates_are_within_20_percent_of_the_measured_peak() {
         ],
     ];
     for (i, case) in cases.iter().enumerate() {
-        let fixed = ["--device", "cpu", "--steps", "4", "--train-steps", "1"];
+        let fixed = ["--device", "cpu", "--steps", "4", "--train-steps", "1", "--eval-images", "1"];
         let plan = program(&[&["plan"], &fixed[..], case].concat());
         assert!(plan.status.success(), "{plan:?}");
         let text = String::from_utf8_lossy(&plan.stdout).into_owned();

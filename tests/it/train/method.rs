@@ -99,11 +99,12 @@ fn the_embedded_jobs_raise_their_reward() {
     let dir = tempfile::tempdir().unwrap();
     for (model, job) in [("emoji", "emoji/blue"), ("emoji-flow", "emoji-flow/train")] {
         let config = format!("models/{job}.toml");
-        let args = ["--device", "cpu", "--epochs", "4", "--model", model, "--config", &config];
-        let lines = run(&dir.path().join(model), &args);
+        let args = ["--device", "cpu", "--epochs", "2", "--model", model, "--config", &config];
+        let seldom = ["--eval-every", "2", "--sample-every", "2", "--eval-images", "1"];
+        let lines = run(&dir.path().join(model), &[&args[..], &seldom].concat());
         let rewards: Vec<f64> =
             of(&lines, "evaluation").map(|l| l["reward_mean"].as_f64().unwrap()).collect();
-        assert!(rewards[4] > rewards[0] + 2e-3, "{model}: {rewards:?}");
+        assert!(rewards[1] > rewards[0] + 2e-3, "{model}: {rewards:?}");
     }
 }
 
@@ -138,6 +139,10 @@ fn every_sampler_and_credit_of_a_flow_trains() {
         for update in of(&lines, "update") {
             assert!(update["grad_norm"].as_f64().unwrap() > 0.0, "{variant:?}: a gradient arrives");
             assert!(update["log_rho_std"].is_number(), "{variant:?}");
+            let of_steps = update["steps"].as_array().unwrap().iter();
+            let of_steps: f64 = of_steps.map(|s| s["grad_norm"].as_f64().unwrap()).sum();
+            let whole = update["grad_norm"].as_f64().unwrap();
+            assert!(of_steps >= 0.9999 * whole, "{variant:?}: {of_steps} and {whole}");
         }
         let adapter = Weights::open_file(&out.join("adapter.safetensors")).unwrap();
         assert!(
@@ -258,7 +263,8 @@ fn grids_are_drawn_every_so_many_epochs() {
     );
     let job = ["--device", "cpu", "--epochs", "3", "--reward", &reward];
     let seldom = ["--sample-every", "2", "--eval-every", "3"];
-    let lines = run(&out, &[&job[..], &seldom, &SMALL].concat());
+    let four = ["--eval-images", "4"];
+    let lines = run(&out, &[&job[..], &seldom, &SMALL, &four].concat());
     let epochs: Vec<u64> = of(&lines, "evaluation").map(|l| l["epoch"].as_u64().unwrap()).collect();
     assert_eq!(epochs, [0, 2, 3]);
     let exists = |epoch: usize| out.join(format!("grids/epoch-{epoch:05}.png")).is_file();
@@ -268,7 +274,7 @@ fn grids_are_drawn_every_so_many_epochs() {
     assert_eq!(scored, 8 + 2 + 8 + 3 * 8, "an epoch without a grid asks for its rollout only");
     // It changes none of the run's numbers, so that a run may go on with another.
     let whole = dir.path().join("whole");
-    run(&whole, &[&job[..], &SMALL].concat());
+    run(&whole, &[&job[..], &SMALL, &four].concat());
     let adapter = |out: &Path| std::fs::read(out.join("adapter.safetensors")).unwrap();
     assert!(adapter(&out) == adapter(&whole), "the adapters differ");
 }

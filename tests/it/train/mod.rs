@@ -23,7 +23,9 @@ use crate::command_line::program;
 use crate::support::error_of;
 
 /// A small job on the embedded model.
-const SMALL: [&str; 12] = [
+const SMALL: [&str; 14] = [
+    "--eval-images",
+    "1",
     "--steps",
     "6",
     "--train-steps",

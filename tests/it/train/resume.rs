@@ -81,7 +81,7 @@ fn a_shortened_run_ends_with_whole_pictures() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("run");
     let job = ["--device", "cpu", "--epochs", "1", "--eval-every", "9"];
-    run(&out, &[&job[..], &SMALL[..]].concat());
+    run(&out, &[&job[..], &SMALL[..], &["--eval-images", "2"]].concat());
     let settings = std::fs::read_to_string(out.join("settings.toml")).unwrap();
     // As a run of three epochs that was killed after its second.
     std::fs::write(out.join("settings.toml"), settings.replace("epochs = 1", "epochs = 3"))

@@ -50,9 +50,18 @@ fn a_stopped_run_keeps_its_updates_and_resumes_to_the_bit() {
         "--tracker-min-count",
         "4",
     ];
-    stops_and_resumes(&[&SMALL[..10], &many].concat());
+    stops_and_resumes(&[&SMALL[..12], &many].concat());
     let branches = ["--branch", "2,0,3", "--roots", "2", "--steps", "6", "--kl-beta", "0.01"];
-    let many = ["--anchor-steps", "2", "--updates-per-epoch", "4", "--inner-epochs", "2"];
+    let many = [
+        "--eval-images",
+        "1",
+        "--anchor-steps",
+        "2",
+        "--updates-per-epoch",
+        "4",
+        "--inner-epochs",
+        "2",
+    ];
     stops_and_resumes(&[&branches[..], &many].concat());
 }
 
