@@ -87,6 +87,7 @@ pub struct DrawArgs {
 impl DrawArgs {
     /// Checks the numbers.
     pub fn check(&self) -> Result<()> {
+        numbers::fits_toml("--seed", self.seed)?;
         numbers::number("--eta", self.eta, Range::NotNegative)?;
         numbers::optional("--guidance", self.guidance, Range::NotNegative)?;
         self.micro()?;
@@ -200,7 +201,7 @@ impl DrawArgs {
         steps: usize,
         eta: f64,
     ) -> Result<Vec<Step>> {
-        let tokens = pipeline.net.tokens([h, w]);
+        let tokens = pipeline.net.config().tokens([h, w]);
         let (grid, shift) = (self.steps.grid, self.steps.shift);
         pipeline.schedule.steps(&Sampling { sampler, steps, eta, grid, shift, tokens })
     }

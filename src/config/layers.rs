@@ -1,11 +1,12 @@
 //! Layers of options: flags over a file over a recipe over an embedded model's job, and what a run
 //! that goes on may change.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow, ensure};
 
 use super::choices::{Objective, Preset};
+use super::numbers;
 use super::options::Options;
 
 /// Keys in whose place branching comes.
@@ -42,8 +43,16 @@ impl Options {
     /// # Errors
     /// Names the file and the key that is unknown or of the wrong type.
     pub fn from_file(path: &Path) -> Result<Self> {
-        toml::from_str(&crate::io::read_text(path)?)
-            .with_context(|| format!("--config {}", path.display()))
+        Self::read(path, "--config")
+    }
+
+    /// The same of a file that another flag gives.
+    ///
+    /// # Errors
+    /// As [`Self::from_file`].
+    pub(crate) fn read(path: &Path, flag: &str) -> Result<Self> {
+        let text = crate::io::read_text(path).map_err(|e| anyhow!("{flag} {e:#}"))?;
+        toml::from_str(&text).with_context(|| format!("{flag} {}", path.display()))
     }
 
     /// What may change when a run goes on: what alters none of the numbers that it draws or learns.
@@ -122,14 +131,36 @@ impl Options {
     }
 
     pub(super) fn table(&self) -> Result<toml::Table> {
-        let unsaved = "a path that is not UTF-8 cannot be saved with the run";
-        let json = serde_json::to_value(self).context(unsaved)?;
-        for (key, value) in json.as_object().into_iter().flatten() {
+        for (flag, path) in self.paths() {
             ensure!(
-                value.as_u64().is_none_or(|n| i64::try_from(n).is_ok()),
-                "--{key} {value}: must be less than 2^63"
+                path.to_str().is_some(),
+                "{flag} {}: is not UTF-8, and cannot be saved with the run; rename it",
+                path.display()
             );
         }
-        toml::Table::try_from(self).context(unsaved)
+        let json = serde_json::to_value(self).context("options")?;
+        for (key, value) in json.as_object().into_iter().flatten() {
+            let numbers = value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice);
+            for number in numbers.iter().filter_map(serde_json::Value::as_u64) {
+                numbers::fits_toml(&format!("--{key}"), number)?;
+            }
+        }
+        toml::Table::try_from(self).context("options")
+    }
+
+    /// All files and folders, with their flags.
+    fn paths(&self) -> impl Iterator<Item = (&'static str, &PathBuf)> {
+        let one = [
+            ("--model", &self.model),
+            ("--model-config", &self.model_config),
+            ("--vae", &self.vae),
+            ("--embeddings", &self.embeddings),
+            ("--prompts", &self.prompts),
+            ("--lora", &self.lora),
+            ("--eval-prompts", &self.eval_prompts),
+        ];
+        let one = one.into_iter().filter_map(|(flag, path)| Some((flag, path.as_ref()?)));
+        let encoders = self.text_encoder.iter().flatten();
+        one.chain(encoders.map(|path| ("--text-encoder", path)))
     }
 }

@@ -56,6 +56,13 @@ pub fn count(flag: &str, value: usize, most: usize) -> Result<()> {
     Ok(())
 }
 
+/// # Errors
+/// When a number does not fit the integers of TOML, in which a run is saved.
+pub fn fits_toml(flag: &str, value: u64) -> Result<()> {
+    ensure!(i64::try_from(value).is_ok(), "{flag} {value}: must be less than 2^63");
+    Ok(())
+}
+
 /// What SDXL is told of sizes, of `--time-ids` and `--negative-time-ids`.
 ///
 /// # Errors

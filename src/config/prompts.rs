@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, anyhow, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 
 use super::options::Options;
 use crate::io;
@@ -109,7 +109,10 @@ fn lines_of(
     list: Option<&Vec<String>>,
 ) -> Result<(Vec<Prompt>, String)> {
     let (list, source) = match (file, list) {
-        (Some(file), _) => {
+        (Some(file), Some(_)) => {
+            bail!("{flag}s {}: stands beside {flag}; give one of them", file.display())
+        }
+        (Some(file), None) => {
             let text = io::read_text(file).with_context(|| format!("{flag}s"))?;
             // Some editors mark the beginning of a file.
             let text = text.trim_start_matches('\u{feff}');

@@ -308,7 +308,18 @@ impl Options {
             "--resume {}: there is no settings.toml in it; give the folder of a run",
             run.display()
         );
-        let saved = Self::from_file(&path)?;
+        let saved = Self::read(&path, "--resume")?;
+        // What every run has saved; defaults in their place would be another run's.
+        ensure!(
+            saved.model.is_some() && saved.seed.is_some() && saved.steps.is_some(),
+            "{}: is damaged: lacks model, seed or steps; put back the file that the run wrote",
+            path.display()
+        );
+        ensure!(
+            self.lora.is_none(),
+            "--resume {}: the run has an adapter of its own; leave --lora out",
+            run.display()
+        );
         let resumed = self.over(&saved)?.resolve()?;
         ensure!(
             resumed.lr_scheduler == LrScheduler::Constant || Some(resumed.epochs) == saved.epochs,

@@ -39,6 +39,10 @@ pub fn open_all(wanted: &str, how: Opening, process: OnHost) -> Result<Vec<Compu
 
 /// What `--device` names, one by one.
 fn names(wanted: &str, process: OnHost) -> Result<Vec<String>> {
+    ensure!(
+        !wanted.trim().is_empty(),
+        "--device: is empty; give auto, cpu, a number or a part of a name of `pcpo-wgpu devices`"
+    );
     let given = || vec![wanted.to_string()];
     match wanted.to_lowercase().as_str() {
         "all" => {
@@ -107,13 +111,16 @@ fn split(wanted: &str, known: &[&str]) -> Result<Vec<String>> {
 /// # Errors
 /// As [`open_all`], and where several are named.
 pub fn open_one(flag: &str, wanted: &str, how: Opening) -> Result<Compute> {
-    let named = names(wanted, OnHost::ALONE)?;
+    let by_flag = |e: anyhow::Error| match flag {
+        "--device" => e,
+        other => anyhow!("{}", format!("{e:#}").replacen("--device", other, 1)),
+    };
+    let named = names(wanted, OnHost::ALONE).map_err(by_flag)?;
     ensure!(
         named.len() == 1,
-        "{flag} {wanted}: takes one device; `train` alone takes several with --device"
+        "{flag} {wanted}: takes one device; runs alone take several, with --device"
     );
-    open_with(&named[0], how)
-        .map_err(|e| if flag == "--device" { e } else { anyhow!("{flag}: {e:#}") })
+    open_with(&named[0], how).map_err(by_flag)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use anyhow::{Context, Result};
 use crate::config::Settings;
 use crate::io::weights::Weights;
 use crate::kernels::frozen_weight::BLOCK;
-use crate::lora::adapter::targeted;
+use crate::lora::adapter::{check_targets, targeted};
 use crate::lora::formats;
 use crate::measure::features;
 use crate::model::ModelFiles;
@@ -115,6 +115,12 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
                 targets.push(TargetShape { inputs: inputs.iter().product(), outputs });
             }
         }
+    }
+    if lora.is_none() {
+        let network = files.network()?.weights()?;
+        let layers = network.names().filter(|name| block_of(name).is_some());
+        let layers: Vec<&str> = layers.filter_map(|name| name.strip_suffix(".weight")).collect();
+        check_targets(&s.target_modules, &layers)?;
     }
     if let Some(file) = lora {
         let adapter = formats::read(file, &[]).context("--lora")?;

@@ -83,6 +83,21 @@ pub fn targeted(name: &str, targets: &[String]) -> bool {
     targets.iter().any(|t| name == t || name.ends_with(&format!(".{t}")))
 }
 
+/// Checks that each target is among the layers of a network's blocks.
+///
+/// # Errors
+/// Names the target that is not.
+pub fn check_targets(targets: &[String], layers: &[&str]) -> Result<()> {
+    for target in targets {
+        ensure!(
+            layers.iter().any(|name| targeted(name, std::slice::from_ref(target))),
+            "--target-modules {target}: the network's blocks have no layer of that name; to_q, \
+             to_k, to_v, to_out.0 are there, and in a UNet conv1, conv2, conv_shortcut, conv"
+        );
+    }
+    Ok(())
+}
+
 impl Adapter {
     /// A fresh adapter on the targeted layers: A gaussian with deviation 1 / rank (peft's
     /// "gaussian"), B zero.
@@ -98,13 +113,8 @@ impl Adapter {
     ) -> Result<Self> {
         ensure!(rank > 0, "--rank 0: must be at least 1");
         ensure!(alpha > 0.0, "--alpha {alpha}: must be positive");
-        for target in targets {
-            ensure!(
-                linears.iter().any(|l| targeted(&l.name, std::slice::from_ref(target))),
-                "--target-modules {target}: the network's blocks have no layer of that name; to_q, \
-                 to_k, to_v, to_out.0 are there, and in a UNet conv1, conv2, conv_shortcut, conv"
-            );
-        }
+        let names: Vec<&str> = linears.iter().map(|l| l.name.as_str()).collect();
+        check_targets(targets, &names)?;
         let chosen = linears.iter().filter(|l| targeted(&l.name, targets));
         let layers = chosen.enumerate().map(|(i, l)| {
             let mut a = philox::noise(seed, Stream::LoraInit, i as u32, 0, l.inputs * rank);

@@ -62,7 +62,7 @@ impl Resnet {
             shortcut: if cin == cout {
                 None
             } else {
-                Some(Conv2d::point(l, "conv_shortcut", cin, cout)?)
+                Some(Conv2d::point(&l.in_f32(), "conv_shortcut", cin, cout)?)
             },
         })
     }

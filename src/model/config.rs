@@ -344,6 +344,9 @@ pub trait NetworkConfig {
         scale
     }
 
+    /// Tokens that it makes of a latent of a height and width: what dynamic shifting depends on.
+    fn tokens(&self, size: [usize; 2]) -> usize;
+
     /// Whether its blocks convolve, as a UNet's do: the memory estimate counts such blocks
     /// otherwise.
     fn convolves(&self) -> bool;

@@ -133,9 +133,6 @@ pub trait Denoiser: Send + Sync {
         Ok(())
     }
 
-    /// Tokens that it makes of a latent of a size: what dynamic shifting depends on.
-    fn tokens(&self, size: [usize; 2]) -> usize;
-
     /// The layers that a LoRA can target: linear ones in the order of the network, then
     /// convolutions.
     fn linears(&self) -> Vec<LayerShape>;

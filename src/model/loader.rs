@@ -81,6 +81,12 @@ impl<'a> Loader<'a> {
         Self { exact, ..self }
     }
 
+    /// The same, computed in f32 on every device: for layers that the residual stream itself passes
+    /// through, whose rounding reaches the end whole (docs/MEASURED.md).
+    pub fn in_f32(&self) -> Self {
+        self.clone().exactly(true)
+    }
+
     /// The same, whose blocks are streamed where `stream` says so.
     pub fn streaming(self, stream: Option<Stream>) -> Self {
         Self { stream, ..self }

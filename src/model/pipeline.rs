@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use burn::tensor::Device;
 
 use super::conditioning::MicroConditioning;
+use super::config::NetworkConfig;
 use super::denoiser::Denoiser;
 use super::family::Family;
 use super::files::ModelFiles;
@@ -16,6 +17,18 @@ use super::text::TextEncoders;
 use super::text::embeddings::{PromptEmbeddings, fits};
 use super::vae::Vae;
 use crate::schedule::Schedule;
+
+/// Checks that a network is told sizes, where some are given for it.
+///
+/// # Errors
+/// Names the flag.
+pub fn check_time_ids(micro: MicroConditioning, network: &dyn NetworkConfig) -> Result<()> {
+    ensure!(
+        micro == MicroConditioning::default() || network.takes_time_ids(),
+        "--time-ids: is for SDXL, whose network is told of sizes; leave it out"
+    );
+    Ok(())
+}
 
 /// Where a model's text embeddings come from.
 #[derive(Clone, Copy)]
@@ -128,10 +141,7 @@ impl Pipeline {
             Some(pixels) => pixels.latent(vae.factor)?,
         };
         net.accepts(size).context("--resolution")?;
-        ensure!(
-            micro == MicroConditioning::default() || net.config().takes_time_ids(),
-            "--time-ids: is for SDXL, whose network is told of sizes; leave it out"
-        );
+        check_time_ids(micro, net.config())?;
         Ok(Self { schedule, family, second: files.is_second(), net, vae, micro, size })
     }
 
@@ -149,6 +159,6 @@ impl Pipeline {
 
     /// Tokens that the network makes of one latent.
     pub fn tokens(&self) -> usize {
-        self.net.tokens(self.size)
+        self.net.config().tokens(self.size)
     }
 }

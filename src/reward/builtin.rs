@@ -68,7 +68,7 @@ impl Color {
             Some((_, rgb)) => Ok(Self { rgb: rgb.map(f64::from) }),
             None => {
                 let names: Vec<&str> = COLORS.iter().map(|(n, _)| *n).collect();
-                bail!("--reward color:{name}: unknown colour; one of {}", names.join(", "))
+                bail!("unknown colour; one of {}", names.join(", "))
             }
         }
     }

@@ -39,10 +39,6 @@ impl Command {
     /// Starts the program through the system's shell. It has ten times as long for an answer as a
     /// server: it may load a model first, or take all pictures at once.
     pub fn start(program: &str, timeout: Duration) -> Result<Self> {
-        ensure!(
-            !program.trim().is_empty(),
-            "--reward command: has no program; write command:PROGRAM ARGUMENTS"
-        );
         let mut command = shell(program);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command
@@ -59,6 +55,13 @@ impl Command {
         let (answers, patience) = (Mutex::new(answers), timeout.saturating_mul(10));
         Ok(Self { program: program.into(), child, stdin, answers, folder, patience })
     }
+}
+
+/// # Errors
+/// When there is no program, with `name` in front.
+pub fn check(name: &str, program: &str) -> Result<()> {
+    ensure!(!program.trim().is_empty(), "{name}: has no program; write command:PROGRAM ARGUMENTS");
+    Ok(())
 }
 
 /// The system's shell with the program as its only command, in a group of its own: Ctrl-C is for

@@ -9,7 +9,7 @@
 
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use image::RgbImage;
 use serde_json::{Value, json};
 
@@ -40,6 +40,13 @@ impl Http {
         self.0.set_first_pause(pause);
         self
     }
+}
+
+/// # Errors
+/// When the URL cannot be asked, with `name` in front.
+pub(super) fn check(name: &str, url: &str) -> Result<()> {
+    ensure!(!url.trim().is_empty(), "{name}: names nothing; write http:URL");
+    Address::parse(name, url).map(drop)
 }
 
 impl Reward for Http {

@@ -38,16 +38,7 @@ impl Judge {
     /// sent.
     pub fn open(url_and_model: &str, options: &RemoteOptions) -> Result<Self> {
         let name = format!("--reward judge:{}", shown(url_and_model));
-        let parts = url_and_model.rsplit_once('#');
-        let (url, model) =
-            parts.filter(|(_, model)| !model.trim().is_empty()).ok_or_else(|| {
-                anyhow!("{name}: names no model; write judge:URL#MODEL, like http://HOST:8080#NAME")
-            })?;
-        ensure!(!url.is_empty(), "{name}: has no URL; write judge:URL#MODEL");
-        ensure!(!url.contains('#'), "{name}: has more than one #; write judge:URL#MODEL");
-        let base = url.trim_end_matches('/');
-        let base = base.strip_suffix("/v1").unwrap_or(base).trim_end_matches('/');
-        let address = Address::parse(&name, &format!("{base}/v1/chat/completions"))?;
+        let (address, model) = address(&name, url_and_model)?;
         let question = options.judge_question.as_deref().unwrap_or(match options.judge_answer {
             JudgeAnswer::Number => NUMBER_QUESTION,
             JudgeAnswer::Yes => YES_QUESTION,
@@ -60,6 +51,25 @@ impl Judge {
             answer: options.judge_answer,
         })
     }
+}
+
+/// # Errors
+/// When it is no `URL#MODEL`, with `name` in front.
+pub(super) fn check(name: &str, url_and_model: &str) -> Result<()> {
+    address(name, url_and_model).map(drop)
+}
+
+/// Where a model is asked, and its name.
+fn address<'a>(name: &str, url_and_model: &'a str) -> Result<(Address, &'a str)> {
+    let parts = url_and_model.rsplit_once('#');
+    let (url, model) = parts.filter(|(_, model)| !model.trim().is_empty()).ok_or_else(|| {
+        anyhow!("{name}: names no model; write judge:URL#MODEL, like http://HOST:8080#NAME")
+    })?;
+    ensure!(!url.is_empty(), "{name}: has no URL; write judge:URL#MODEL");
+    ensure!(!url.contains('#'), "{name}: has more than one #; write judge:URL#MODEL");
+    let base = url.trim_end_matches('/');
+    let base = base.strip_suffix("/v1").unwrap_or(base).trim_end_matches('/');
+    Ok((Address::parse(name, &format!("{base}/v1/chat/completions"))?, model))
 }
 
 impl Reward for Judge {

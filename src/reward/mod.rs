@@ -37,6 +37,9 @@ pub struct Named {
     pub argument: Option<&'static str>,
     /// Its model, where it has one.
     model: Option<Model>,
+    /// Says what is wrong with its argument before anything is opened; the first text begins the
+    /// error.
+    check: fn(&str, &str) -> Result<()>,
     /// Makes it.
     open: fn(&Opening) -> Result<Box<dyn Reward>>,
 }
@@ -59,42 +62,49 @@ pub const REWARDS: [Named; 12] = [
         name: "jpeg-compressibility",
         argument: None,
         model: None,
+        check: |_, _| Ok(()),
         open: |_| Ok(Box::new(builtin::Jpeg { sign: -1.0 })),
     },
     Named {
         name: "jpeg-incompressibility",
         argument: None,
         model: None,
+        check: |_, _| Ok(()),
         open: |_| Ok(Box::new(builtin::Jpeg { sign: 1.0 })),
     },
     Named {
         name: "symmetry",
         argument: None,
         model: None,
+        check: |_, _| Ok(()),
         open: |_| Ok(Box::new(builtin::Symmetry)),
     },
     Named {
         name: "color",
         argument: Some("NAME"),
         model: None,
+        check: |flag, name| builtin::Color::named(name).map(drop).with_context(|| flag.to_string()),
         open: |o| Ok(Box::new(builtin::Color::named(o.argument)?)),
     },
     Named {
         name: "clip-score",
         argument: Some("PATH"),
         model: Some(Model::WHOLE),
+        check: |_, _| Ok(()),
         open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Cosine)?)),
     },
     Named {
         name: "pick-score",
         argument: Some("PATH"),
         model: Some(Model::WHOLE),
+        check: |_, _| Ok(()),
         open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Logit)?)),
     },
     Named {
         name: "hps-v2.1",
         argument: Some("PATH"),
         model: Some(Model::WHOLE),
+        check: |_, _| Ok(()),
         open: |o| Ok(Box::new(clip::DualEncoder::open(o, Scale::Hps)?)),
     },
     Named {
@@ -104,30 +114,35 @@ pub const REWARDS: [Named; 12] = [
             path: |both| both.rsplit_once(',').map_or(both, |(clip, _)| clip),
             vision_only: true,
         }),
+        check: |_, _| Ok(()),
         open: |o| Ok(Box::new(aesthetic::Aesthetic::open(o)?)),
     },
     Named {
         name: "image-reward",
         argument: Some("PATH"),
         model: Some(Model::WHOLE),
+        check: |_, _| Ok(()),
         open: |o| Ok(Box::new(image_reward::ImageReward::open(o)?)),
     },
     Named {
         name: "http",
         argument: Some("URL"),
         model: None,
+        check: http::check,
         open: |o| Ok(Box::new(http::Http::open(o.needs("URL")?, o.remote.timeout)?)),
     },
     Named {
         name: "judge",
         argument: Some("URL#MODEL"),
         model: None,
+        check: judge::check,
         open: |o| Ok(Box::new(judge::Judge::open(o.needs("URL#MODEL")?, o.remote)?)),
     },
     Named {
         name: "command",
         argument: Some("PROGRAM"),
         model: None,
+        check: command::check,
         open: |o| Ok(Box::new(command::Command::start(o.argument, o.remote.timeout)?)),
     },
 ];
@@ -159,7 +174,11 @@ pub fn find<'a>(flag: &str, spec: &'a str) -> Result<(&'static Named, &'a str)> 
         argument.is_none() || named.argument.is_some(),
         "{flag} {spec}: {name} takes nothing behind a colon; write {flag} {name}"
     );
-    Ok((named, argument.unwrap_or_default()))
+    let argument = argument.unwrap_or_default();
+    if named.argument.is_some() {
+        (named.check)(&format!("{flag} {name}:{}", address::shown(argument)), argument)?;
+    }
+    Ok((named, argument))
 }
 
 /// Makes the reward that `--reward` names.

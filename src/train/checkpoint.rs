@@ -258,6 +258,7 @@ pub fn load_before(
 fn read_state(dir: &Path) -> Result<RunState> {
     let path = dir.join("state.json");
     let state: serde_json::Value = io::read_json(&path)?;
+    ensure!(state["version"].is_u64(), "{}: is damaged: has no version", path.display());
     ensure!(
         state["version"] == VERSION,
         "{}: version {} was written by another version of this program, which reads {VERSION}",

@@ -44,8 +44,10 @@ mod run;
 pub mod run_folder;
 mod sampled;
 mod self_test;
+mod steps;
 #[doc(hidden)]
 pub mod update;
+#[doc(hidden)]
 pub mod update_gradient;
 mod update_record;
 #[doc(hidden)]
@@ -74,6 +76,7 @@ use self::rollout::rollout;
 use self::run::Run;
 pub use self::run::Summary;
 use self::run_folder::{ABOUT, SETTINGS, open_grid};
+pub use self::steps::check;
 use self::update::TrajectoryBatch;
 use self::update_gradient::{UpdateGradient, all_stats, credit_table};
 use self::watch::best_epoch;

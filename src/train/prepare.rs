@@ -14,12 +14,12 @@ use super::followers::Followers;
 use super::job::Job;
 use super::observer::{Event, Observer};
 use super::plan::drawn_prompts;
-use super::plan_branches::steps_without_branches;
 use super::rewards::Rewards;
 use super::run::Run;
-use super::run_folder::{METRICS, RunFolder};
+use super::run_folder::{METRICS, RunFolder, SETTINGS};
+use super::steps::steps;
 use crate::choice::name;
-use crate::config::{Branching, Objective, Plain, Rollout, Settings, Switch};
+use crate::config::{Rollout, Settings, Switch};
 use crate::device::system::memory_text;
 use crate::device::{self, Compute, rows_at_a_time};
 use crate::estimate::shapes::shapes;
@@ -37,8 +37,6 @@ use crate::ops::advantage::Tracker;
 use crate::sampling::Replica;
 use crate::sampling::fleet::{Fleet, Layout, Roll};
 use crate::sampling::world::World;
-use crate::schedule::Step;
-use crate::schedule::credit;
 
 /// A run, and the tensors of the epoch that it was stopped in.
 pub(crate) struct Prepared<'a> {
@@ -82,7 +80,7 @@ fn prepare_here<'a>(job: &'a mut Job, observer: &'a dyn Observer) -> Result<Prep
     let replicas: Vec<Replica> =
         computes.into_iter().map(|compute| replica(s, &files, compute)).collect::<Result<_>>()?;
     let pipeline = &replicas[0].pipeline;
-    let (steps, trainable) = steps(s, pipeline)?;
+    let (steps, trainable) = steps(s, &pipeline.schedule, pipeline.tokens())?;
     let linears = pipeline.net.linears();
     let model = files.fingerprint(s.embeddings.as_deref())?;
     let way_out = "give all processes the same files";
@@ -185,85 +183,6 @@ fn encode(s: &Settings, files: &ModelFiles, compute: &Compute) -> Result<PromptE
     embed(files, texts, from, &compute.burn, s.storage)
 }
 
-/// All steps with their credit, and the indices of those that may be trained.
-fn steps(s: &Settings, pipeline: &Pipeline) -> Result<(Vec<Step>, Vec<usize>)> {
-    let native = pipeline.schedule.steps(&s.sampling(pipeline.tokens()))?;
-    ensure!(
-        !native[0].clips(),
-        "{}: scheduler_config.json: clip_sample = true (DDIM's default where the field is absent) \
-         cannot be trained, a clipped mean is not linear; write \"clip_sample\": false there",
-        s.model.display()
-    );
-    let steps = credit::apply(s.credit, &pipeline.schedule, native, s.zeta)?;
-    let trainable = match &s.rollout {
-        Rollout::Plain(plain) => trainable(s, plain, &steps)?,
-        Rollout::Branching(branching) => {
-            check_branches(branching, &steps)?;
-            // The last step has no noise with some samplers, and too little with all.
-            (0..steps.len() - 1).filter(|i| steps[*i].trainable()).collect()
-        }
-    };
-    if let Rollout::Branching(b) = &s.rollout {
-        let bare = steps_without_branches(b, &trainable).len();
-        ensure!(
-            b.anchor_steps <= bare,
-            "--anchor-steps {}: only {bare} steps have no branches; lower it",
-            b.anchor_steps
-        );
-    }
-    Ok((steps, trainable))
-}
-
-/// The indices of the steps that a trajectory may be trained at, or of the times that its end may
-/// be noised to.
-fn trainable(s: &Settings, plain: &Plain, steps: &[Step]) -> Result<Vec<usize>> {
-    let last = steps.len() - 1;
-    // What rounding leaves of a third of nine steps is still three.
-    let within = (steps.len() as f64 * plain.train_within + 1e-9) as usize;
-    let may = |i: &usize| {
-        let fits = match s.objective {
-            Objective::Nft => steps[*i].can_be_noised_to(),
-            // The first time after the noise, and every second one, as published.
-            Objective::Awm => {
-                let published = *i == 1 || *i > 1 && i.is_multiple_of(2);
-                steps[*i].can_be_noised_to() && published
-            }
-            Objective::PpoClip | Objective::LogRatio | Objective::LogHinge => steps[*i].trainable(),
-        };
-        fits && *i < within && (*i != last || plain.train_last_step)
-    };
-    let trainable: Vec<usize> = (0..steps.len()).filter(may).collect();
-    ensure!(
-        !trainable.is_empty(),
-        "--steps {}: leaves no step to train within --train-within {}; use more, or \
-         --train-last-step",
-        steps.len(),
-        plain.train_within
-    );
-    if let Some(k) = plain.train_steps {
-        ensure!(
-            k <= trainable.len(),
-            "--train-steps {k}: only {} steps can be trained; lower it",
-            trainable.len()
-        );
-    }
-    Ok(trainable)
-}
-
-/// Whether the steps with branches have a density.
-fn check_branches(branching: &Branching, steps: &[Step]) -> Result<()> {
-    for (i, k) in branching.steps() {
-        ensure!(
-            steps[i].trainable(),
-            "--branch: {k} branches at step {} of {}, which the sampler takes without noise; end \
-             the list before it",
-            i + 1,
-            steps.len()
-        );
-    }
-    Ok(())
-}
-
 /// The state of a new run.
 fn begin(s: &Settings, model: String, linears: &[LayerShape]) -> Result<Loaded> {
     let adapter = match &s.lora {
@@ -299,7 +218,18 @@ fn resume(
         Some(loaded) => loaded,
         None => begin(&job.settings, model.to_string(), linears)?,
     };
-    let state = &loaded.snapshot.state;
+    let Snapshot { state, adapter, .. } = &loaded.snapshot;
+    let s = &job.settings;
+    ensure!(
+        (adapter.rank, adapter.alpha) == (s.rank, s.alpha),
+        "{}: has rank = {} and alpha = {}, and the run's adapter rank {} and alpha {}; put back \
+         the file that the run wrote",
+        job.out.join(SETTINGS).display(),
+        s.rank,
+        s.alpha,
+        adapter.rank,
+        adapter.alpha
+    );
     ensure!(
         lines >= state.metrics_lines,
         "{}: has {lines} lines, and its checkpoint was written after {}: the folder is not whole; \

@@ -21,6 +21,40 @@ pub fn refused(args: &[&str], words: &[&str]) {
     assert!(!out.exists(), "{args:?}: a folder is left");
 }
 
+/// What a run cannot be has no plan either.
+#[test]
+fn plan_refuses_what_train_does() {
+    let flow = ["--model", "emoji-flow", "--preset", "grpo"];
+    let cases: [(&[&str], &[&str]); 19] = [
+        (&["--eta", "1.5"], &["--eta 1.5"]),
+        (&["--train-within", "0.01"], &["--train-within 0.01"]),
+        (&["--train-steps", "99"], &["--train-steps 99", "lower it"]),
+        (&["--steps", "1000"], &["1000"]),
+        (&["--shift", "2"], &["--shift"]),
+        (&["--sampler", "dance"], &["dance"]),
+        (&["--time-ids", "1,2,3,4,5,6"], &["--time-ids"]),
+        (&["--reward", "color:nope"], &["--reward color:nope", "blue"]),
+        (&["--watch", "color:"], &["--watch color:", "blue"]),
+        (&["--reward", "http:"], &["--reward http:", "http:URL"]),
+        (&["--reward", "judge:http://x"], &["--reward judge:http://x", "no model"]),
+        (&["--reward", "command:"], &["--reward command:", "no program"]),
+        (&["--target-modules", "nope"], &["--target-modules nope", "to_q"]),
+        (&["--reward-device", "no such gpu"], &["--reward-device no such gpu"]),
+        (&["--reward-device", "auto,cpu"], &["--reward-device auto,cpu"]),
+        (&["--device", ""], &["--device: is empty"]),
+        (&["--branch", "18446744073709551615"], &["--branch 18446744073709551615", "2^63"]),
+        (&["--lora", "missing.safetensors"], &["--lora", "missing.safetensors"]),
+        (&[&flow[..], &["--shift", "1e300"]].concat(), &["--eta 0.7", "--shift"]),
+    ];
+    for (args, words) in cases {
+        refused(args, words);
+        let output = program(&[&["plan", "--device", "cpu"], args].concat());
+        let error = error_of(&output);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {error}");
+        assert!(words.iter().all(|word| error.contains(word)), "{args:?}: {error}");
+    }
+}
+
 #[test]
 fn settings() {
     refused(&["--reward", "beauty"], &["--reward beauty"]);

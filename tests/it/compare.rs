@@ -137,4 +137,31 @@ fn what_cannot_be_compared_is_refused() {
     refused(&["--methods", "pcpo", "--tune", "speed=1,2"], &["--tune speed=1", "not a setting"]);
     refused(&["--methods", "pcpo", "--tune", "learning-rate=1,x"], &["learning-rate=x"]);
     refused(&["--methods", "pcpo", "--tune", "learning-rate=-1"], &["--learning-rate -1"]);
+    refused(&["--methods", "pcpo", "--tune", "learning-rate=1,1.0"], &["1.0 stands there twice"]);
+    refused(&["--methods", "pcpo", "--tune", "reward=symmetry"], &["--tune reward", "compared by"]);
+    refused(&["--methods", "pcpo", "--preset", "grpo"], &["--preset", "leave it out"]);
+    refused(&["--methods", "pcpo,,grpo"], &["--methods: an entry", "empty"]);
+    refused(&["--methods", "pcpo", "--seed", "9223372036854775000"], &["--seed", "2^63"]);
+    // What no run can be is said before the first one, of methods and of what is tuned.
+    refused(&["--methods", "pcpo", "--reward", "color:nope"], &["--reward color:nope"]);
+    let most = ["--train-steps 4", "lower it"];
+    refused(&["--methods", &method("train-steps = 4\n")], &[&["method own"], &most[..]].concat());
+    refused(&["--methods", "pcpo", "--tune", "train-steps=2,4"], &most);
+    refused(&["--methods", &method("model = \"emoji\"\n")], &["pcpo, own", "other models"]);
+}
+
+/// The folder of something else is left as it is.
+#[test]
+fn a_comparison_has_a_folder_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let page = dir.path().join("report.html");
+    std::fs::write(&page, "a run's page").unwrap();
+    for (out, words) in [(dir.path(), "no comparison"), (&page, "is no folder")] {
+        let output = compare(out, &["--methods", "pcpo"]);
+        let error = error_of(&output);
+        assert_eq!(output.status.code(), Some(2), "{error}");
+        assert!(error.contains("--out") && error.contains(words), "{error}");
+    }
+    assert_eq!(std::fs::read_to_string(&page).unwrap(), "a run's page");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }

@@ -8,6 +8,7 @@ use clap::Args;
 
 use crate::cli::args::{DeviceArg, PartArgs, StorageArg, StreamArg};
 use crate::config::numbers::{self, Range};
+use crate::config::prompts::model_folder;
 use crate::tools::check;
 
 #[derive(Args)]
@@ -39,7 +40,7 @@ pub fn run(args: &CheckArgs) -> Result<i32> {
     let compute = args.device.open()?;
     let start = Instant::now();
     let subject = check::Asked {
-        model: args.parts.spec(args.model.clone()),
+        model: args.parts.spec(model_folder(Some(&args.model))?),
         reference: args.reference.clone(),
         lora: args.lora.clone(),
         storage: args.storage.storage,

@@ -50,11 +50,15 @@ pub fn run(args: &CompareArgs) -> Result<i32> {
     numbers::optional("--target", args.target, Range::Finite)?;
     for (i, tuned) in args.tune.iter().enumerate() {
         ensure!(
-            tuned.key != "seed" && args.tune[..i].iter().all(|t| t.key != tuned.key),
-            "--tune {}: stands there twice, or is the seed; give each setting once",
+            args.tune[..i].iter().all(|t| t.key != tuned.key),
+            "--tune {}: stands there twice; give each setting once",
             tuned.key
         );
     }
+    ensure!(
+        args.job.options.preset.is_none(),
+        "--preset: methods are what --methods names; leave it out"
+    );
     let options = args.job.layers()?;
     let comparison = Comparison {
         methods,

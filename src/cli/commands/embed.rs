@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Args;
 
 use crate::cli::args::{DeviceArg, ModelArg, SequenceArg, StorageArg};
@@ -36,6 +36,15 @@ pub struct EmbedArgs {
 
 pub fn run(args: &EmbedArgs) -> Result<i32> {
     let files = args.model.files()?;
+    let same = |file: &PathBuf| {
+        let whole = (file.canonicalize(), args.out.canonicalize());
+        matches!(whole, (Ok(a), Ok(b)) if a == b)
+    };
+    ensure!(
+        !args.prompts.as_ref().is_some_and(same),
+        "--out {}: is the file of --prompts; give another place",
+        args.out.display()
+    );
     let prompts = read_prompts(args.prompts.as_deref(), args.prompt.as_ref())?;
     let prompts: Vec<String> = prompts.into_iter().map(|p| p.text).collect();
     let length = args.sequence.length(files.family)?;

@@ -6,6 +6,7 @@ use clap::Args;
 use crate::cli::args::JobArgs;
 use crate::device::chosen::OnHost;
 use crate::estimate::{self, Target, shapes, streaming, table};
+use crate::train::check;
 
 #[derive(Args)]
 pub struct PlanArgs {
@@ -15,8 +16,10 @@ pub struct PlanArgs {
 
 pub fn run(args: &PlanArgs) -> Result<i32> {
     let settings = args.job.resolve()?;
+    check(&settings)?;
     let shapes = shapes::shapes(&settings, settings.lora.as_deref())?;
     let computes = settings.open_devices(OnHost::ALONE)?;
+    settings.open_reward_device()?;
     let targets = Target::of_all(&computes, computes[0].threads(), settings.memory);
     let mut fits = true;
     for (compute, target) in computes.iter().zip(targets) {

@@ -32,7 +32,7 @@ pub struct ScoreArgs {
     reward: Vec<String>,
     /// One prompt for all pictures
     #[arg(long, value_name = "TEXT", conflicts_with = "prompts")]
-    prompt: Option<String>,
+    prompt: Vec<String>,
     /// Text file of prompts, one line a picture
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
@@ -63,7 +63,13 @@ pub fn run(args: &ScoreArgs) -> Result<i32> {
 fn prompts(args: &ScoreArgs) -> Result<Vec<Prompt>> {
     let pictures = args.images.len();
     let Some(file) = &args.prompts else {
-        let text = args.prompt.as_deref().context(
+        ensure!(
+            args.prompt.len() < 2,
+            "--prompt: stands there {} times; give one for all pictures, or --prompts FILE with a \
+             line a picture",
+            args.prompt.len()
+        );
+        let text = args.prompt.first().context(
             "--prompt TEXT or --prompts FILE: there is no prompt; give one for all pictures, or a \
              file with one line a picture",
         )?;

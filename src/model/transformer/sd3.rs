@@ -104,6 +104,10 @@ impl NetworkConfig for Sd3Config {
         false
     }
 
+    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
+        (h / self.patch) * (w / self.patch)
+    }
+
     fn convolves(&self) -> bool {
         false
     }
@@ -234,7 +238,7 @@ impl Sd3 {
         let l = Loader::new(&weights, device, storage).streaming(stream);
         let (width, patch, side) = (c.width, c.patch, c.side);
         let [joint, pooled] = c.context;
-        let patches = Conv2d::patches(&l, "pos_embed.proj", c.channels, width, patch)?;
+        let patches = Conv2d::patches(&l.in_f32(), "pos_embed.proj", c.channels, width, patch)?;
         let table = if l.has("pos_embed.pos_embed") {
             l.tensor("pos_embed.pos_embed", [1, side * side, width])?
         } else {
@@ -253,7 +257,7 @@ impl Sd3 {
             context_embedder: Linear::load(&l, "context_embedder", joint, width)?,
             blocks: BlockStore::new(&l, c.layers, block)?,
             norm_out: Modulation::load(&l, "norm_out", width, 2)?,
-            proj_out: Linear::load(&l, "proj_out", width, patch * patch * c.channels)?,
+            proj_out: Linear::load(&l.in_f32(), "proj_out", width, patch * patch * c.channels)?,
             config: c,
         })
     }
@@ -288,10 +292,6 @@ impl Denoiser for Sd3 {
             side * p
         );
         Ok(())
-    }
-
-    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
-        (h / self.config.patch) * (w / self.config.patch)
     }
 
     fn linears(&self) -> Vec<LayerShape> {

@@ -272,6 +272,10 @@ impl NetworkConfig for UNetConfig {
         false
     }
 
+    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
+        h * w
+    }
+
     fn convolves(&self) -> bool {
         true
     }

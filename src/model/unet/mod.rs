@@ -239,10 +239,10 @@ impl UNet {
             device: device.clone(),
             time: TimeEmbedding::load(&l.at("time_embedding"), waves(first), first, 4 * first)?,
             addition: c.addition.map(addition).transpose()?,
-            conv_in: Conv2d::same(&l, "conv_in", c.channels, first)?,
+            conv_in: Conv2d::same(&l.in_f32(), "conv_in", c.channels, first)?,
             units: BlockStore::new(&l, places.len(), move |l, i| Unit::load(l, &own, places[i]))?,
             norm_out: GroupNorm::load(&l, "conv_norm_out", groups, first, eps)?,
-            conv_out: Conv2d::same(&l, "conv_out", first, c.channels)?,
+            conv_out: Conv2d::same(&l.in_f32(), "conv_out", first, c.channels)?,
             config: c,
         })
     }
@@ -262,10 +262,6 @@ impl UNet {
 impl Denoiser for UNet {
     fn config(&self) -> &dyn NetworkConfig {
         &self.config
-    }
-
-    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
-        h * w
     }
 
     fn linears(&self) -> Vec<LayerShape> {

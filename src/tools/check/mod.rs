@@ -234,7 +234,7 @@ impl Subject<'_> {
             eta: run.eta,
             grid: Grid::Diffusers,
             shift: None,
-            tokens: net.tokens([h, w]),
+            tokens: net.config().tokens([h, w]),
         })?;
         let uncond = prompts.uncond.at(&vec![0; rows]);
         let prompts = PromptPair { uncond, ..prompts };

@@ -54,6 +54,7 @@ pub fn compare(
     tell: &dyn Fn(&str),
 ) -> Result<Compared> {
     comparison.check()?;
+    check_place(out)?;
     let (mut found, mut failed) = (Vec::new(), Vec::new());
     for method in &comparison.methods {
         let mut own = Found { method: method.name.clone(), ..Default::default() };
@@ -77,6 +78,22 @@ pub fn compare(
         write(&Summary::new(&found, target), out)?;
     }
     Ok(Compared { table: table::markdown(&Summary::new(&found, target)), failed })
+}
+
+/// Checks that a folder is free, or that of a comparison.
+fn check_place(out: &Path) -> Result<()> {
+    ensure!(
+        !out.exists() || out.is_dir(),
+        "--out {}: is no folder; give another place",
+        out.display()
+    );
+    let mut inside = out.read_dir().into_iter().flatten();
+    ensure!(
+        inside.next().is_none() || ["records", "runs"].iter().any(|part| out.join(part).is_dir()),
+        "--out {}: is not empty, and no comparison; give another folder",
+        out.display()
+    );
+    Ok(())
 }
 
 /// The choice whose trials end with the largest mean reward; one of whose pictures have collapsed,
@@ -150,7 +167,7 @@ fn once(
 fn train_in(dir: &Path, settings: &Settings, observer: &dyn Observer) -> Result<()> {
     let saved = dir.join(SETTINGS);
     let job = if saved.exists() {
-        let own = Options::from_file(&saved)?.resolve()?;
+        let own = Options::read(&saved, "--out")?.resolve()?;
         // What was chosen by the device's memory is saved with the run.
         let planned = Settings {
             activation_checkpointing: own.activation_checkpointing,

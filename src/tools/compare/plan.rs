@@ -8,7 +8,8 @@ use clap::ValueEnum;
 
 use super::record::RunName;
 use crate::choice::name;
-use crate::config::{Options, Preset, Settings};
+use crate::config::{Options, Preset, Settings, numbers};
+use crate::train;
 
 /// A method by its name.
 #[derive(Clone, Debug)]
@@ -27,6 +28,10 @@ impl Method {
             let options = Options { preset: Some(preset), ..Default::default() };
             return Ok(Self { name: given.into(), options });
         }
+        ensure!(
+            !given.trim().is_empty(),
+            "--methods: an entry between the commas is empty; give names or files"
+        );
         let path = Path::new(given);
         let presets = || Preset::value_variants().iter().map(|p| name(*p)).collect::<Vec<_>>();
         ensure!(
@@ -36,7 +41,7 @@ impl Method {
         );
         let stem = path.file_stem().and_then(|s| s.to_str());
         let own = stem.ok_or_else(|| anyhow!("--methods {given}: has a name that is not UTF-8"))?;
-        let options = Options::from_file(path).with_context(|| format!("--methods {given}"))?;
+        let options = Options::read(path, "--methods")?;
         ensure!(
             options.seed.is_none(),
             "--methods {given}: has a seed, and seeds are the comparison's; leave it out"
@@ -44,6 +49,26 @@ impl Method {
         Ok(Self { name: own.into(), options })
     }
 }
+
+/// What all runs of a comparison share, or what a method is.
+const NEVER_TUNED: [&str; 16] = [
+    "seed",
+    "preset",
+    "model",
+    "model-config",
+    "vae",
+    "text-encoder",
+    "device",
+    "reward",
+    "watch",
+    "features",
+    "prompt",
+    "prompts",
+    "eval-prompt",
+    "eval-prompts",
+    "eval-images",
+    "resolution",
+];
 
 /// A setting and the values that each method has to choose from.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,6 +90,15 @@ impl std::str::FromStr for Tuned {
             "--tune {given}: has an empty value; give KEY=VALUE,VALUE,.."
         );
         let key = key.trim().trim_start_matches("--").to_string();
+        for (i, value) in values.iter().enumerate() {
+            let number = |v: &String| v.parse::<f64>().ok();
+            let same = |v: &String| v == value || number(v).is_some() && number(v) == number(value);
+            ensure!(!values[..i].iter().any(same), "--tune {given}: {value} stands there twice");
+        }
+        ensure!(
+            !NEVER_TUNED.contains(&key.as_str()),
+            "--tune {key}: is what methods are compared by; give it once, for all of them"
+        );
         let tuned = Self { key, values };
         tuned.values.iter().try_for_each(|v| tuned.option(v).map(drop))?;
         Ok(tuned)
@@ -171,15 +205,25 @@ impl Comparison {
         Ok(runs.concat())
     }
 
-    /// Whether all methods can be run, and are evaluated on the same prompts.
+    /// Whether all methods can be run, and are evaluated on the same model's pictures.
     ///
     /// # Errors
     /// Names the method or the flag that does not fit.
     pub fn check(&self) -> Result<()> {
+        let last = self.first_seed().saturating_add(2 * TUNING);
+        numbers::fits_toml("--seed and what --seeds adds", last)?;
         let mut first: Option<PlannedRun> = None;
         for method in &self.methods {
-            self.tuning(method)?;
+            let of_method = || format!("method {}", method.name);
+            // Seeds make no difference to what fits.
+            for run in self.tuning(method)?.iter().step_by(self.tune_seeds as usize) {
+                train::check(&run.settings).with_context(of_method)?;
+            }
             for run in self.runs(method, &Choice::new())? {
+                // What is tuned may be what makes the rest fit.
+                if self.tune.is_empty() && run.name.seed == self.first_seed() {
+                    train::check(&run.settings).with_context(of_method)?;
+                }
                 let Some(first) = &first else {
                     first = Some(run);
                     continue;
@@ -193,6 +237,12 @@ impl Comparison {
                     let all = run.settings.reward.iter().map(|r| r.given.clone());
                     (all.collect::<Vec<_>>(), run.settings.mix)
                 };
+                ensure!(
+                    run.settings.model == first.settings.model,
+                    "--methods {}, {}: are of other models, which cannot be compared",
+                    first.name.method,
+                    method.name
+                );
                 ensure!(
                     rewards(&run) == rewards(first),
                     "--methods {}, {}: are trained on other rewards, which cannot be compared",

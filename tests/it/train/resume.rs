@@ -116,6 +116,15 @@ fn resuming_refuses_another_model_and_other_settings() {
     assert!(more.status.success(), "{more:?}");
     assert!(std::fs::read_to_string(out.join("settings.toml")).unwrap().contains("epochs = 2"));
     refused(&["--epochs", "1"], "has completed 2 already");
+    refused(&["--lora", "other.safetensors"], "leave --lora out");
+    let settings = out.join("settings.toml");
+    let text = std::fs::read_to_string(&settings).unwrap();
+    for (bad, word) in [("", "is damaged"), (&*text.replace("rank = 8", "rank = 4"), "rank = 4")] {
+        std::fs::write(&settings, bad).unwrap();
+        refused(&["--epochs", "3"], word);
+        assert_eq!(std::fs::read_to_string(&settings).unwrap(), bad, "it is left as it was");
+    }
+    std::fs::write(&settings, text).unwrap();
     let state = out.join("checkpoints/epoch-00002/state.json");
     let text = std::fs::read_to_string(&state).unwrap();
     let model = serde_json::from_str::<serde_json::Value>(&text).unwrap()["model"]

@@ -79,6 +79,10 @@ impl NetworkConfig for FluxConfig {
         true
     }
 
+    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
+        (h / PACK) * (w / PACK)
+    }
+
     fn convolves(&self) -> bool {
         false
     }

@@ -174,10 +174,10 @@ impl Flux {
             device: device.clone(),
             time_text: TimeTextEmbedding::load(&time_text, width, pooled, c.guided)?,
             context_embedder: Linear::load(&l, "context_embedder", joint, width)?,
-            x_embedder: Linear::load(&l, "x_embedder", c.token, width)?,
+            x_embedder: Linear::load(&l.in_f32(), "x_embedder", c.token, width)?,
             blocks: BlockStore::new(&l, c.double + c.single, block)?,
             norm_out: Modulation::load(&l, "norm_out", width, 2)?,
-            proj_out: Linear::load(&l, "proj_out", width, c.token)?,
+            proj_out: Linear::load(&l.in_f32(), "proj_out", width, c.token)?,
             config: c,
         })
     }
@@ -213,10 +213,6 @@ impl Denoiser for Flux {
             "latents of {h}x{w}: the transformer takes multiples of {PACK}"
         );
         Ok(())
-    }
-
-    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
-        (h / PACK) * (w / PACK)
     }
 
     fn linears(&self) -> Vec<LayerShape> {

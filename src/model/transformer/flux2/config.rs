@@ -93,6 +93,10 @@ impl NetworkConfig for Flux2Config {
         self.guided || self.few_steps
     }
 
+    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
+        h * w
+    }
+
     fn convolves(&self) -> bool {
         false
     }

@@ -86,10 +86,10 @@ impl Flux2 {
                 modulation("single_stream_modulation", 3)?,
             ],
             context_embedder: Linear::load(&l, "context_embedder", c.context, width)?,
-            x_embedder: Linear::load(&l, "x_embedder", c.token, width)?,
+            x_embedder: Linear::load(&l.in_f32(), "x_embedder", c.token, width)?,
             blocks: BlockStore::new(&l, c.double + c.single, block)?,
             norm_out: Modulation::load(&l, "norm_out", width, 2)?,
-            proj_out: Linear::load(&l, "proj_out", width, c.token)?,
+            proj_out: Linear::load(&l.in_f32(), "proj_out", width, c.token)?,
             config: c,
         })
     }
@@ -124,10 +124,6 @@ impl Flux2 {
 impl Denoiser for Flux2 {
     fn config(&self) -> &dyn NetworkConfig {
         &self.config
-    }
-
-    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
-        h * w
     }
 
     fn linears(&self) -> Vec<LayerShape> {

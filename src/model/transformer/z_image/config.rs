@@ -99,6 +99,10 @@ impl NetworkConfig for ZImageConfig {
         1.0 + scale
     }
 
+    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
+        (h / PATCH) * (w / PATCH)
+    }
+
     fn convolves(&self) -> bool {
         false
     }

@@ -119,11 +119,11 @@ impl ZImage {
                 [WAVES.width, TIME_INNER, c.modulation()],
             )?,
             captions: CaptionEmbedder::load(&l, &c)?,
-            x_embedder: Linear::load(&l, "all_x_embedder.2-1", token, width)?,
+            x_embedder: Linear::load(&l.in_f32(), "all_x_embedder.2-1", token, width)?,
             x_pad: l.tensor::<2>("x_pad_token", [1, width])?.unsqueeze(),
             blocks: BlockStore::new(&l, 2 * c.refiners + c.layers, block)?,
             final_scale: Linear::load(&last, "adaLN_modulation.1", c.modulation(), width)?,
-            final_linear: Linear::load(&last, "linear", width, token)?,
+            final_linear: Linear::load(&last.in_f32(), "linear", width, token)?,
             zero: Tensor::zeros([1, width], device),
             config: c,
         })
@@ -212,10 +212,6 @@ impl Denoiser for ZImage {
             PATCH * columns
         );
         Ok(())
-    }
-
-    fn tokens(&self, [h, w]: [usize; 2]) -> usize {
-        (h / PATCH) * (w / PATCH)
     }
 
     fn linears(&self) -> Vec<LayerShape> {
