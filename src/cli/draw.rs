@@ -93,7 +93,7 @@ impl DrawArgs {
         self.micro()?;
         let (strengths, adapters) = (&self.reward_guidance, self.lora.len());
         for strength in strengths {
-            ensure!(strength.is_finite(), "--reward-guidance {strength}: must be a finite number");
+            numbers::number("--reward-guidance", *strength, Range::Finite)?;
         }
         ensure!(
             strengths.len() <= 1 || strengths.len() == adapters,

@@ -23,9 +23,21 @@ pub enum Range {
 /// Checks a number.
 ///
 /// # Errors
-/// When it is not finite or out of range; names the flag and the value.
+/// When it is not finite or out of range, or no number in f32; names the flag and the value.
 pub fn number(flag: &str, value: f64, range: Range) -> Result<()> {
     ensure!(value.is_finite(), "{flag} {value}: must be a finite number");
+    // What computes takes f32, in which a device may leave out what is below its smallest.
+    let size = value.abs();
+    ensure!(
+        size <= f32::MAX.into(),
+        "{flag} {value:e}: must be a finite number in f32, at most {:e}",
+        f32::MAX
+    );
+    ensure!(
+        size == 0.0 || size >= f32::MIN_POSITIVE.into(),
+        "{flag} {value:e}: is 0 in f32; give 0, or at least {:e}",
+        f32::MIN_POSITIVE
+    );
     match range {
         Range::Finite => {}
         Range::Positive => ensure!(value > 0.0, "{flag} {value}: must be a positive number"),

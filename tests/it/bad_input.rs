@@ -24,8 +24,7 @@ pub fn refused(args: &[&str], words: &[&str]) {
 /// What a run cannot be has no plan either.
 #[test]
 fn plan_refuses_what_train_does() {
-    let flow = ["--model", "emoji-flow", "--preset", "grpo"];
-    let cases: [(&[&str], &[&str]); 19] = [
+    let cases: [(&[&str], &[&str]); 21] = [
         (&["--eta", "1.5"], &["--eta 1.5"]),
         (&["--train-within", "0.01"], &["--train-within 0.01"]),
         (&["--train-steps", "99"], &["--train-steps 99", "lower it"]),
@@ -44,7 +43,9 @@ fn plan_refuses_what_train_does() {
         (&["--device", ""], &["--device: is empty"]),
         (&["--branch", "18446744073709551615"], &["--branch 18446744073709551615", "2^63"]),
         (&["--lora", "missing.safetensors"], &["--lora", "missing.safetensors"]),
-        (&[&flow[..], &["--shift", "1e300"]].concat(), &["--eta 0.7", "--shift"]),
+        (&["--model", "emoji-flow", "--shift", "1e300"], &["--shift 1e300", "f32"]),
+        (&["--learning-rate", "1e-320"], &["--learning-rate 1e-320", "0 in f32"]),
+        (&["--kl-beta", "1e300"], &["--kl-beta 1e300", "f32"]),
     ];
     for (args, words) in cases {
         refused(args, words);
