@@ -3,6 +3,8 @@
 //! that the activations of one block and these rows are all that is held (activation checkpointing,
 //! Chen et al. 2016).
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Gradients, Tensor};
 
 use crate::device::Compute;
@@ -21,11 +23,36 @@ pub struct LoraPair<'a> {
 /// Squares that are added up on the device, each sum by one thread; the host adds up the sums.
 const SQUARES: usize = 256;
 
+/// Values that are joined into one tensor at most, unless one matrix has more: a binding of every
+/// device holds so many.
+const JOINED: usize = 1 << 24;
+
+/// Which of an adapter's matrices are joined, in their order.
+pub fn joined(adapter: &Adapter) -> Vec<Range<usize>> {
+    join(adapter.parameters().map(Vec::len), JOINED)
+}
+
+fn join(lengths: impl Iterator<Item = usize>, most: usize) -> Vec<Range<usize>> {
+    let mut parts: Vec<Range<usize>> = Vec::new();
+    let mut whole = 0;
+    for (i, length) in lengths.enumerate() {
+        whole += length;
+        match parts.last_mut() {
+            Some(part) if whole <= most => part.end = i + 1,
+            _ => {
+                whole = length;
+                parts.push(i..i + 1);
+            }
+        }
+    }
+    parts
+}
+
 /// What ended steps leave on the device.
 #[derive(Default)]
 pub struct StepSums {
-    /// The sum of their gradients, in the order of [`Adapter::parameters`] and then zeros.
-    pub gradient: Option<Tensor<1>>,
+    /// The sum of their gradients: a tensor for each of [`joined`], with zeros at its end.
+    pub gradient: Vec<Tensor<1>>,
     /// Of each step's gradient the squares, [`SQUARES`] to a sum.
     pub squares: Vec<Tensor<1>>,
 }
@@ -85,25 +112,30 @@ impl<'a> GradientAccumulator<'a> {
 
     /// Ends a step: what arrived in it joins the sum, and its size is kept.
     pub fn end_step(&mut self, device: &Device) {
-        let lengths = self.adapter.parameters().map(Vec::len);
-        // Nothing arrives at layers whose output goes nowhere.
-        let own = self.step.iter_mut().zip(lengths).map(|(own, n)| match own.take() {
-            Some(own) => own.reshape([n]),
-            None => Tensor::zeros([n], device),
-        });
-        let mut own: Vec<Tensor<1>> = own.collect();
-        let length: usize = self.adapter.parameters().map(Vec::len).sum();
-        let rows = length.div_ceil(SQUARES);
-        if rows * SQUARES > length {
-            own.push(Tensor::zeros([rows * SQUARES - length], device));
+        let lengths: Vec<usize> = self.adapter.parameters().map(Vec::len).collect();
+        let mut squares = Vec::new();
+        let mut sums = std::mem::take(&mut self.steps.gradient).into_iter();
+        for part in joined(self.adapter) {
+            let length: usize = lengths[part.clone()].iter().sum();
+            let rows = length.div_ceil(SQUARES);
+            // Nothing arrives at layers whose output goes nowhere.
+            let own = part.map(|i| match self.step[i].take() {
+                Some(own) => own.reshape([lengths[i]]),
+                None => Tensor::zeros([lengths[i]], device),
+            });
+            let mut own: Vec<Tensor<1>> = own.collect();
+            if rows * SQUARES > length {
+                own.push(Tensor::zeros([rows * SQUARES - length], device));
+            }
+            let own = Tensor::cat(own, 0);
+            let square = own.clone().powi_scalar(2).reshape([rows, SQUARES]).sum_dim(1);
+            squares.push(square.reshape([rows]));
+            self.steps.gradient.push(match sums.next() {
+                Some(sum) => sum + own,
+                None => own,
+            });
         }
-        let own = Tensor::cat(own, 0);
-        let squares = own.clone().powi_scalar(2).reshape([rows, SQUARES]).sum_dim(1);
-        self.steps.squares.push(squares.reshape([rows]));
-        self.steps.gradient = Some(match self.steps.gradient.take() {
-            Some(sum) => sum + own,
-            None => own,
-        });
+        self.steps.squares.push(Tensor::cat(squares, 0));
     }
 
     /// What the ended steps leave.
@@ -233,5 +265,19 @@ impl Leaves {
         let track = |t: &Tensor<4>| t.clone().autodiff().require_grad();
         let leaves: Vec<Tensor<4>> = hidden.flow.iter().map(track).collect();
         Self { hidden: hidden.with(leaves.clone()), leaves }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn matrices_are_joined_as_far_as_a_binding_goes() {
+        let parts = |lengths: &[usize]| join(lengths.iter().copied(), 10);
+        assert_eq!(parts(&[4, 6, 1, 9, 1]), [0..2, 2..4, 4..5]);
+        // One that is larger stands alone.
+        assert_eq!(parts(&[11, 3, 25, 2, 2]), [0..1, 1..2, 2..3, 3..5]);
+        assert!(parts(&[]).is_empty());
     }
 }

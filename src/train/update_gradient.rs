@@ -5,7 +5,7 @@ use anyhow::Result;
 use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::backward::{GradientAccumulator, StepSums};
+use super::backward::{GradientAccumulator, StepSums, joined};
 use super::update_record::TrainedStep;
 use crate::device::Compute;
 use crate::device::tensor::{read_all, upload};
@@ -47,13 +47,22 @@ pub(super) fn read_gradient(
     calls: usize,
 ) -> Result<BatchGradient> {
     let StepSums { gradient, squares } = sums.finish();
+    let joined = joined(adapter);
     let n: usize = of_each.iter().map(|(_, rows)| rows * STATS).sum();
     let stats = (n > 0).then(|| Tensor::cat(stats, 0).reshape([n]));
     let mut values =
         read_all(gradient.into_iter().chain(squares).chain(stats).collect())?.into_iter();
-    let sum = values.next().unwrap_or_default();
-    let mut sum = sum.into_iter();
-    let gradients = adapter.parameters().map(|p| sum.by_ref().take(p.len()).collect()).collect();
+    let mut lengths = adapter.parameters().map(Vec::len);
+    let mut gradients = Vec::new();
+    for part in joined {
+        let mut sum = values.next().unwrap_or_default().into_iter();
+        for n in lengths.by_ref().take(part.len()) {
+            let mut own: Vec<f32> = sum.by_ref().take(n).collect();
+            // Of a batch without a step nothing has arrived.
+            own.resize(n, 0.0);
+            gradients.push(own);
+        }
+    }
     let norm = |squares: Vec<f32>| squares.iter().map(|s| f64::from(*s)).sum::<f64>().sqrt();
     let norms: Vec<f64> = values.by_ref().take(of_each.len()).map(norm).collect();
     let stats = values.next().unwrap_or_default();
