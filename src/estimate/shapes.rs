@@ -15,6 +15,7 @@ use crate::measure::features;
 use crate::model::ModelFiles;
 use crate::model::config::BlockShape;
 use crate::model::loader::Storage;
+use crate::model::resolution::latent_size;
 use crate::model::text::clip::ClipConfig;
 use crate::model::text::embeddings::PromptEmbeddings;
 use crate::model::text::layout::TextLayout;
@@ -78,11 +79,7 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
     let family = files.family;
     let network = family.config(&files.network()?.config)?;
     let vae = VaeConfig::read(&files.component("vae")?.config)?;
-    let [channels, height, width] = network.latent_shape();
-    let size = match s.resolution {
-        Some(pixels) => pixels.latent(vae.factor())?,
-        None => [height, width],
-    };
+    let size = latent_size(s.resolution, vae.factor(), network.latent_shape())?;
     let (tokens, text) = match &s.embeddings {
         Some(file) => (PromptEmbeddings::open(file)?.tokens(), TextShape::default()),
         None => {
@@ -140,7 +137,7 @@ pub fn shapes(s: &Settings, lora: Option<&Path>) -> Result<Shapes> {
         largest_block: blocks.values().copied().fold(0.0, f64::max),
         reward: reward as f64,
         largest,
-        latent: channels as f64 * size[0] as f64 * size[1] as f64,
+        latent: network.latent_shape()[0] as f64 * size[0] as f64 * size[1] as f64,
         targets,
         distilled: network.distilled(),
         guidance: network.guidance(s.guidance_scale),

@@ -15,13 +15,13 @@ fn finite(value: f64) -> Option<f64> {
 }
 
 /// The mean; NaN of nothing.
-fn mean(values: &[f64]) -> f64 {
+pub(crate) fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
 /// sum_i (v_i - mean)^2. Exactly 0 where all values are equal, because they are taken relative to
 /// the first before anything is rounded.
-fn squared_deviations(values: &[f64]) -> f64 {
+pub(crate) fn squared_deviations(values: &[f64]) -> f64 {
     let Some(&first) = values.first() else { return 0.0 };
     let shifted: Vec<f64> = values.iter().map(|v| v - first).collect();
     let mean = mean(&shifted);

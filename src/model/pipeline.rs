@@ -12,7 +12,7 @@ use super::denoiser::Denoiser;
 use super::family::Family;
 use super::files::ModelFiles;
 use super::loader::{Storage, Stream};
-use super::resolution::Resolution;
+use super::resolution::{Resolution, latent_size};
 use super::text::TextEncoders;
 use super::text::embeddings::{PromptEmbeddings, fits};
 use super::vae::Vae;
@@ -128,7 +128,8 @@ impl Pipeline {
         let schedule = files.schedule()?;
         let net = files.load_network(device, storage, stream)?;
         let vae = Vae::load(&files.component("vae")?, device, storage)?;
-        let [channels, height, width] = net.latent_shape();
+        let own = net.latent_shape();
+        let channels = own[0];
         ensure!(
             vae.latent_channels == channels,
             "{}: the VAE has {} latent channels, the network {channels}; the parts belong to \
@@ -136,10 +137,7 @@ impl Pipeline {
             files.shown(),
             vae.latent_channels
         );
-        let size = match resolution {
-            None => [height, width],
-            Some(pixels) => pixels.latent(vae.factor)?,
-        };
+        let size = latent_size(resolution, vae.factor, own)?;
         net.accepts(size).context("--resolution")?;
         check_time_ids(micro, net.config())?;
         Ok(Self { schedule, family, second: files.is_second(), net, vae, micro, size })

@@ -35,6 +35,19 @@ impl Resolution {
     }
 }
 
+/// Height and width of latents: those of pictures of a resolution, or those that a network was made
+/// for, `[C, H, W]`.
+///
+/// # Errors
+/// As [`Resolution::latent`].
+pub fn latent_size(
+    given: Option<Resolution>,
+    factor: usize,
+    [_, height, width]: [usize; 3],
+) -> Result<[usize; 2]> {
+    given.map_or(Ok([height, width]), |pixels| pixels.latent(factor))
+}
+
 impl fmt::Display for Resolution {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self.pixels() {

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Device, Gradients, Tensor};
+use burn::tensor::{Gradients, Tensor};
 
 use crate::device::Compute;
 use crate::lora::{Adapter, Lora};
@@ -53,8 +53,17 @@ fn join(lengths: impl Iterator<Item = usize>, most: usize) -> Vec<Range<usize>> 
 pub struct StepSums {
     /// The sum of their gradients: a tensor for each of [`joined`], with zeros at its end.
     pub gradient: Vec<Tensor<1>>,
-    /// Of each step's gradient the squares, [`SQUARES`] to a sum.
-    pub squares: Vec<Tensor<1>>,
+    pub steps: Vec<EndedStep>,
+}
+
+/// What an ended step leaves beside its gradient.
+pub struct EndedStep {
+    /// Its place in the epoch's trained ones.
+    pub at: usize,
+    /// Of its rows, `[B, STATS]`.
+    pub stats: Tensor<2>,
+    /// Of its gradient, [`SQUARES`] to a sum.
+    pub squares: Tensor<1>,
 }
 
 /// Gradients of an adapter's matrices, A and B of each layer, added up over the backward passes of
@@ -64,7 +73,7 @@ pub struct GradientAccumulator<'a> {
     tracked: &'a Lora,
     /// Of the step that is not ended, a matrix each.
     step: Vec<Option<Tensor<2>>>,
-    steps: StepSums,
+    ended: StepSums,
     /// Whether gradients pass through products in f16.
     half: bool,
     /// What the gradient that is passing was divided by.
@@ -76,7 +85,7 @@ impl<'a> GradientAccumulator<'a> {
     pub fn new(adapter: &'a Adapter, tracked: &'a Lora, compute: &Compute) -> Self {
         let half = compute.gpu.as_ref().is_some_and(|gpu| gpu.kernels.half);
         let step = vec![None; 2 * adapter.layers.len()];
-        Self { adapter, tracked, step, steps: StepSums::default(), half, scale: None }
+        Self { adapter, tracked, step, ended: StepSums::default(), half, scale: None }
     }
 
     /// A gradient of which f16 flushes nothing: its largest entry is 1.
@@ -110,11 +119,13 @@ impl<'a> GradientAccumulator<'a> {
         }
     }
 
-    /// Ends a step: what arrived in it joins the sum, and its size is kept.
-    pub fn end_step(&mut self, device: &Device) {
+    /// Ends a step: what arrived in it joins the sum, and its size and its rows' statistics are
+    /// kept.
+    pub fn end_step(&mut self, at: usize, stats: Tensor<2>) {
+        let device = &stats.device();
         let lengths: Vec<usize> = self.adapter.parameters().map(Vec::len).collect();
         let mut squares = Vec::new();
-        let mut sums = std::mem::take(&mut self.steps.gradient).into_iter();
+        let mut sums = std::mem::take(&mut self.ended.gradient).into_iter();
         for part in joined(self.adapter) {
             let length: usize = lengths[part.clone()].iter().sum();
             let rows = length.div_ceil(SQUARES);
@@ -130,17 +141,17 @@ impl<'a> GradientAccumulator<'a> {
             let own = Tensor::cat(own, 0);
             let square = own.clone().powi_scalar(2).reshape([rows, SQUARES]).sum_dim(1);
             squares.push(square.reshape([rows]));
-            self.steps.gradient.push(match sums.next() {
+            self.ended.gradient.push(match sums.next() {
                 Some(sum) => sum + own,
                 None => own,
             });
         }
-        self.steps.squares.push(Tensor::cat(squares, 0));
+        self.ended.steps.push(EndedStep { at, stats, squares: Tensor::cat(squares, 0) });
     }
 
     /// What the ended steps leave.
     pub fn finish(self) -> StepSums {
-        self.steps
+        self.ended
     }
 }
 

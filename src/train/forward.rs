@@ -63,7 +63,7 @@ pub fn forward_gradient(
     let mut sums = GradientAccumulator::new(adapter, tracked, policy.compute);
     let [c, h, w] = batch.latent;
     let x0 = upload(&batch.ends, [batch.part.images.len(), c, h, w], &policy.compute.burn);
-    let (mut stats, mut counts, mut calls) = (Vec::new(), Vec::new(), 0);
+    let mut calls = 0;
     for at in batch.part.steps.clone() {
         let chosen = |row: &usize| options.times[*row].contains(&at);
         let rows: Vec<usize> = (0..batch.part.images.len()).filter(chosen).collect();
@@ -77,14 +77,12 @@ pub fn forward_gradient(
             let advantage: Vec<f32> = rows.iter().map(|row| options.advantage[*row]).collect();
             let given = Rows { x0, z, advantage };
             let done = time_gradient(&own, &trained[at], &given, options, lora, &mut sums)?;
-            sums.end_step(&policy.compute.burn);
-            stats.push(done.stats);
+            sums.end_step(at, done.stats);
             calls += done.calls;
-            counts.push((at, rows.len()));
         }
         tick();
     }
-    read_gradient(sums, adapter, stats, &counts, calls)
+    read_gradient(sums, adapter, calls)
 }
 
 /// What the noise of a batch at a time is keyed by, in a pass over the epoch's images.

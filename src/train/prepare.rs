@@ -17,7 +17,7 @@ use super::plan::drawn_prompts;
 use super::rewards::Rewards;
 use super::run::Run;
 use super::run_folder::{METRICS, RunFolder, SETTINGS};
-use super::steps::steps;
+use super::steps::{check, steps};
 use crate::choice::name;
 use crate::config::{Rollout, Settings, Switch};
 use crate::device::system::memory_text;
@@ -62,7 +62,7 @@ fn prepare_here<'a>(job: &'a mut Job, observer: &'a dyn Observer) -> Result<Prep
     let folder = world.agree(open_folder(job, &world))?;
     let s = &job.settings;
     alike(s, &world)?;
-    Rewards::check(s)?;
+    check(s)?;
     let computes = s.open_devices(world.on_host())?;
     let roll = Roll::call(world, &computes)?;
     roll.names.iter().for_each(|name| observer.on(Event::Device(name)));
@@ -74,8 +74,6 @@ fn prepare_here<'a>(job: &'a mut Job, observer: &'a dyn Observer) -> Result<Prep
     let rewards = device::guard(|| Rewards::open(s, reward, &scoring))?;
     let features = device::guard(|| features(s, &scoring))?;
     let files = s.files()?;
-    // What the schedule lacks is asked for before the encoders run.
-    files.schedule()?;
     let embeddings = device::guard(|| encode(s, &files, &computes[0]))?;
     let replicas: Vec<Replica> =
         computes.into_iter().map(|compute| replica(s, &files, compute)).collect::<Result<_>>()?;

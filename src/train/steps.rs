@@ -7,31 +7,26 @@ use super::plan_branches::steps_without_branches;
 use super::rewards::Rewards;
 use crate::config::{Branching, Objective, Plain, Rollout, Settings};
 use crate::model::pipeline::check_time_ids;
+use crate::model::resolution::latent_size;
 use crate::model::vae::config::VaeConfig;
 use crate::schedule::{Schedule, Step, credit};
 
-/// What can be said against settings without a device and without the networks' weights: by `plan`,
-/// and by `compare` before its first run.
+/// What can be said against a run's settings without a device and without the networks' weights:
+/// by `plan`, by `compare` before its first run, and before a run opens anything.
 ///
 /// # Errors
 /// Names the flag or the file that does not fit.
 pub fn check(s: &Settings) -> Result<()> {
-    s.check()?;
     Rewards::check(s)?;
     let files = s.files()?;
     let network = files.family.config(&files.network()?.config)?;
-    let [_, height, width] = network.latent_shape();
-    let size = match s.resolution {
-        Some(pixels) => {
-            pixels.latent(VaeConfig::read(&files.component("vae")?.config)?.factor())?
-        }
-        None => [height, width],
-    };
+    let vae = VaeConfig::read(&files.component("vae")?.config)?;
+    let size = latent_size(s.resolution, vae.factor(), network.latent_shape())?;
     check_time_ids(s.micro()?, &*network)?;
-    let (schedule, tokens) = (files.schedule()?, network.tokens(size));
+    let schedule = files.schedule()?;
+    let native = schedule.steps(&s.sampling(network.tokens(size)))?;
     // A model that clips can be drawn with, and planned for; `train` says what stands in its way.
-    let clips = schedule.steps(&s.sampling(tokens))?[0].clips();
-    if clips { Ok(()) } else { steps(s, &schedule, tokens).map(drop) }
+    if native[0].clips() { Ok(()) } else { credited(s, &schedule, native).map(drop) }
 }
 
 /// All steps with their credit, and the indices of those that may be trained; `tokens` is how many
@@ -48,6 +43,15 @@ pub(super) fn steps(
          cannot be trained, a clipped mean is not linear; write \"clip_sample\": false there",
         s.model.display()
     );
+    credited(s, schedule, native)
+}
+
+/// The same of the sampler's own steps.
+fn credited(
+    s: &Settings,
+    schedule: &Schedule,
+    native: Vec<Step>,
+) -> Result<(Vec<Step>, Vec<usize>)> {
     let steps = credit::apply(s.credit, schedule, native, s.zeta)?;
     let trainable = match &s.rollout {
         Rollout::Plain(plain) => trainable(s, plain, &steps)?,

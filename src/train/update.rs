@@ -82,16 +82,15 @@ pub fn batch_gradient(
     let lora = LoraPair { tracked, frozen };
     let mut sums = GradientAccumulator::new(adapter, tracked, policy.compute);
     let steps = batch.part.steps.clone();
-    let (mut stats, mut calls) = (Vec::with_capacity(steps.len()), 0);
-    for (step, transition) in trained[steps.clone()].iter().zip(&batch.transitions) {
+    let mut calls = 0;
+    for (at, transition) in steps.zip(&batch.transitions) {
+        let step = &trained[at];
         let done = step_gradient(policy, batch, step, transition, options, lora, &mut sums)?;
-        sums.end_step(&policy.compute.burn);
-        stats.push(done.stats);
+        sums.end_step(at, done.stats);
         calls += done.calls;
         tick();
     }
-    let of_each: Vec<(usize, usize)> = steps.map(|at| (at, batch.part.rows.len())).collect();
-    read_gradient(sums, adapter, stats, &of_each, calls)
+    read_gradient(sums, adapter, calls)
 }
 
 /// What a step leaves beside its gradient.

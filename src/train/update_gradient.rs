@@ -2,10 +2,9 @@
 //! its log-ratios spread and how large its own gradient is.
 
 use anyhow::Result;
-use burn::tensor::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::backward::{GradientAccumulator, StepSums, joined};
+use super::backward::{EndedStep, GradientAccumulator, StepSums, joined};
 use super::update_record::TrainedStep;
 use crate::device::Compute;
 use crate::device::tensor::{read_all, upload};
@@ -37,24 +36,20 @@ pub struct BatchStep {
     pub grad_norm: f64,
 }
 
-/// Gradients and statistics on the host, by one visit to the device; `of_each` says which steps
-/// have ended and how many rows each has.
+/// Gradients and statistics on the host, by one visit to the device.
 pub(super) fn read_gradient(
     sums: GradientAccumulator,
     adapter: &Adapter,
-    stats: Vec<Tensor<2>>,
-    of_each: &[(usize, usize)],
     calls: usize,
 ) -> Result<BatchGradient> {
-    let StepSums { gradient, squares } = sums.finish();
-    let joined = joined(adapter);
-    let n: usize = of_each.iter().map(|(_, rows)| rows * STATS).sum();
-    let stats = (n > 0).then(|| Tensor::cat(stats, 0).reshape([n]));
-    let mut values =
-        read_all(gradient.into_iter().chain(squares).chain(stats).collect())?.into_iter();
+    let StepSums { gradient, steps } = sums.finish();
+    let places: Vec<usize> = steps.iter().map(|step| step.at).collect();
+    let of_step = |s: EndedStep| [s.squares, s.stats.flatten(0, 1)];
+    let tensors = gradient.into_iter().chain(steps.into_iter().flat_map(of_step)).collect();
+    let mut values = read_all(tensors)?.into_iter();
     let mut lengths = adapter.parameters().map(Vec::len);
     let mut gradients = Vec::new();
-    for part in joined {
+    for part in joined(adapter) {
         let mut sum = values.next().unwrap_or_default().into_iter();
         for n in lengths.by_ref().take(part.len()) {
             let mut own: Vec<f32> = sum.by_ref().take(n).collect();
@@ -63,16 +58,13 @@ pub(super) fn read_gradient(
             gradients.push(own);
         }
     }
-    let norm = |squares: Vec<f32>| squares.iter().map(|s| f64::from(*s)).sum::<f64>().sqrt();
-    let norms: Vec<f64> = values.by_ref().take(of_each.len()).map(norm).collect();
-    let stats = values.next().unwrap_or_default();
-    let mut stats = bytemuck::cast_slice::<f32, SampleStats>(&stats).iter().copied();
-    let step = |(&(at, rows), grad_norm): (&(usize, usize), f64)| BatchStep {
-        at,
-        rows: stats.by_ref().take(rows).collect(),
-        grad_norm,
+    let values: Vec<Vec<f32>> = values.collect();
+    let step = |(at, read): (usize, &[Vec<f32>])| {
+        let [squares, stats] = read else { unreachable!("two tensors were read of each step") };
+        let grad_norm = squares.iter().map(|s| f64::from(*s)).sum::<f64>().sqrt();
+        BatchStep { at, rows: bytemuck::cast_slice(stats).to_vec(), grad_norm }
     };
-    let steps = of_each.iter().zip(norms).map(step).collect();
+    let steps = places.into_iter().zip(values.chunks_exact(2)).map(step).collect();
     Ok(BatchGradient { gradients, steps, calls })
 }
 

@@ -219,11 +219,12 @@ impl Comparison {
             for run in self.tuning(method)?.iter().step_by(self.tune_seeds as usize) {
                 train::check(&run.settings).with_context(of_method)?;
             }
-            for run in self.runs(method, &Choice::new())? {
-                // What is tuned may be what makes the rest fit.
-                if self.tune.is_empty() && run.name.seed == self.first_seed() {
-                    train::check(&run.settings).with_context(of_method)?;
-                }
+            let runs = self.runs(method, &Choice::new())?;
+            // What is tuned may be what makes the rest fit.
+            for run in runs.iter().take(usize::from(self.tune.is_empty())) {
+                train::check(&run.settings).with_context(of_method)?;
+            }
+            for run in runs {
                 let Some(first) = &first else {
                     first = Some(run);
                     continue;

@@ -8,7 +8,8 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::io;
-use crate::train::metrics::{EvaluationRecord, Record, UpdateRecord};
+use crate::measure::{mean, squared_deviations};
+use crate::train::metrics::{EvaluationRecord, Record, StepRecord, UpdateRecord};
 
 /// A run of a method, complete or diverged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -129,62 +130,28 @@ pub struct RunName {
     pub tuned: BTreeMap<String, String>,
 }
 
-/// Sums of a timestep.
-#[derive(Default)]
-struct Sums {
-    n: f64,
-    clip: f64,
-    gradient: Moments,
-    grad_norm: Moments,
-    error: f64,
-}
-
-/// Of a number over updates, where it was measured.
-#[derive(Default)]
-struct Moments {
-    n: f64,
-    sum: f64,
-    square: f64,
-}
-
-impl Moments {
-    fn add(&mut self, value: f64) {
-        if value.is_finite() {
-            self.n += 1.0;
-            self.sum += value;
-            self.square += value.powi(2);
-        }
-    }
-
-    /// None of no number.
-    fn mean(&self) -> Option<f64> {
-        (self.n > 0.0).then(|| self.sum / self.n)
-    }
-
-    fn variance(&self) -> Option<f64> {
-        Some((self.square / self.n - self.mean()?.powi(2)).max(0.0))
-    }
-}
-
+/// Each timestep over all updates that were taken.
 fn steps(updates: &[&UpdateRecord]) -> Vec<StepSummary> {
-    let mut all: BTreeMap<i64, (f64, Sums)> = BTreeMap::new();
+    let mut all: BTreeMap<i64, Vec<&StepRecord>> = BTreeMap::new();
     for step in updates.iter().filter(|u| !u.skipped).flat_map(|u| &u.steps) {
-        let (_, sums) = all.entry(place(step.t)).or_insert_with(|| (step.t, Sums::default()));
-        sums.n += 1.0;
-        sums.clip += step.clip_frac;
-        sums.gradient.add(step.contribution);
-        sums.grad_norm.add(step.grad_norm);
-        sums.error += step.approx_kl;
+        all.entry(place(step.t)).or_default().push(step);
     }
-    let summary = |(t, s): (f64, Sums)| StepSummary {
-        t,
-        updates: s.n as usize,
-        clip_frac: s.clip / s.n,
-        gradient_mean: s.gradient.mean().unwrap_or(f64::NAN),
-        gradient_variance: s.gradient.variance().unwrap_or(f64::NAN),
-        grad_norm_mean: s.grad_norm.mean(),
-        grad_norm_variance: s.grad_norm.variance(),
-        log_ratio_error: s.error / s.n,
+    let summary = |steps: Vec<&StepRecord>| {
+        let of = |f: fn(&StepRecord) -> f64| -> Vec<f64> { steps.iter().map(|s| f(s)).collect() };
+        // Where it was measured.
+        let measured = |f| -> Vec<f64> { of(f).into_iter().filter(|v| v.is_finite()).collect() };
+        let (contributions, norms) = (measured(|s| s.contribution), measured(|s| s.grad_norm));
+        let variance = |values: &[f64]| squared_deviations(values) / values.len() as f64;
+        StepSummary {
+            t: steps[0].t,
+            updates: steps.len(),
+            clip_frac: mean(&of(|s| s.clip_frac)),
+            gradient_mean: mean(&contributions),
+            gradient_variance: variance(&contributions),
+            grad_norm_mean: (!norms.is_empty()).then(|| mean(&norms)),
+            grad_norm_variance: (!norms.is_empty()).then(|| variance(&norms)),
+            log_ratio_error: mean(&of(|s| s.approx_kl)),
+        }
     };
     all.into_values().map(summary).collect()
 }
