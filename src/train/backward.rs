@@ -62,7 +62,7 @@ pub struct EndedStep {
     pub at: usize,
     /// Of its rows, `[B, STATS]`.
     pub stats: Tensor<2>,
-    /// Of its gradient, [`SQUARES`] to a sum.
+    /// Sums of the squares of its gradient, which the host adds up.
     pub squares: Tensor<1>,
 }
 
