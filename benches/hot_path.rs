@@ -26,6 +26,7 @@ use pcpo_wgpu::device::adapters::{adapters, auto};
 use pcpo_wgpu::device::{Compute, open};
 use pcpo_wgpu::tools::bench::{Case, Operation, reduction_row};
 use pcpo_wgpu::tools::bench_kernels::{SMALL, STABLE_DIFFUSION, kernel_lines};
+use pcpo_wgpu::tools::timing::Selection;
 use pcpo_wgpu::tools::timing::{header, row};
 
 /// The device, opened once: Burn keeps one runtime a device.
@@ -129,7 +130,7 @@ fn main() -> anyhow::Result<()> {
     }
     let small = std::env::var_os("PCPO_BENCH_QUICK").is_some();
     let sizes = if small { SMALL } else { STABLE_DIFFUSION };
-    kernel_lines(compute, sizes, |line| println!("{line}"))?;
+    kernel_lines(compute, sizes, &Selection::default(), |line| println!("{line}"))?;
     if std::env::var_os("PCPO_BENCH_EPOCH").is_none_or(|v| v != "0") {
         epoch()?;
     }

@@ -117,7 +117,11 @@ fn lines_of(
             // Some editors mark the beginning of a file.
             let text = text.trim_start_matches('\u{feff}');
             (
-                text.lines().map(|l| l.trim().to_string()).filter(|l| !l.is_empty()).collect(),
+                // The ends of lines of all systems; empty lines are none.
+                text.split(['\n', '\r'])
+                    .map(|l| l.trim().to_string())
+                    .filter(|l| !l.is_empty())
+                    .collect(),
                 format!("{flag}s {}", file.display()),
             )
         }

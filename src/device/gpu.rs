@@ -147,6 +147,11 @@ impl Gpu {
         own
     }
 
+    /// Bytes that a binding holds at most.
+    pub fn most_bound(&self) -> u64 {
+        self.most_bound
+    }
+
     /// The GPU that a tensor is on; `None` on the CPU backend.
     pub fn of<const D: usize>(tensor: &Tensor<D>) -> Option<Self> {
         let device = tensor.device().without_autodiff();

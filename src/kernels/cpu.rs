@@ -2,13 +2,20 @@
 //! out to the threads of the pool that they run in.
 
 use burn::backend::DispatchTensorKind;
-use burn::tensor::{Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use gemm::Parallelism;
 use rayon::prelude::*;
 
+use super::strided::row_major;
+
 /// A tensor's values, in row-major order.
-pub struct Values(FlexTensor);
+pub enum Values {
+    /// As the tensor has them.
+    Held(FlexTensor),
+    /// Put in order.
+    Made(Vec<f32>),
+}
 
 impl Values {
     pub fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
@@ -16,24 +23,39 @@ impl Values {
             panic!("a CPU kernel was given a tensor of another backend");
         };
         let tensor = tensor.float();
-        Self(if tensor.is_contiguous() { tensor } else { tensor.to_contiguous() })
+        if tensor.is_contiguous() {
+            return Self::Held(tensor);
+        }
+        if tensor.dtype() != DType::F32 {
+            return Self::Held(tensor.to_contiguous());
+        }
+        let layout = tensor.layout();
+        let (shape, start) = (layout.shape().as_slice(), layout.start_offset());
+        Self::Made(row_major(tensor.storage::<f32>(), shape, layout.strides(), start))
     }
 
-    fn typed<E: burn::tensor::Element + bytemuck::Pod>(&self) -> &[E] {
-        let (start, n) = (self.0.layout().start_offset(), self.0.layout().num_elements());
-        &self.0.storage::<E>()[start..start + n]
-    }
-
+    /// The values of a tensor in f16.
     pub fn f16(&self) -> &[half::f16] {
-        self.typed()
+        match self {
+            Self::Held(tensor) => typed(tensor),
+            Self::Made(_) => panic!("only values in f32 are put in order"),
+        }
     }
+}
+
+fn typed<E: burn::tensor::Element + bytemuck::Pod>(tensor: &FlexTensor) -> &[E] {
+    let (start, n) = (tensor.layout().start_offset(), tensor.layout().num_elements());
+    &tensor.storage::<E>()[start..start + n]
 }
 
 impl std::ops::Deref for Values {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        self.typed()
+        match self {
+            Self::Held(tensor) => typed(tensor),
+            Self::Made(values) => values,
+        }
     }
 }
 

@@ -23,5 +23,7 @@ mod node;
 mod product;
 pub mod registry;
 pub mod rms_norm;
+pub mod rows;
+mod strided;
 pub mod tensor_ops;
 mod vector;

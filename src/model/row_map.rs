@@ -2,7 +2,9 @@
 
 use std::ops::Range;
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
+
+use crate::kernels::rows::rows_of;
 
 /// For each of many rows, which of a few it is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,23 +105,11 @@ impl RowMap {
         }
         let sum = |few: usize| {
             let own = self.of.iter().enumerate().filter(|(_, of)| **of == few);
-            let rows = own.map(|(row, _)| all.clone().narrow(0, row, 1));
-            rows.reduce(|sum, row| sum + row).expect("each of the few is a row")
+            let own = own.map(|(row, _)| all.clone().narrow(0, row, 1));
+            own.reduce(|sum, row| sum + row).expect("each of the few is a row")
         };
         Tensor::cat((0..self.few).map(sum).collect(), 0)
     }
-}
-
-/// Some of a tensor's rows, in the order of `rows`.
-pub fn rows_of<const D: usize>(all: &Tensor<D>, rows: &[usize]) -> Tensor<D> {
-    let rows = index(rows, all);
-    all.clone().select(0, rows)
-}
-
-fn index<const D: usize>(rows: &[usize], like: &Tensor<D>) -> Tensor<1, Int> {
-    let rows: Vec<i32> = rows.iter().map(|&row| row as i32).collect();
-    let n = rows.len();
-    Tensor::from_data(TensorData::new(rows, [n]), &like.device())
 }
 
 #[cfg(test)]

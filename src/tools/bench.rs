@@ -6,7 +6,7 @@ use anyhow::{Result, ensure};
 use burn::tensor::{Distribution, Tensor};
 
 use super::errors::largest_error;
-use super::timing::{force, header, medians, row};
+use super::timing::{Selection, force, header, medians, row};
 use crate::device::Compute;
 use crate::device::tensor::{read, upload};
 use crate::ops::credit_reduce::{self, StepStats, credit_reduce};
@@ -21,6 +21,14 @@ use crate::ops::{Coefficients, Guidance, NoiseKey, StepContext, tensor_ops};
 use crate::philox::{Stream, noise};
 use crate::schedule::credit::{self, Credit};
 use crate::schedule::{Ddim, Flow, Grid, Sampler, Sampling, Schedule};
+
+/// The reduction of an update's statistics, which has a row of its own.
+const CREDIT_REDUCE: &str = "credit_reduce";
+
+/// The names of the hot path's rows.
+pub fn names() -> impl Iterator<Item = &'static str> {
+    Operation::ALL.into_iter().map(Operation::name).chain([CREDIT_REDUCE])
+}
 
 /// The operations that have all three paths.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -320,21 +328,27 @@ pub fn reduction_row(compute: &Compute, steps: usize, samples: usize) -> Result<
         std::hint::black_box(credit_reduce::reference(on_host, steps, &weights));
         Ok(())
     }])?;
-    Ok(row("credit_reduce", &format!("{steps} x {samples}"), [shader, reference, burn]))
+    Ok(row(CREDIT_REDUCE, &format!("{steps} x {samples}"), [shader, reference, burn]))
 }
 
-/// The table of `pcpo-wgpu bench`, line by line as it is measured.
+/// The hot path's rows of `pcpo-wgpu bench`, with their head, line by line as they are measured.
 ///
 /// # Errors
 /// When paths disagree or the device fails.
-pub fn short_table(compute: &Compute, mut line: impl FnMut(String)) -> Result<()> {
+pub fn short_table(
+    compute: &Compute,
+    only: &Selection,
+    mut line: impl FnMut(String),
+) -> Result<()> {
     let sizes = [(8, [4, 16, 16]), (1, [4, 64, 64]), (8, [4, 64, 64]), (8, [16, 128, 128])];
     line(format!("{} {:>7} {:>10}", header(), "GB/s", "of a copy"));
-    for (batch, shape) in sizes {
+    let operations: Vec<Operation> =
+        Operation::ALL.into_iter().filter(|o| only.takes(o.name())).collect();
+    for (batch, shape) in sizes.into_iter().filter(|_| !operations.is_empty()) {
         let case = Case::new(compute, batch, shape)?;
         let bytes = |n: usize, seconds: f64| n as f64 / seconds / 1e9;
         let copy = bytes(2 * 4 * case.shape.iter().product::<usize>(), case.copy()?);
-        for operation in Operation::ALL {
+        for &operation in &operations {
             case.verify(operation)?;
             let times = case.times(operation)?;
             let rate = bytes(case.bytes(operation), times[0]);
@@ -343,6 +357,8 @@ pub fn short_table(compute: &Compute, mut line: impl FnMut(String)) -> Result<()
             line(format!("{row} {rate:>7.2} {:>9.0}%", 100.0 * rate / copy));
         }
     }
-    line(reduction_row(compute, 20, 32)?);
+    if only.takes(CREDIT_REDUCE) {
+        line(reduction_row(compute, 20, 32)?);
+    }
     Ok(())
 }

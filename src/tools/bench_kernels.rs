@@ -8,8 +8,9 @@ use anyhow::{Result, ensure};
 use burn::tensor::{Device, Tensor};
 
 use super::errors::relative_error;
-use super::timing::{force, medians, row};
+use super::timing::{Selection, force, medians, row};
 use crate::device::Compute;
+use crate::device::gpu::Gpu;
 use crate::device::tensor::{read, upload};
 use crate::kernels::activation::{Activation, activation};
 use crate::kernels::attention::{Heads, attention};
@@ -34,12 +35,30 @@ pub struct KernelSizes {
 
 /// Those of small networks.
 pub const SMALL: KernelSizes = KernelSizes { images: &[[16, 64]], attentions: &[[256, 4, 16]] };
-/// Those of Stable Diffusion 1.5's UNet at 512 pixels; its attention over 4096 tokens is cut to
-/// 2048, since Burn's scores would not fit one binding of software Vulkan.
+/// Those of Stable Diffusion 1.5's UNet at 512 pixels.
 pub const STABLE_DIFFUSION: KernelSizes = KernelSizes {
     images: &[[64, 320], [32, 640], [16, 1280], [8, 1280]],
-    attentions: &[[2048, 8, 40], [1024, 8, 80], [256, 8, 160]],
+    attentions: &[[4096, 8, 40], [1024, 8, 80], [256, 8, 160]],
 };
+
+/// The names of the rows; a kernel's gradient goes with it.
+pub const NAMES: [&str; 8] = [
+    "frozen_conv",
+    "group_norm_silu",
+    "frozen_linear",
+    "layer_norm",
+    "rms_norm",
+    "geglu",
+    "activation",
+    "attention",
+];
+
+/// A table that is being made.
+struct Table<'a> {
+    compute: &'a Compute,
+    only: &'a Selection,
+    line: &'a mut dyn FnMut(String),
+}
 
 /// A function of tensors with what it holds on a device.
 type Function<const N: usize, const D: usize> = Box<dyn Fn([Tensor<D>; N]) -> Tensor<D>>;
@@ -113,13 +132,13 @@ impl<const N: usize, const D: usize> Path<N, D> {
     }
 }
 
-/// Two lines of a table: a kernel's value, and its gradient with the value before it.
-fn lines<const N: usize, const D: usize>(
-    compute: &Compute,
-    case: &Case<N, D>,
-    line: &mut dyn FnMut(String),
-) -> Result<()> {
-    let Case { name, size, shapes, .. } = case;
+/// Two lines of a table, where it has the kernel: its value, and its gradient with the value before
+/// it.
+fn lines<const N: usize, const D: usize>(table: &mut Table, case: &Case<N, D>) -> Result<()> {
+    let (Case { name, size, shapes, .. }, compute) = (case, table.compute);
+    if !table.only.takes(name) {
+        return Ok(());
+    }
     // f16 keeps 11 bits of what products take.
     let half = compute.gpu.as_ref().is_some_and(|gpu| gpu.kernels.half);
     let bound = if half { 5e-3 } else { 1e-4 };
@@ -145,37 +164,34 @@ fn lines<const N: usize, const D: usize>(
             burn.force(compute, gradients)
         }])?;
         let [reference] = medians([&mut || reference.force(cpu, gradients)])?;
-        line(row(&name, size, [shader, reference, plain]));
+        (table.line)(row(&name, size, [shader, reference, plain]));
     }
     Ok(())
 }
 
-/// A table's lines for all kernels at some sizes, as they are measured.
+/// A table's lines for kernels at some sizes, as they are measured.
 ///
 /// # Errors
 /// When paths disagree or the device fails.
 pub fn kernel_lines(
     compute: &Compute,
     sizes: KernelSizes,
+    only: &Selection,
     mut line: impl FnMut(String),
 ) -> Result<()> {
+    let table = &mut Table { compute, only, line: &mut line };
     for &[side, c] in sizes.images {
-        image_kernels(compute, side, c, &mut line)?;
-        token_kernels(compute, side * side, c, &mut line)?;
+        image_kernels(table, side, c)?;
+        token_kernels(table, side * side, c)?;
     }
     for &size in sizes.attentions {
-        attentions(compute, size, &mut line)?;
+        attentions(table, size)?;
     }
     Ok(())
 }
 
 /// frozen_conv and group_norm_silu.
-fn image_kernels(
-    compute: &Compute,
-    side: usize,
-    c: usize,
-    line: &mut dyn FnMut(String),
-) -> Result<()> {
+fn image_kernels(table: &mut Table, side: usize, c: usize) -> Result<()> {
     let s = ConvShape { cin: c, cout: c, kernel: 3, stride: 1, padding: 1 };
     let scale = 1.0 / ((9 * c) as f32).sqrt();
     let weight: Arc<Vec<f32>> = Arc::new(values(7, 9 * c * c).iter().map(|v| v * scale).collect());
@@ -195,7 +211,7 @@ fn image_kernels(
         to_burn: channels_first,
         from_burn: channels_last,
     };
-    lines(compute, &case, line)?;
+    lines(table, &case)?;
     let affine = |device: &Device| [draw(7, [c], device), draw(8, [c], device)];
     let groups = 32.min(c / 2);
     let case = Case {
@@ -213,7 +229,7 @@ fn image_kernels(
         },
         ..case
     };
-    lines(compute, &case, line)
+    lines(table, &case)
 }
 
 /// A constant of a function whose input may collect gradients.
@@ -222,12 +238,7 @@ fn constant<const D: usize, const E: usize>(value: &Tensor<D>, input: &Tensor<E>
 }
 
 /// frozen_linear, layer_norm, rms_norm, geglu and activation.
-fn token_kernels(
-    compute: &Compute,
-    tokens: usize,
-    c: usize,
-    line: &mut dyn FnMut(String),
-) -> Result<()> {
+fn token_kernels(table: &mut Table, tokens: usize, c: usize) -> Result<()> {
     let outputs = 8 * c;
     let size = format!("{tokens}x{c}");
     let scale = 1.0 / (c as f32).sqrt();
@@ -260,7 +271,7 @@ fn token_kernels(
         },
         ..case("frozen_linear")
     };
-    lines(compute, &linear, line)?;
+    lines(table, &linear)?;
     let affine = |device: &Device| [draw(7, [1, c], device), draw(8, [1, c], device)];
     let norm = Case {
         kernel: &|device| {
@@ -276,7 +287,7 @@ fn token_kernels(
         },
         ..case("layer_norm")
     };
-    lines(compute, &norm, line)?;
+    lines(table, &norm)?;
     let root = Case {
         kernel: &|device| {
             let [gamma, _] = affine(device);
@@ -291,7 +302,7 @@ fn token_kernels(
         },
         ..case("rms_norm")
     };
-    lines(compute, &root, line)?;
+    lines(table, &root)?;
     let gated = Case {
         size: format!("{tokens}x{outputs}"),
         shapes: [[1, tokens, outputs]],
@@ -299,20 +310,22 @@ fn token_kernels(
         burn: &|_| Box::new(|[h]| tensor_ops::geglu(h)),
         ..case("geglu")
     };
-    lines(compute, &gated, line)?;
+    lines(table, &gated)?;
     let silu = Case {
         kernel: &|_| Box::new(|[x]| activation(Activation::Silu, x)),
         burn: &|_| Box::new(|[x]| tensor_ops::activation(Activation::Silu, x)),
         ..case("activation")
     };
-    lines(compute, &silu, line)
+    lines(table, &silu)
 }
 
-fn attentions(
-    compute: &Compute,
-    [tokens, heads, head]: [usize; 3],
-    line: &mut dyn FnMut(String),
-) -> Result<()> {
+fn attentions(table: &mut Table, [mut tokens, heads, head]: [usize; 3]) -> Result<()> {
+    // Burn's scores are one tensor, which a device may not bind: software Vulkan, from 2049 tokens
+    // of eight heads on.
+    let bound = table.compute.gpu.as_ref().map_or(u64::MAX, Gpu::most_bound);
+    while (4 * heads * tokens * tokens) as u64 > bound {
+        tokens /= 2;
+    }
     let width = heads * head;
     let how = Heads::of(heads, width);
     let case = Case {
@@ -324,5 +337,5 @@ fn attentions(
         to_burn: |x| x,
         from_burn: |x| x,
     };
-    lines(compute, &case, line)
+    lines(table, &case)
 }

@@ -16,6 +16,16 @@ pub fn header() -> String {
     )
 }
 
+/// Which operations a table has: those that are named, or all.
+#[derive(Clone, Debug, Default)]
+pub struct Selection(pub Vec<String>);
+
+impl Selection {
+    pub fn takes(&self, operation: &str) -> bool {
+        self.0.is_empty() || self.0.iter().any(|name| name == operation)
+    }
+}
+
 /// One line of a table: seconds of (shader, CPU reference, Burn operations).
 pub fn row(operation: &str, size: &str, [shader, reference, burn]: [f64; 3]) -> String {
     let ratio = burn / shader;

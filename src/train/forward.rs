@@ -8,8 +8,9 @@ use super::backward::{Forward, GradientAccumulator, LoraPair};
 use super::update::TrajectoryBatch;
 use super::update_gradient::{BatchGradient, read_gradient};
 use crate::device::tensor::upload;
+use crate::kernels::rows::rows_of;
 use crate::lora::{Adapter, Lora};
-use crate::model::row_map::{RowMap, rows_of};
+use crate::model::row_map::RowMap;
 use crate::ops::NoiseKey;
 use crate::ops::forward_objective::{
     ForwardPredictions, ForwardSurrogate, ForwardTime, forward_objective,

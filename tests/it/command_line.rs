@@ -373,3 +373,15 @@ fn training_stays_within_the_first_part_of_the_steps() {
         assert!(error.contains(word), "{within}: {error}");
     }
 }
+
+#[test]
+fn bench_times_what_is_named() {
+    let output = program(&["bench", "--device", "cpu", "--only", "layer_norm,credit_reduce"]);
+    let lines = text(&output);
+    let rows = lines.lines().skip(2).filter_map(|line| line.split_whitespace().next());
+    assert_eq!(rows.collect::<Vec<_>>(), ["credit_reduce", "layer_norm", "layer_norm_gradient"]);
+    let output = program(&["bench", "--device", "cpu", "--only", "layer_nrom"]);
+    let error = crate::support::error_of(&output);
+    assert_eq!(output.status.code(), Some(2), "{error}");
+    assert!(error.contains("'layer_nrom'") && error.contains("frozen_conv"), "{error}");
+}

@@ -59,7 +59,8 @@ fn one_line_a_picture_and_metadata_reach_the_reward() {
     let dir = tempfile::tempdir().unwrap();
     let [blue, yellow] = pictures(dir.path());
     let prompts = dir.path().join("prompts.jsonl");
-    let lines = "\u{feff}plain {a|b}\n{\"prompt\": \"a sign\", \"text\": \"STOP\"}\n";
+    // A mark at the beginning, and two systems' ends of lines.
+    let lines = "\u{feff}plain {a|b}\r{\"prompt\": \"a sign\", \"text\": \"STOP\"}\r\n";
     std::fs::write(&prompts, lines).unwrap();
     let seen = dir.path().join("seen");
     let reward = for_every_line(

@@ -251,6 +251,9 @@ fn adapters_say_what_they_are() {
     let kohya = dir.path().join("k.safetensors");
     let args = ["convert", &shown(&one), &shown(&kohya), "--model", &model];
     assert!(program(&args).status.success());
+    let onto_itself = program(&["convert", &shown(&one), &shown(&one), "--model", &model]);
+    assert_eq!(onto_itself.status.code(), Some(2));
+    assert_eq!(std::fs::read(&one).unwrap(), std::fs::read(&other).unwrap());
     for file in [one, kohya] {
         let said = Weights::open_file(&file).unwrap().all_metadata().unwrap();
         for (key, value) in [

@@ -42,6 +42,9 @@ fn model(args: &ConvertArgs) -> Result<i32> {
 }
 
 fn adapter(args: &ConvertArgs) -> Result<i32> {
+    if let (Ok(from), Ok(to)) = (args.input.canonicalize(), args.output.canonicalize()) {
+        ensure!(from != to, "{}: is what is read; give another file", args.output.display());
+    }
     let files = args.model.files()?;
     let net = files.load_network(&Device::flex(), Storage::F16, Some(Stream::FromDisk))?;
     let adapter = formats::load(&args.input, &net.linears())?;
