@@ -26,8 +26,7 @@ use pcpo_wgpu::device::adapters::{adapters, auto};
 use pcpo_wgpu::device::{Compute, open};
 use pcpo_wgpu::tools::bench::{Case, Operation, reduction_row};
 use pcpo_wgpu::tools::bench_kernels::{SMALL, STABLE_DIFFUSION, kernel_lines};
-use pcpo_wgpu::tools::timing::Selection;
-use pcpo_wgpu::tools::timing::{header, row};
+use pcpo_wgpu::tools::timing::{Selection, header, row};
 
 /// The device, opened once: Burn keeps one runtime a device.
 fn compute() -> &'static Compute {

@@ -80,7 +80,7 @@ pub struct Gpu {
     pub device: wgpu::Device,
     pub kernels: Kernels,
     /// Bytes that a binding holds at most.
-    most_bound: u64,
+    pub most_bound: u64,
     /// Products that have been queued since they were last sent off.
     queued: Arc<Mutex<f64>>,
 }
@@ -145,11 +145,6 @@ impl Gpu {
         let mut opened = OPENED.write().unwrap_or_else(PoisonError::into_inner);
         opened.push((burn.clone(), own.clone()));
         own
-    }
-
-    /// Bytes that a binding holds at most.
-    pub fn most_bound(&self) -> u64 {
-        self.most_bound
     }
 
     /// The GPU that a tensor is on; `None` on the CPU backend.

@@ -1,11 +1,17 @@
 //! Tensors between a device and the host.
 
 use anyhow::{Result, anyhow};
-use burn::tensor::{Device, Tensor, TensorData, Transaction};
+use burn::tensor::{Device, Int, Tensor, TensorData, Transaction};
 
 /// A tensor with the values of a slice.
 pub fn upload<const D: usize>(values: &[f32], shape: [usize; D], device: &Device) -> Tensor<D> {
     Tensor::from_data(TensorData::new(values.to_vec(), shape), device)
+}
+
+/// Places, as Burn's selections take them.
+pub fn index(at: &[usize], device: &Device) -> Tensor<1, Int> {
+    let places: Vec<i32> = at.iter().map(|&place| place as i32).collect();
+    Tensor::from_data(TensorData::new(places, [at.len()]), device)
 }
 
 #[cfg(test)]

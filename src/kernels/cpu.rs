@@ -1,21 +1,14 @@
-//! What the kernels' CPU paths share: a tensor's values in memory, matrix products, and work dealt
-//! out to the threads of the pool that they run in.
+//! What the kernels' CPU paths share: a tensor's values in memory, and matrix products.
 
 use burn::backend::DispatchTensorKind;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use burn_flex::FlexTensor;
 use gemm::Parallelism;
-use rayon::prelude::*;
 
 use super::strided::row_major;
 
 /// A tensor's values, in row-major order.
-pub enum Values {
-    /// As the tensor has them.
-    Held(FlexTensor),
-    /// Put in order.
-    Made(Vec<f32>),
-}
+pub struct Values(FlexTensor);
 
 impl Values {
     pub fn of<const D: usize>(tensor: &Tensor<D>) -> Self {
@@ -23,39 +16,36 @@ impl Values {
             panic!("a CPU kernel was given a tensor of another backend");
         };
         let tensor = tensor.float();
-        if tensor.is_contiguous() {
-            return Self::Held(tensor);
-        }
-        if tensor.dtype() != DType::F32 {
-            return Self::Held(tensor.to_contiguous());
-        }
-        let layout = tensor.layout();
-        let (shape, start) = (layout.shape().as_slice(), layout.start_offset());
-        Self::Made(row_major(tensor.storage::<f32>(), shape, layout.strides(), start))
+        Self(match (tensor.is_contiguous(), tensor.dtype()) {
+            (true, _) => tensor,
+            (false, DType::F32) => in_order(&tensor),
+            (false, _) => tensor.to_contiguous(),
+        })
     }
 
-    /// The values of a tensor in f16.
+    fn typed<E: burn::tensor::Element + bytemuck::Pod>(&self) -> &[E] {
+        let (start, n) = (self.0.layout().start_offset(), self.0.layout().num_elements());
+        &self.0.storage::<E>()[start..start + n]
+    }
+
     pub fn f16(&self) -> &[half::f16] {
-        match self {
-            Self::Held(tensor) => typed(tensor),
-            Self::Made(_) => panic!("only values in f32 are put in order"),
-        }
+        self.typed()
     }
 }
 
-fn typed<E: burn::tensor::Element + bytemuck::Pod>(tensor: &FlexTensor) -> &[E] {
-    let (start, n) = (tensor.layout().start_offset(), tensor.layout().num_elements());
-    &tensor.storage::<E>()[start..start + n]
+/// A tensor in f32 with its values in row-major order.
+fn in_order(tensor: &FlexTensor) -> FlexTensor {
+    let layout = tensor.layout();
+    let (shape, start) = (layout.shape().as_slice(), layout.start_offset());
+    let values = row_major(tensor.storage::<f32>(), shape, layout.strides(), start);
+    FlexTensor::from_data(TensorData::new(values, layout.shape().clone()))
 }
 
 impl std::ops::Deref for Values {
     type Target = [f32];
 
     fn deref(&self) -> &[f32] {
-        match self {
-            Self::Held(tensor) => typed(tensor),
-            Self::Made(values) => values,
-        }
+        self.typed()
     }
 }
 
@@ -183,28 +173,4 @@ fn gemm(
             threads,
         );
     }
-}
-
-/// Runs `work` over parts of `out` of a size, each with its number: on all threads of the pool
-/// where there are several and the parts are worth it.
-pub fn parts(out: &mut [f32], size: usize, work: impl Fn(usize, &mut [f32]) + Sync) {
-    if rayon::current_num_threads() > 1 && out.len() > 1 << 14 {
-        out.par_chunks_mut(size).enumerate().for_each(|(i, part)| work(i, part));
-    } else {
-        out.chunks_mut(size).enumerate().for_each(|(i, part)| work(i, part));
-    }
-}
-
-thread_local! {
-    static SCRATCH: std::cell::RefCell<Vec<f32>> = const { std::cell::RefCell::new(Vec::new()) };
-}
-
-/// Lends `work` memory of this thread for `n` numbers, of which none is known: fresh memory would
-/// be cleared by the system at each call.
-pub fn scratch<R>(n: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
-    let mut own = SCRATCH.take();
-    own.resize(own.len().max(n), 0.0);
-    let result = work(&mut own[..n]);
-    SCRATCH.set(own);
-    result
 }

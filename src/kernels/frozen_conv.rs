@@ -7,11 +7,12 @@ use std::sync::{Arc, OnceLock};
 
 use burn::tensor::{Device, Tensor};
 
-use super::cpu::{Matrix, Values, Write, biased, parts, product, scratch, tensor};
+use super::cpu::{Matrix, Values, Write, biased, product, tensor};
 use super::frozen_linear::frozen_linear;
 use super::frozen_weight::{FrozenWeight, HostWeight, Storage, by_input};
 use super::node::{input, node, output};
 use super::product::{Product, Sizes, beginning};
+use super::threads::{parts, scratch};
 use crate::device::gpu::{Gpu, Kernel, kernel, output as empty};
 
 /// The numbers of a convolution.

@@ -6,9 +6,10 @@ use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
 use super::activation::{silu, silu_derivative};
-use super::cpu::{Values, parts, tensor};
+use super::cpu::{Values, tensor};
 use super::gpu::launch;
 use super::node::{input, node, output};
+use super::threads::parts;
 use super::vector::vectorised;
 use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, output as empty};
 

@@ -5,9 +5,10 @@ use burn::backend::DispatchTensor;
 use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
-use super::cpu::{Values, parts, tensor};
+use super::cpu::{Values, tensor};
 use super::gpu::{grid, launch};
 use super::node::{input, node, output};
+use super::threads::parts;
 use super::vector::vectorised;
 use crate::device::gpu::{self, Gpu, Kernel, buffer, kernel, output as empty};
 

@@ -1,14 +1,15 @@
 //! `low_rank`: s (x A) B of a convolution's adapter (Hu et al. 2021; LoCon), where x are the
 //! pixels' neighbourhoods. Gradients go to x, A and B.
 
+use burn::tensor::Tensor;
 use burn::tensor::module::linear;
-use burn::tensor::{Int, Tensor, TensorData};
 
 use super::cpu::{Matrix, Values, Write, product, tensor};
 use super::frozen_conv::ConvShape;
 use super::frozen_linear::LowRank;
 use super::node::{input, node, output};
 use crate::device::gpu::Gpu;
+use crate::device::tensor::index;
 
 /// Rows that a gradient adds up at a time.
 const BLOCK: usize = 128;
@@ -35,8 +36,8 @@ fn neighbourhoods(x: Tensor<4>, shape: ConvShape) -> Tensor<4> {
         if stride == 1 {
             return x.narrow(dim, from, n);
         }
-        let at: Vec<i32> = (0..n).map(|i| (from + i * stride) as i32).collect();
-        let at = Tensor::<1, Int>::from_data(TensorData::new(at, [n]), &x.device());
+        let at: Vec<usize> = (0..n).map(|i| from + i * stride).collect();
+        let at = index(&at, &x.device());
         x.select(dim, at)
     };
     let place = |i: usize| {

@@ -26,4 +26,5 @@ pub mod rms_norm;
 pub mod rows;
 mod strided;
 pub mod tensor_ops;
+mod threads;
 mod vector;

@@ -1,18 +1,17 @@
 //! Some of a tensor's rows, a row as often as it is named, and what arrives at each of them added
 //! up. On the CPU they are copied whole; elsewhere they are Burn's selection.
 
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::Tensor;
 
 use super::cpu::{Values, tensor};
 use super::node::{input, node, output};
 use crate::device::gpu::Gpu;
+use crate::device::tensor::index;
 
 /// Rows `at` of `[rows, ..]`, in that order: `[at, ..]`.
 pub fn rows_of<const D: usize>(all: &Tensor<D>, at: &[usize]) -> Tensor<D> {
     if Gpu::of(all).is_some() {
-        let index: Vec<i32> = at.iter().map(|&row| row as i32).collect();
-        let index = TensorData::new(index, [at.len()]);
-        return all.clone().select(0, Tensor::<1, Int>::from_data(index, &all.device()));
+        return all.clone().select(0, index(at, &all.device()));
     }
     let shape = all.dims();
     let width: usize = shape[1..].iter().product();
@@ -53,10 +52,7 @@ mod tests {
             let mut grads = (y.clone() * g.clone()).sum().backward();
             [host(&y.inner()), host(&leaf.grad_remove(&mut grads).unwrap())]
         };
-        let burns = |x: &Tensor<3>| {
-            let index = TensorData::from([2, 0, 2, 3, 2]);
-            x.clone().select(0, Tensor::<1, Int>::from_data(index, &x.device()))
-        };
+        let burns = |x: &Tensor<3>| x.clone().select(0, index(&at, &x.device()));
         assert_eq!(run(&|x| rows_of(x, &at)), run(&burns));
     }
 }

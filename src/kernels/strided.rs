@@ -1,10 +1,10 @@
 //! A tensor's values put in row-major order on the CPU, where they lie in another: after a
 //! permutation, a slice, or one value for many.
 
-use rayon::prelude::*;
+use super::threads::parts;
 
 /// An axis: its size, and how far apart its elements lie.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy)]
 struct Axis {
     size: usize,
     from: isize,
@@ -25,7 +25,7 @@ pub fn row_major(from: &[f32], shape: &[usize], strides: &[isize], start: usize)
     };
     // The first axis is dealt out to threads.
     let part = TILE * first.to;
-    out.par_chunks_mut(part).enumerate().for_each(|(i, out)| {
+    parts(&mut out, part, |i, out| {
         let mut axes = axes.clone();
         axes[0].size = out.len() / first.to;
         copy(from, start as isize + (i * TILE) as isize * first.from, &axes, out);

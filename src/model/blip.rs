@@ -2,7 +2,7 @@
 //! the picture.
 
 use anyhow::{Context, Result, anyhow, ensure};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 use image::RgbImage;
 use serde_json::json;
 
@@ -18,6 +18,7 @@ use super::text::clip::{Layer, LayerNames};
 use super::text::tokenizer::Tokenizer;
 use crate::device::tensor::{read, upload};
 use crate::io::weights::Weights;
+use crate::kernels::rows::rows_of;
 
 /// Tokens of a prompt, as ImageReward was trained.
 const TOKENS: usize = 35;
@@ -189,9 +190,8 @@ impl TextTower {
     fn forward(&self, ids: &[Vec<u32>], pad: u32, pictures: Tensor<3>) -> Tensor<2> {
         let (b, t, width) = (ids.len(), ids[0].len(), self.config.width);
         let device = pictures.device();
-        let flat: Vec<i32> = ids.iter().flatten().map(|&i| i as i32).collect();
-        let index = Tensor::<1, Int>::from_data(TensorData::new(flat, [b * t]), &device);
-        let words = self.words.clone().select(0, index).reshape([b, t, width]);
+        let flat: Vec<usize> = ids.iter().flatten().map(|&i| i as usize).collect();
+        let words = rows_of(&self.words, &flat).reshape([b, t, width]);
         let positions = self.positions.clone().narrow(0, 0, t).unsqueeze::<3>();
         let mask: Vec<f32> =
             ids.iter().flatten().map(|&i| if i == pad { -1e30 } else { 0.0 }).collect();

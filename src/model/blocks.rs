@@ -2,13 +2,14 @@
 //! `Downsample2D`, `Upsample2D`, `TimestepEmbedding` and `FeedForward`.
 
 use anyhow::Result;
-use burn::tensor::{Int, Tensor, TensorData};
+use burn::tensor::{Tensor, TensorData};
 
 use super::attention::Attention;
 use super::conditioning::Conditioning;
 use super::loader::Loader;
 use super::nn::{Activation, Conv2d, GroupNorm, LayerNorm, Linear};
 use super::row_map::RowMap;
+use crate::device::tensor::index;
 use crate::kernels::frozen_conv::ConvShape;
 use crate::kernels::geglu::geglu;
 use crate::lora::{LayerShape, Lora};
@@ -282,13 +283,12 @@ fn nearest(x: Tensor<4>, size: Option<[usize; 2]>) -> Tensor<4> {
     }
     // PyTorch's rule: floor(i * (in / out)) with the ratio in f32.
     let device = x.device();
-    let index = |from: usize, to: usize| {
+    let nearest = |from: usize, to: usize| {
         let ratio = from as f32 / to as f32;
-        let rows: Vec<i32> =
-            (0..to).map(|i| ((i as f32 * ratio) as usize).min(from - 1) as i32).collect();
-        Tensor::<1, Int>::from_data(TensorData::new(rows, [to]), &device)
+        let rows = (0..to).map(|i| ((i as f32 * ratio) as usize).min(from - 1));
+        index(&rows.collect::<Vec<usize>>(), &device)
     };
-    x.select(1, index(h, oh)).select(2, index(w, ow))
+    x.select(1, nearest(h, oh)).select(2, nearest(w, ow))
 }
 
 /// diffusers' `Timesteps`: sines and cosines of numbers.

@@ -10,7 +10,6 @@ use burn::tensor::{Device, Tensor};
 use super::errors::relative_error;
 use super::timing::{Selection, force, medians, row};
 use crate::device::Compute;
-use crate::device::gpu::Gpu;
 use crate::device::tensor::{read, upload};
 use crate::kernels::activation::{Activation, activation};
 use crate::kernels::attention::{Heads, attention};
@@ -322,7 +321,7 @@ fn token_kernels(table: &mut Table, tokens: usize, c: usize) -> Result<()> {
 fn attentions(table: &mut Table, [mut tokens, heads, head]: [usize; 3]) -> Result<()> {
     // Burn's scores are one tensor, which a device may not bind: software Vulkan, from 2049 tokens
     // of eight heads on.
-    let bound = table.compute.gpu.as_ref().map_or(u64::MAX, Gpu::most_bound);
+    let bound = table.compute.gpu.as_ref().map_or(u64::MAX, |gpu| gpu.most_bound);
     while (4 * heads * tokens * tokens) as u64 > bound {
         tokens /= 2;
     }

@@ -7,6 +7,7 @@ use burn::tensor::Device;
 use clap::Args;
 
 use crate::cli::args::ModelArg;
+use crate::io;
 use crate::lora::formats::{self, Format};
 use crate::lora::label::{self, Label};
 use crate::model::{Storage, Stream, single_file};
@@ -42,9 +43,11 @@ fn model(args: &ConvertArgs) -> Result<i32> {
 }
 
 fn adapter(args: &ConvertArgs) -> Result<i32> {
-    if let (Ok(from), Ok(to)) = (args.input.canonicalize(), args.output.canonicalize()) {
-        ensure!(from != to, "{}: is what is read; give another file", args.output.display());
-    }
+    ensure!(
+        !io::same_file(&args.input, &args.output),
+        "{}: is what is read; give another file",
+        args.output.display()
+    );
     let files = args.model.files()?;
     let net = files.load_network(&Device::flex(), Storage::F16, Some(Stream::FromDisk))?;
     let adapter = formats::load(&args.input, &net.linears())?;

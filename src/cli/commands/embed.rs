@@ -36,12 +36,8 @@ pub struct EmbedArgs {
 
 pub fn run(args: &EmbedArgs) -> Result<i32> {
     let files = args.model.files()?;
-    let same = |file: &PathBuf| {
-        let whole = (file.canonicalize(), args.out.canonicalize());
-        matches!(whole, (Ok(a), Ok(b)) if a == b)
-    };
     ensure!(
-        !args.prompts.as_ref().is_some_and(same),
+        !args.prompts.as_ref().is_some_and(|file| io::same_file(file, &args.out)),
         "--out {}: is the file of --prompts; give another place",
         args.out.display()
     );

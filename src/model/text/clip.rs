@@ -1,8 +1,9 @@
 //! transformers' `CLIPTextModel` and `CLIPTextModelWithProjection`.
 
 use anyhow::{Result, bail, ensure};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor, TensorData};
 
+use crate::kernels::rows::rows_of;
 use crate::model::attention::Attention;
 use crate::model::component::Component;
 use crate::model::config::Config;
@@ -207,17 +208,16 @@ impl ClipText {
     pub fn forward(&self, ids: &[Vec<u32>]) -> Result<ClipOutput> {
         let (b, t) = (ids.len(), ids[0].len());
         ensure!(t <= self.max_tokens, "the text encoder takes {} tokens, not {t}", self.max_tokens);
-        let flat: Vec<i32> = ids.iter().flatten().map(|&i| i as i32).collect();
+        let flat: Vec<usize> = ids.iter().flatten().map(|&i| i as usize).collect();
         ensure!(
-            flat.iter().all(|&i| (i as usize) < self.vocabulary),
+            flat.iter().all(|&i| i < self.vocabulary),
             "a token is outside the text encoder's vocabulary of {}; do tokenizer and text_encoder \
              belong together?",
             self.vocabulary
         );
         let ends: Vec<usize> = ids.iter().map(|row| self.end_of(row)).collect();
-        let ids = Tensor::<1, Int>::from_data(TensorData::new(flat, [b * t]), &self.device);
         let positions = self.positions.clone().narrow(0, 0, t).unsqueeze::<3>();
-        let mut x = self.tokens.clone().select(0, ids).reshape([b, t, self.width]) + positions;
+        let mut x = rows_of(&self.tokens, &flat).reshape([b, t, self.width]) + positions;
         let causal: Vec<f32> =
             (0..t * t).map(|i| if i % t > i / t { -1e30 } else { 0.0 }).collect();
         let causal = Tensor::<4>::from_data(TensorData::new(causal, [1, 1, t, t]), &self.device);

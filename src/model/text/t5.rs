@@ -5,11 +5,12 @@
 //! therefore never held together: each is read from the file, run on all prompts, and dropped.
 
 use anyhow::{Result, bail, ensure};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Tensor};
 
 use crate::device::tensor::{read, upload};
 use crate::io::weights::Weights;
 use crate::kernels::attention::{Heads, attention};
+use crate::kernels::rows::rows_of;
 use crate::model::component::Component;
 use crate::model::config::Config;
 use crate::model::loader::{Loader, Storage};
@@ -208,9 +209,7 @@ impl T5Encoder {
     /// What each head adds to the scores for the distance of two tokens, `[1, heads, T, T]`.
     fn position_bias(&self, table: &Tensor<2>, t: usize) -> Tensor<4> {
         let bucket = |i: usize| self.config.bucket((i % t) as i64 - (i / t) as i64);
-        let index: Vec<i32> = (0..t * t).map(|i| bucket(i) as i32).collect();
-        let index = Tensor::<1, Int>::from_data(TensorData::new(index, [t * t]), &self.device);
-        let rows = table.clone().select(0, index);
+        let rows = rows_of(table, &(0..t * t).map(bucket).collect::<Vec<usize>>());
         rows.reshape([1, t, t, self.config.heads]).permute([0, 3, 1, 2])
     }
 }
