@@ -29,12 +29,12 @@ pub fn number(flag: &str, value: f64, range: Range) -> Result<()> {
     // What computes takes f32, in which a device may leave out what is below its smallest.
     let size = value.abs();
     ensure!(
-        size <= f32::MAX.into(),
+        size <= f64::from(f32::MAX),
         "{flag} {value:e}: must be a finite number in f32, at most {:e}",
         f32::MAX
     );
     ensure!(
-        size == 0.0 || size >= f32::MIN_POSITIVE.into(),
+        size == 0.0 || size >= f64::from(f32::MIN_POSITIVE),
         "{flag} {value:e}: is 0 in f32; give 0, or at least {:e}",
         f32::MIN_POSITIVE
     );

@@ -7,6 +7,7 @@ use burn::tensor::wgpu::WgpuSetup;
 
 use super::compute::{Compute, ComputeType};
 use super::gpu::{Gpu, Kernels};
+use super::runtime::configure;
 use super::system;
 
 /// One line of `pcpo-wgpu devices`.
@@ -189,6 +190,7 @@ fn open_device(wanted: &str, how: Opening) -> Result<Compute> {
 }
 
 fn request(instance: wgpu::Instance, chosen: &Adapter, how: Opening) -> Result<Compute> {
+    configure();
     let adapter = chosen.adapter.clone();
     let half = how.compute == ComputeType::F16;
     let matrices = half && chosen.has_matrices();

@@ -51,6 +51,14 @@ impl Compute {
         if self.gpu.is_some() { 1 } else { system::cores() }
     }
 
+    /// Bytes that a GPU's pool holds, weights among them; gives back what nothing uses.
+    pub fn empty_pool(&self) -> Option<u64> {
+        self.gpu.as_ref()?;
+        let held = self.burn.memory_pool_usage()?.bytes_reserved;
+        self.burn.memory_cleanup();
+        Some(held)
+    }
+
     /// Waits for everything that was submitted.
     ///
     /// # Errors

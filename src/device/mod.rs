@@ -7,6 +7,7 @@ pub mod compute;
 pub mod gpu;
 pub mod guard;
 pub mod in_order;
+mod runtime;
 pub mod system;
 pub mod tensor;
 

@@ -32,9 +32,10 @@ struct Factors {
 
 /// Without gradients.
 const INFERENCE: Factors = Factors { stream: 3.0, wide: 1.0 };
-/// What autodiff holds of a block between the passes: of a UNet's, and of a transformer's with its
-/// modulations.
-const SAVED_UNET: Factors = Factors { stream: 3.5, wide: 0.8 };
+/// What autodiff holds of a block between the passes: of a UNet's, whose resnets keep what their
+/// norms take and whose transformer layers eleven tensors of the stream and the feed-forward's
+/// widest, eight times as wide; and of a transformer's with its modulations.
+const SAVED_UNET: Factors = Factors { stream: 2.0, wide: 2.4 };
 const SAVED_TRANSFORMER: Factors = Factors { stream: 7.0, wide: 1.5 };
 /// What the backward pass of a block holds besides.
 const BACKWARD: Factors = Factors { stream: 4.5, wide: 1.2 };
@@ -42,7 +43,7 @@ const BACKWARD: Factors = Factors { stream: 4.5, wide: 1.2 };
 /// tracked at once: its tensors of many sizes leave holes in the heaps.
 const HEAPS: f64 = 1.2;
 /// A decoder's, of its largest level.
-const DECODER: Factors = Factors { stream: 6.0, wide: 0.0 };
+const DECODER: Factors = Factors { stream: 2.75, wide: 0.0 };
 /// The program itself and its threads; on a GPU the driver's part, and on software Vulkan the
 /// kernels that it compiles into the program's memory, those of the backward pass among them.
 const PROGRAM: f64 = 45e6;
@@ -217,7 +218,11 @@ fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: b
             most && target.offered.is_some_and(|offered| whole.peak() > ROOM * offered as f64)
         }
     };
-    if tiling { Estimate { decode, tiling, ..whole } } else { whole }
+    if !tiling {
+        return whole;
+    }
+    let smaller = if target.gpu { page(&shapes.decoder) - page(&shapes.tile) } else { 0.0 };
+    Estimate { decode, tiling, program: whole.program - smaller, ..whole }
 }
 
 fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: bool) -> Estimate {
@@ -238,11 +243,12 @@ fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: 
         Storage::F16 | Storage::Q8 | Storage::Q4 => 4.0 * shapes.largest * sampling,
     };
     let on_device = if target.gpu { transitions * batches.images } else { 0.0 };
+    let page = if target.gpu { page(&shapes.decoder) } else { 0.0 };
     let text = &shapes.text;
     Estimate {
         weights: shapes.weights,
         reward: if target.first { shapes.reward * s.storage.dtype().size() as f64 } else { 0.0 },
-        program: program + cast,
+        program: program + cast + page,
         // On the host the values and two moments, now and at the last good epoch, and the sum of
         // gradients; on the device the values once; of each batch its gradient there, that of one
         // of its steps and the host's, and of those that wait their turn the host's. A running
@@ -308,6 +314,12 @@ fn update(shapes: &Shapes, checkpointing: bool, batches: &Batches, target: Targe
 /// Activations of one picture's decoding.
 fn decode(levels: &[BlockShape]) -> f64 {
     largest(levels, |b| DECODER.bytes(b, 1.0))
+}
+
+/// A GPU's memory comes in pages of the largest tensor, of which one is about as much as lies free
+/// among all of them.
+fn page(levels: &[BlockShape]) -> f64 {
+    4.0 * largest(levels, |b| b.stream)
 }
 
 /// The largest `--batch` whose estimate fits, if any does.

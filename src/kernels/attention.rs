@@ -172,11 +172,11 @@ fn forward(s: Sizes, qkv: [&[f32]; 3], bias: Option<&Bias>) -> (Vec<f32>, Vec<[f
     (out, sums)
 }
 
-/// Gradients of one image's q, k and v.
-struct Gradients<'a> {
-    q: &'a mut [f32],
-    k: &'a mut [f32],
-    v: &'a mut [f32],
+/// Gradients of q, k and v, of one head, `[T, d]`, or of all.
+struct Gradients {
+    q: Vec<f32>,
+    k: Vec<f32>,
+    v: Vec<f32>,
 }
 
 /// What the gradient of one image needs besides: its output, that output's gradient, its
@@ -187,8 +187,9 @@ struct Given<'a> {
     sums: &'a [[f32; 2]],
 }
 
-fn gradient_image(s: Sizes, head: Head, h: usize, given: &Given, to: &mut Gradients) {
+fn gradient_head(s: Sizes, head: Head, h: usize, given: &Given) -> Gradients {
     let (d, w, from) = (s.head(), s.width, h * s.head());
+    let [mut gq, mut gk, mut gv] = [s.tq, s.tk, s.tk].map(|tokens| vec![0.0; tokens * d]);
     let size = QUERIES.min(s.tq) * KEYS.min(s.tk);
     let (mut p, mut gp) = (vec![0.0; size], vec![0.0; size]);
     for [i, m] in blocks(s.tq, QUERIES) {
@@ -220,31 +221,36 @@ fn gradient_image(s: Sizes, head: Head, h: usize, given: &Given, to: &mut Gradie
                 );
             }
             let (pt, gpt) = (Matrix::new(p, n).transposed(), Matrix::new(gp, n).transposed());
-            let at_key = j * w + from;
-            product([n, m, d], pt, g, 1.0, Write::Add, &mut to.v[at_key..], w);
+            product([n, m, d], pt, g, 1.0, Write::Add, &mut gv[j * d..], d);
             let q = Matrix::new(&head.q[i * w..], w);
-            product([n, m, d], gpt, q, s.scale, Write::Add, &mut to.k[at_key..], w);
+            product([n, m, d], gpt, q, s.scale, Write::Add, &mut gk[j * d..], d);
             let k = Matrix::new(&head.k[j * w..], w);
-            product([m, n, d], Matrix::new(gp, n), k, s.scale, Write::Add, &mut to.q[at..], w);
+            product([m, n, d], Matrix::new(gp, n), k, s.scale, Write::Add, &mut gq[i * d..], d);
         }
     }
+    Gradients { q: gq, k: gk, v: gv }
 }
 
 /// Gradients of q, k and v on the CPU.
-fn gradient(s: Sizes, qkv: [&[f32]; 3], bias: Option<&Bias>, given: Given) -> [Vec<f32>; 3] {
-    let mut all = qkv.map(|x| vec![0.0; x.len()]);
-    let [q, k, v] = &mut all;
-    let images = q.chunks_mut(s.tq * s.width).zip(k.chunks_mut(s.tk * s.width));
-    let images: Vec<Gradients> =
-        images.zip(v.chunks_mut(s.tk * s.width)).map(|((q, k), v)| Gradients { q, k, v }).collect();
-    images.into_par_iter().enumerate().for_each(|(b, mut to)| {
+fn gradient(s: Sizes, qkv: [&[f32]; 3], bias: Option<&Bias>, given: Given) -> Gradients {
+    let of_one = |i: usize| {
+        let (b, h) = (i / s.heads, i % s.heads);
         let (of, rows) = (b * s.tq * s.width.., b * s.tq * s.heads..);
         let given = Given { out: &given.out[of.clone()], g: &given.g[of], sums: &given.sums[rows] };
-        for h in 0..s.heads {
-            gradient_image(s, Head::at(s, qkv, bias, b, h), h, &given, &mut to);
+        gradient_head(s, Head::at(s, qkv, bias, b, h), h, &given)
+    };
+    let heads = qkv[0].len() / (s.tq * s.head());
+    let heads: Vec<Gradients> = (0..heads).into_par_iter().map(of_one).collect();
+    let beside = |tokens: usize, one: fn(&Gradients) -> &[f32]| {
+        let mut all = Vec::with_capacity(heads.len() * tokens * s.head());
+        for image in heads.chunks(s.heads) {
+            for at in (0..tokens * s.head()).step_by(s.head()) {
+                image.iter().for_each(|head| all.extend_from_slice(&one(head)[at..][..s.head()]));
+            }
         }
-    });
-    all
+        all
+    };
+    Gradients { q: beside(s.tq, |g| &g.q), k: beside(s.tk, |g| &g.k), v: beside(s.tk, |g| &g.v) }
 }
 
 /// `q` `[B, Tq, heads d]`, `k` and `v` `[B, Tk, heads d]` -> `[B, Tq, heads d]`; `bias`
@@ -277,8 +283,8 @@ pub fn attention(
     node(parents, out, move |g: Tensor<3>, _| {
         let g = Values::of(&g);
         let given = Given { out: &kept, g: &g, sums: &sums };
-        let [gq, gk, gv] = gradient(s, [&q, &k, &v], bias.as_ref(), given);
+        let g = gradient(s, [&q, &k, &v], bias.as_ref(), given);
         let (like_q, like_k) = ([b, tq, width], [b, tk, width]);
-        [output(tensor(gq, like_q)), output(tensor(gk, like_k)), output(tensor(gv, like_k))]
+        [output(tensor(g.q, like_q)), output(tensor(g.k, like_k)), output(tensor(g.v, like_k))]
     })
 }

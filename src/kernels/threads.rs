@@ -1,5 +1,5 @@
-//! Work of the kernels' CPU paths, dealt out to the threads of the pool that they run in, and memory
-//! of a thread.
+//! Work of the kernels' CPU paths, dealt out to the threads of the pool that they run in, and a
+//! thread's memory.
 
 use rayon::prelude::*;
 

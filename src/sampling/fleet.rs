@@ -234,6 +234,13 @@ impl Fleet {
         Ok(in_their_order(self.world.all(own)?))
     }
 
+    /// Bytes that the pool of a GPU holds, the largest of this process's; `None` without one. What
+    /// nothing holds goes back to the driver, for a phase's tensors have other sizes than the
+    /// next's: a pool keeps pages of both.
+    pub fn empty_pools(&self) -> Option<u64> {
+        self.replicas.iter().filter_map(|replica| replica.compute.empty_pool()).max()
+    }
+
     /// The share of this process of things that need no device: of its rank's.
     pub fn part_of(&self, total: usize) -> Range<usize> {
         let (rank, size) = (self.world.rank(), self.world.size());

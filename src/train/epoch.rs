@@ -7,7 +7,8 @@ use std::ops::Range;
 use anyhow::{Context, Result, ensure};
 
 use super::checkpoint::Unfinished;
-use super::metrics::{EpochRecord, PeakMemory, ScoreRecord, Seconds, UpdateRecord};
+use super::memory::PeakMemory;
+use super::metrics::{EpochRecord, ScoreRecord, Seconds, UpdateRecord};
 use super::plan::{EpochPlan, Part};
 use super::update::TrajectoryBatch;
 use crate::config::{Rollout, Settings};
@@ -138,9 +139,12 @@ impl EpochState {
             decode_seconds: seconds.decode,
             reward_seconds: seconds.reward,
             update_seconds: seconds.update,
-            rollout_peak_mib: mib(peaks.rollout),
-            decode_peak_mib: mib(peaks.decode),
-            update_peak_mib: mib(peaks.update),
+            rollout_peak_mib: mib(peaks.rollout.process),
+            decode_peak_mib: mib(peaks.decode.process),
+            update_peak_mib: mib(peaks.update.process),
+            rollout_pool_mib: mib(peaks.rollout.pool),
+            decode_pool_mib: mib(peaks.decode.pool),
+            update_pool_mib: mib(peaks.update.pool),
             skipped_updates,
             rollout_calls: *rollout_calls,
             update_calls: updates.iter().map(|u| u.calls).sum(),

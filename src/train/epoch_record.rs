@@ -68,6 +68,16 @@ pub struct EpochRecord {
     pub decode_peak_mib: Option<u64>,
     /// The same of the updates.
     pub update_peak_mib: Option<u64>,
+    /// What the pool of a GPU held after the rollout, weights and room of its own among it: the
+    /// largest of the process's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rollout_pool_mib: Option<u64>,
+    /// The same after decoding.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub decode_pool_mib: Option<u64>,
+    /// The same after the updates.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub update_pool_mib: Option<u64>,
     /// Of the whole run.
     pub skipped_updates: usize,
     /// Calls of the network in the rollout: rows through it, with guidance still one.
@@ -103,17 +113,6 @@ impl Seconds {
     pub fn all(&self) -> f64 {
         self.rollout + self.decode + self.reward + self.update
     }
-}
-
-/// Largest memory of an epoch's phases in bytes, where the system keeps it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct PeakMemory {
-    /// Sampling.
-    pub rollout: Option<u64>,
-    /// Decoding latents.
-    pub decode: Option<u64>,
-    /// Updates.
-    pub update: Option<u64>,
 }
 
 /// Whether there is nothing to say of devices.

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-pub use super::epoch_record::{EpochRecord, PeakMemory, ScoreRecord, Seconds};
+pub use super::epoch_record::{EpochRecord, ScoreRecord, Seconds};
 pub use super::evaluation_record::{EvaluationRecord, Measures};
 pub use super::update_record::{StepRecord, Took, UpdateRecord};
 

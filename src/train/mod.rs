@@ -29,6 +29,7 @@ mod gradient;
 mod job;
 mod label;
 mod measures;
+mod memory;
 pub mod metrics;
 pub mod observer;
 #[doc(hidden)]
@@ -68,6 +69,7 @@ use self::followers::Followers;
 use self::gradient::{Loss, gradient};
 pub use self::job::{DumpRequest, Job};
 use self::measures::evaluate;
+use self::memory::PhaseMemory;
 use self::metrics::{About, Record, Took, UpdateRecord};
 pub use self::observer::{Event, Observer, Silent};
 use self::prepare::{Prepared, prepare};
@@ -81,7 +83,6 @@ use self::update::TrajectoryBatch;
 use self::update_gradient::{UpdateGradient, all_stats, credit_table};
 use self::watch::best_epoch;
 use crate::device;
-use crate::device::system::{peak, reset_peak};
 use crate::sampling::fleet::Picture;
 use crate::sampling::trajectory::NotFinite;
 
@@ -167,7 +168,7 @@ fn epoch(run: &mut Run, restored: Option<EpochState>) -> Result<()> {
 /// The updates of an epoch that are not done yet. A signal is heard between two of them.
 fn updates(run: &mut Run, state: &mut EpochState) -> Result<()> {
     let s = run.settings;
-    reset_peak();
+    PhaseMemory::begin();
     let per_pass: usize = state.plan.parts.iter().map(|part| part.steps.len()).sum();
     // Of several processes each sees its own share go on.
     let per_pass = per_pass.div_ceil(run.fleet.world.size());
@@ -189,7 +190,7 @@ fn updates(run: &mut Run, state: &mut EpochState) -> Result<()> {
         }
     }
     run.observer.on(Event::PhaseEnds);
-    state.peaks.update = peak();
+    state.peaks.update = PhaseMemory::end(&run.fleet);
     Ok(())
 }
 

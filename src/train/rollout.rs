@@ -7,14 +7,14 @@ use image::RgbImage;
 
 use super::branching;
 use super::epoch::EpochState;
-use super::metrics::{PeakMemory, Seconds};
+use super::memory::{PeakMemory, PhaseMemory};
+use super::metrics::Seconds;
 use super::plan::{EpochPlan, Part};
 use super::rewards::flat;
 use super::run::Run;
 use super::sampled::{Ends, Sampled, in_rollout};
 use super::update::TrajectoryBatch;
 use crate::config::Rollout;
-use crate::device::system::{peak, reset_peak};
 use crate::device::tensor::{read, upload};
 use crate::sampling::fleet::Batch;
 use crate::sampling::generate::{Generated, Request, generate};
@@ -30,22 +30,24 @@ pub(super) fn rollout(run: &mut Run) -> Result<EpochState> {
     run.fleet.take_counts()?;
 
     // ------------------------------------------------------------------------------------- ROLLOUT
-    reset_peak();
+    PhaseMemory::begin();
     let Sampled { batches, latents, calls } = match &s.rollout {
         Rollout::Plain(_) => sample(run, &plan)?,
         Rollout::Branching(_) => branching::sample(run, &plan)?,
     };
-    let (sampled, sampling_peak) = (start.elapsed().as_secs_f64(), peak());
+    let sampled = start.elapsed().as_secs_f64();
+    let sampling_memory = PhaseMemory::end(&run.fleet);
 
     // ------------------------------------------------------------------------------ DECODE, REWARD
-    reset_peak();
+    PhaseMemory::begin();
     let [c, h, w] = run.latent_shape();
     let device = |ends: &Ends| ends.images.device;
     let pictures = run.fleet.map(&latents, device, |replica, Ends { images, latents }| {
         let shape = [images.rows.len(), c, h, w];
         decode(&replica.pipeline.vae, &upload(latents, shape, &replica.compute.burn))
     });
-    let (decoded, decoding_peak) = (start.elapsed().as_secs_f64(), peak());
+    let decoded = start.elapsed().as_secs_f64();
+    let decoding_memory = PhaseMemory::end(&run.fleet);
     // Each process scores what its devices have drawn.
     let numbers: Vec<usize> = latents.iter().flat_map(|ends| ends.images.rows.clone()).collect();
     let pictures: Vec<RgbImage> =
@@ -66,7 +68,8 @@ pub(super) fn rollout(run: &mut Run) -> Result<EpochState> {
         reward: scored - decoded,
         update: 0.0,
     };
-    let peaks = PeakMemory { rollout: sampling_peak, decode: decoding_peak, update: None };
+    let update = PhaseMemory::default();
+    let peaks = PeakMemory { rollout: sampling_memory, decode: decoding_memory, update };
     Ok(EpochState {
         batches,
         plan,

@@ -130,6 +130,6 @@ fn a_run_that_does_not_fit_names_the_setting() {
     let output = program(&huge);
     let error = error_of(&output);
     assert_eq!(output.status.code(), Some(2), "{error}");
-    assert!(error.contains("the device offers") && error.contains("use --batch"), "{error}");
+    assert!(error.contains("the device offers") && error.contains("--batch 1"), "{error}");
     assert!(!out.exists());
 }

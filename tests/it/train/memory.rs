@@ -1,8 +1,21 @@
 //! The memory estimate against what runs take.
 
+use burn::tensor::Tensor;
+use pcpo_wgpu::device::open;
+use pcpo_wgpu::device::tensor::read;
+
 use super::{of, run};
 use crate::command_line::program;
-use crate::support::error_of;
+use crate::support::{error_of, gpu_name};
+
+/// The figure of a line of `plan`, in MiB.
+fn planned(flags: &[&str], line: &str) -> f64 {
+    let plan = program(&[&["plan"], flags].concat());
+    assert!(plan.status.success(), "{plan:?}");
+    let text = String::from_utf8_lossy(&plan.stdout).into_owned();
+    let line = text.lines().find(|l| l.starts_with(line)).unwrap();
+    line.split_whitespace().find_map(|word| word.parse().ok()).unwrap()
+}
 
 /// What the estimate says before a run is what the run needs, within a fifth.
 #[cfg(target_os = "linux")]
@@ -35,11 +48,7 @@ fn memory_estimates_are_within_20_percent_of_the_measured_peak() {
     ];
     for (i, case) in cases.iter().enumerate() {
         let fixed = ["--device", "cpu", "--steps", "4", "--train-steps", "1", "--eval-images", "1"];
-        let plan = program(&[&["plan"], &fixed[..], case].concat());
-        assert!(plan.status.success(), "{plan:?}");
-        let text = String::from_utf8_lossy(&plan.stdout).into_owned();
-        let line = text.lines().find(|l| l.starts_with("peak ")).unwrap();
-        let estimate: f64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+        let estimate = planned(&[&fixed[..], case].concat(), "peak ");
         // Which batches meet at their largest is for the threads to say: the median of three runs.
         let mut measured = [0, 1, 2].map(|repeat| {
             let out = dir.path().join(format!("run{i}-{repeat}"));
@@ -52,6 +61,42 @@ fn memory_estimates_are_within_20_percent_of_the_measured_peak() {
         println!("{case:?}: estimated {estimate:.0} MiB, measured {measured:?}");
         let off = estimate / measured[1] - 1.0;
         assert!(off.abs() < 0.2, "{case:?}: {estimate} MiB estimated, {measured:?} measured");
+    }
+}
+
+/// What `plan` says of weights and an update is what a GPU's pool holds after it, within a quarter:
+/// models as small as these leave some of it to the sizes of its pages.
+#[test]
+fn a_gpus_pool_holds_what_was_planned() {
+    let dir = tempfile::tempdir().unwrap();
+    let device = gpu_name();
+    for model in ["emoji", "emoji-flow"] {
+        let flags = ["--model", model, "--device", &device, "--steps", "2", "--train-steps", "1"];
+        let more = ["--batch", "16", "--images-per-epoch", "32", "--initial-noise", "own"];
+        let last = ["--activation-checkpointing", "false"];
+        let flags = [&flags[..], &more, &last].concat();
+        let estimate = planned(&flags, "weights") + planned(&flags, "update");
+        let once = ["--epochs", "1", "--eval-images", "1"];
+        let lines = run(&dir.path().join(model), &[&once, &flags[..]].concat());
+        let held = of(&lines, "epoch").next().unwrap()["update_pool_mib"].as_f64().unwrap();
+        println!("{model}: {estimate} MiB planned, {held} held");
+        assert!((estimate / held - 1.0).abs() < 0.25, "{model}: {estimate} planned, {held} held");
+    }
+}
+
+/// Threads that come and go leave nothing of theirs behind on a GPU.
+#[test]
+fn threads_share_a_gpus_memory() {
+    let gpu = open(&gpu_name()).unwrap();
+    let held_after_a_thread = || {
+        let sum = || read(&(Tensor::<1>::ones([1 << 20], &gpu.burn) + 1.0)).unwrap();
+        let sum = std::thread::scope(|scope| scope.spawn(sum).join().unwrap());
+        assert!(sum.iter().all(|x| *x == 2.0));
+        gpu.burn.memory_pool_usage().unwrap().bytes_reserved
+    };
+    let first = held_after_a_thread();
+    for _ in 0..4 {
+        assert_eq!(held_after_a_thread(), first);
     }
 }
 
