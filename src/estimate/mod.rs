@@ -48,7 +48,7 @@ const DECODER: Factors = Factors { stream: 2.75, wide: 0.0 };
 /// kernels that it compiles into the program's memory, those of the backward pass among them.
 const PROGRAM: f64 = 45e6;
 const PROGRAM_GPU: f64 = 250e6;
-const PROGRAM_SOFTWARE: f64 = 370e6;
+const PROGRAM_SOFTWARE: f64 = 260e6;
 
 impl Factors {
     fn bytes(&self, b: &BlockShape, rows: f64) -> f64 {
