@@ -32,8 +32,10 @@ fn weight_by_weight(row: u32, column: u32) -> vec4<f32> {
 fn write4(row: u32, column: u32, values: vec4<f32>) {
     for (var i = 0u; i < 4u; i += 1u) {
         if column + i >= sizes.columns { return; }
-        var value = values[i];
+        let at = row * sizes.columns + column + i;
+        var value = sizes.factor * values[i];
         if sizes.has_bias == 1u { value += bias[column + i]; }
-        out[row * sizes.columns + column + i] = value;
+        if sizes.adds == 1u { value += out[at]; }
+        out[at] = value;
     }
 }

@@ -15,7 +15,9 @@ fn weight_by_weight(row: u32, column: u32) -> vec4<f32> { return vec4<f32>(); }
 
 fn write4(row: u32, column: u32, values: vec4<f32>) {
     if column >= sizes.columns { return; }
-    var value = values;
+    let at = (row * sizes.columns + column) / 4u;
+    var value = sizes.factor * values;
     if sizes.has_bias == 1u { value += bias[column / 4u]; }
-    out[(row * sizes.columns + column) / 4u] = value;
+    if sizes.adds == 1u { value += out[at]; }
+    out[at] = value;
 }

@@ -17,8 +17,9 @@ struct Sizes {
     // Images of the source and of the result.
     padding: u32, source_h: u32, source_w: u32, h: u32,
     w: u32,
-    // Workgroups of the launches before.
-    first: u32, pad0: u32, pad1: u32,
+    // Workgroups of the launches before; whether the result, times a factor, is added to what is
+    // there.
+    first: u32, adds: u32, factor: f32,
 }
 
 @group(0) @binding(0) var<uniform> sizes: Sizes;

@@ -248,12 +248,12 @@ fn on_gpu(gpu: Gpu, x: Tensor<4>, conv: &FrozenConv, out: [usize; 2]) -> Tensor<
     let (image, made) = ([h, w, cin], [oh, ow, s.cout]);
     let y = empty([b, oh, ow, s.cout], &x.device());
     let bias = conv.bias.as_ref();
-    let product = Product { gpu: &gpu, kernel: FORWARD, weight: &weight, bias };
+    let product = Product { bias, ..Product::new(&gpu, FORWARD, &weight) };
     product.run(&x, &y, sizes(image, made));
     node([parent], y, move |g: Tensor<4>, _| {
         let gx = empty([b, h, w, cin], &g.device());
         let weight = &weight;
-        let product = Product { gpu: &gpu, kernel: GRADIENT, weight, bias: None };
+        let product = Product::new(&gpu, GRADIENT, weight);
         product.run(&g, &gx, sizes(made, image));
         [output(gx)]
     })

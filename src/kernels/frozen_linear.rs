@@ -4,7 +4,6 @@
 use std::sync::Arc;
 
 use burn::tensor::Tensor;
-use burn::tensor::module::linear;
 
 use super::cpu::{Matrix, Values, Write, biased, product, tensor};
 use super::frozen_weight::{FrozenWeight, HostWeight};
@@ -58,35 +57,77 @@ pub(super) const FORWARD: Kernel =
 pub(super) const GRADIENT: Kernel =
     kernel!(begins beginning, "frozen_linear_gradient", "product", "product_gradient");
 
-/// The product without an adapter on a GPU.
+/// `rows` rows times a matrix on a GPU.
+pub(super) fn forward<const D: usize, const E: usize>(
+    p: Product,
+    rows: usize,
+    x: &Tensor<D>,
+    y: &Tensor<E>,
+) {
+    let [inner, columns] = [p.weight.rows, p.weight.columns];
+    p.run(x, y, sizes([rows, inner, columns]));
+}
+
+/// The same times the matrix transposed.
+pub(super) fn backward<const D: usize, const E: usize>(
+    p: Product,
+    rows: usize,
+    g: &Tensor<D>,
+    gx: &Tensor<E>,
+) {
+    let [columns, inner] = [p.weight.rows, p.weight.columns];
+    p.run(g, gx, sizes([rows, inner, columns]));
+}
+
+fn sizes(of: [usize; 3]) -> Sizes {
+    let [rows, inner, columns] = of.map(|n| n as u32);
+    Sizes { rows, columns, inner, kernel: [1, 1], ..Sizes::default() }
+}
+
+/// The layer on a GPU, with its adapter's product added in place.
 fn on_gpu<const D: usize>(
     gpu: Gpu,
     x: Tensor<D>,
     weight: &Arc<FrozenWeight>,
     bias: Option<&Tensor<1>>,
+    low: Option<LowRank>,
 ) -> Tensor<D> {
     let (parent, x, x_shape) = (input(&x), x.clone().inner(), x.dims());
     let mut shape = x_shape;
     shape[D - 1] = weight.columns;
-    let rows = x_shape.iter().product::<usize>() / weight.rows;
-    let sizes = move |inner: usize, columns: usize| Sizes {
-        rows: rows as u32,
-        columns: columns as u32,
-        inner: inner as u32,
-        kernel: [1, 1],
-        ..Sizes::default()
-    };
-    let y = empty(shape, &x.device());
-    let (k, n) = (weight.rows, weight.columns);
-    let product = Product { gpu: &gpu, kernel: FORWARD, weight, bias };
-    product.run(&x, &y, sizes(k, n));
+    let (k, n, device) = (weight.rows, weight.columns, x.device());
+    let rows = x_shape.iter().product::<usize>() / k;
+    let y = empty(shape, &device);
+    forward(Product { bias, ..Product::new(&gpu, FORWARD, weight) }, rows, &x, &y);
     let weight = weight.clone();
-    node([parent], y, move |g: Tensor<D>, _| {
-        let gx = empty(x_shape, &g.device());
-        let weight = &weight;
-        let product = Product { gpu: &gpu, kernel: GRADIENT, weight, bias: None };
-        product.run(&g, &gx, sizes(n, k));
-        [output(gx)]
+    let Some(LowRank { a, b, scale }) = low else {
+        return node([parent], y, move |g: Tensor<D>, _| {
+            let gx = empty(x_shape, &device);
+            backward(Product::new(&gpu, GRADIENT, &weight), rows, &g, &gx);
+            [output(gx)]
+        });
+    };
+    let parents = [parent, input(a), input(b)];
+    let [a, b] = [a, b].map(|matrix| FrozenWeight::trained(matrix.clone().inner()));
+    let (r, factor) = (a.columns, scale as f32);
+    let down = empty([rows, r], &device);
+    forward(Product::new(&gpu, FORWARD, &a), rows, &x, &down);
+    let up = Product { factor, write: Write::Add, ..Product::new(&gpu, FORWARD, &b) };
+    forward(up, rows, &down, &y);
+    node(parents, y, move |g: Tensor<D>, [wants_x, ..]| {
+        // The gradient of x A.
+        let gd = empty([rows, r], &device);
+        backward(Product { factor, ..Product::new(&gpu, GRADIENT, &b) }, rows, &g, &gd);
+        let gx = wants_x.then(|| {
+            let gx = empty(x_shape, &device);
+            backward(Product::new(&gpu, GRADIENT, &weight), rows, &g, &gx);
+            let of_adapter = Product { write: Write::Add, ..Product::new(&gpu, GRADIENT, &a) };
+            backward(of_adapter, rows, &gd, &gx);
+            gx
+        });
+        let ga = x.clone().reshape([rows, k]).transpose().matmul(gd);
+        let gb = down.clone().transpose().matmul(g.reshape([rows, n])) * scale;
+        [gx.and_then(output), output(ga), output(gb)]
     })
 }
 
@@ -98,14 +139,7 @@ pub fn frozen_linear<const D: usize>(
     low: Option<LowRank>,
 ) -> Tensor<D> {
     if let Some(gpu) = Gpu::of(&x) {
-        let y = on_gpu(gpu, x.clone(), weight, bias);
-        // The adapter's products are as small as its rank.
-        return match low {
-            Some(LowRank { a, b, scale }) => {
-                y + linear(linear(x, a.clone(), None), b.clone(), None) * scale
-            }
-            None => y,
-        };
+        return on_gpu(gpu, x, weight, bias, low);
     }
     let mut shape = x.dims();
     let (k, n) = (weight.rows, weight.columns);

@@ -190,6 +190,12 @@ impl FrozenWeight {
         Arc::new(PreparedWeight::new(&values, shape, storage)).on(device)
     }
 
+    /// An adapter's matrix, which trains, for the same kernels: in f32 everywhere.
+    pub(super) fn trained(matrix: Tensor<2>) -> Self {
+        let [rows, columns] = matrix.dims();
+        Self { rows, columns, exact: true, stored: Stored::F32(matrix) }
+    }
+
     /// Bytes that it takes.
     pub fn bytes(&self) -> usize {
         let all = |t: &Tensor<2>, each: usize| each * t.shape().num_elements();

@@ -2,13 +2,14 @@
 //! pixels' neighbourhoods. Gradients go to x, A and B.
 
 use burn::tensor::Tensor;
-use burn::tensor::module::linear;
 
 use super::cpu::{Matrix, Values, Write, product, tensor};
 use super::frozen_conv::ConvShape;
-use super::frozen_linear::LowRank;
+use super::frozen_linear::{FORWARD, GRADIENT, LowRank, backward, forward};
+use super::frozen_weight::FrozenWeight;
 use super::node::{input, node, output};
-use crate::device::gpu::Gpu;
+use super::product::Product;
+use crate::device::gpu::{Gpu, output as empty};
 use crate::device::tensor::index;
 
 /// Rows that a gradient adds up at a time.
@@ -50,12 +51,23 @@ fn neighbourhoods(x: Tensor<4>, shape: ConvShape) -> Tensor<4> {
 /// `x` `[m, k]` times a matrix that trains, `[k, n]`. On the CPU a row's numbers do not depend on
 /// the rows beside it.
 fn trained(x: Tensor<2>, w: &Tensor<2>) -> Tensor<2> {
-    if Gpu::of(&x).is_some() {
-        return linear(x, w.clone(), None);
-    }
     let ([m, k], [_, n]) = (x.dims(), w.dims());
     let parents = [input(&x), input(w)];
-    let (x, w) = (Values::of(&x.inner()), Values::of(&w.clone().inner()));
+    let (x, w) = (x.inner(), w.clone().inner());
+    if let Some(gpu) = Gpu::of(&x) {
+        let (w, device) = (FrozenWeight::trained(w), x.device());
+        let y = empty([m, n], &device);
+        forward(Product::new(&gpu, FORWARD, &w), m, &x, &y);
+        return node(parents, y, move |g: Tensor<2>, [wants_x, _]| {
+            let gx = wants_x.then(|| {
+                let gx = empty([m, k], &device);
+                backward(Product::new(&gpu, GRADIENT, &w), m, &g, &gx);
+                gx
+            });
+            [gx.and_then(output), output(x.clone().transpose().matmul(g))]
+        });
+    }
+    let (x, w) = (Values::of(&x), Values::of(&w));
     let mut y = vec![0.0; m * n];
     product([m, k, n], Matrix::new(&x, k), Matrix::new(&w, n), 1.0, Write::Replace, &mut y, n);
     node(parents, tensor(y, [m, n]), move |g: Tensor<2>, [wants_x, _]| {

@@ -4,6 +4,7 @@
 use burn::tensor::Tensor;
 use bytemuck::{Pod, Zeroable};
 
+use super::cpu::Write;
 use super::frozen_weight::{FrozenWeight, Stored};
 use super::gpu::{computing, in_parts, launch};
 use crate::device::gpu::{Buffer, Gpu, Kernel, Kernels, buffer};
@@ -15,7 +16,7 @@ pub struct Sizes {
     pub rows: u32,
     pub columns: u32,
     pub inner: u32,
-    /// This and the width are [`Product::run`]'s to fill in.
+    /// This, the width and the last two are [`Product::run`]'s to fill in.
     pub has_bias: u32,
     pub width: u32,
     pub kernel: [u32; 2],
@@ -26,7 +27,8 @@ pub struct Sizes {
     pub h: u32,
     pub w: u32,
     pub first: u32,
-    pub pad: [u32; 2],
+    pub adds: u32,
+    pub factor: f32,
 }
 
 /// Rows and columns that a workgroup makes.
@@ -96,13 +98,26 @@ pub struct Product<'a> {
     pub kernel: Kernel,
     pub weight: &'a FrozenWeight,
     pub bias: Option<&'a Tensor<1>>,
+    pub factor: f32,
+    pub write: Write,
 }
 
-impl Product<'_> {
+impl<'a> Product<'a> {
+    /// A product as it is, without a bias.
+    pub fn new(gpu: &'a Gpu, kernel: Kernel, weight: &'a FrozenWeight) -> Self {
+        Self { gpu, kernel, weight, bias: None, factor: 1.0, write: Write::Replace }
+    }
+
     /// Fills `out` `[rows, columns]`.
-    pub fn run<const D: usize>(&self, source: &Tensor<D>, out: &Tensor<D>, sizes: Sizes) {
+    pub fn run<const D: usize, const E: usize>(
+        &self,
+        source: &Tensor<D>,
+        out: &Tensor<E>,
+        sizes: Sizes,
+    ) {
         let (width, has_bias) = (self.weight.columns as u32, self.bias.is_some().into());
-        let sizes = Sizes { width, has_bias, ..sizes };
+        let (adds, factor) = ((self.write == Write::Add).into(), self.factor);
+        let sizes = Sizes { width, has_bias, adds, factor, ..sizes };
         let (source, out) = (buffer(source), buffer(out));
         let own = self.bias.map(buffer);
         let bias: &Buffer = own.as_ref().unwrap_or(&source);

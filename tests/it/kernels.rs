@@ -4,7 +4,7 @@
 //! layer_norm_gradient, rms_norm with rms_norm_gradient, group_norm_silu with
 //! group_norm_silu_gradient, frozen_conv with frozen_conv_gradient, frozen_linear with
 //! frozen_linear_gradient, attention with attention_delta, attention_gradient_q and
-//! attention_gradient_kv.
+//! attention_gradient_kv. Adapters beside them are in low_rank.rs.
 
 use std::sync::OnceLock;
 
@@ -15,7 +15,7 @@ use pcpo_wgpu::device::{Compute, ComputeType};
 use pcpo_wgpu::kernels::activation::{Activation, activation};
 use pcpo_wgpu::kernels::attention::{Heads, attention};
 use pcpo_wgpu::kernels::frozen_conv::{ConvShape, FrozenConv, frozen_conv};
-use pcpo_wgpu::kernels::frozen_linear::{LowRank, frozen_linear};
+use pcpo_wgpu::kernels::frozen_linear::frozen_linear;
 use pcpo_wgpu::kernels::frozen_weight::{FrozenWeight, Storage};
 use pcpo_wgpu::kernels::geglu::geglu;
 use pcpo_wgpu::kernels::group_norm_silu::group_norm_silu;
@@ -32,12 +32,12 @@ fn draw(i: u32, n: usize) -> Vec<f32> {
     noise(5, Stream::Evaluation, i, 0, n)
 }
 
-fn tensor<const D: usize>(i: u32, shape: [usize; D], device: &Device) -> Tensor<D> {
+pub fn tensor<const D: usize>(i: u32, shape: [usize; D], device: &Device) -> Tensor<D> {
     upload(&draw(i, shape.iter().product()), shape, device)
 }
 
 /// The CPU, the GPU, and the GPU with the kernels of hardware, opened once.
-fn devices() -> [Device; 3] {
+pub fn devices() -> [Device; 3] {
     static TILES: OnceLock<Compute> = OnceLock::new();
     let open = || gpu_with(Opening { by_tiles: true, ..Opening::default() });
     [cpu().burn, gpu().burn, TILES.get_or_init(open).burn.clone()]
@@ -57,7 +57,7 @@ fn run<const N: usize, const D: usize, const E: usize>(
 }
 
 /// Holds a kernel on both devices to Burn's operations on the CPU, value and gradients.
-fn agree<const N: usize, const D: usize, const E: usize>(
+pub fn agree<const N: usize, const D: usize, const E: usize>(
     what: &str,
     shapes: [[usize; D]; N],
     bound: f64,
@@ -285,37 +285,6 @@ fn quantised_weights_are_within_half_a_step() {
             assert!((found - exact).abs() <= 0.5001 * step, "{storage:?}: {found} for {exact}");
         }
         assert_ne!(found, values, "{storage:?} rounds");
-    }
-}
-
-#[test]
-fn frozen_linear_trains_its_adapter() {
-    let (m, k, n) = (150, 40, 24);
-    for r in [1, 4, 16] {
-        for device in devices() {
-            let run = |plain: bool, device: &Device| {
-                let x = tensor(1, [2, m, k], device).autodiff().require_grad();
-                let a = tensor(2, [k, r], device).autodiff().require_grad();
-                let b = tensor(3, [r, n], device).autodiff().require_grad();
-                let (w, g) = (tensor(4, [k, n], device), tensor(5, [2, m, n], device).autodiff());
-                let y = if plain {
-                    let by = |x: Tensor<3>, w: Tensor<2>| x.matmul(w.unsqueeze::<3>());
-                    by(x.clone(), w.autodiff()) + by(by(x.clone(), a.clone()), b.clone()) * 0.5
-                } else {
-                    let w = FrozenWeight::new(read(&w).unwrap(), [k, n], Storage::F32, device);
-                    let low = LowRank { a: &a, b: &b, scale: 0.5 };
-                    frozen_linear(x.clone(), &w.into(), None, Some(low))
-                };
-                let mut grads = (y.clone() * g).sum().backward();
-                let x = read(&x.grad_remove(&mut grads).unwrap()).unwrap();
-                let [a, b] = [a, b].map(|t| read(&t.grad_remove(&mut grads).unwrap()).unwrap());
-                [read(&y.inner()).unwrap(), x, a, b]
-            };
-            for (found, expected) in run(false, &device).iter().zip(&run(true, &cpu().burn)) {
-                let off = relative_error(found, expected);
-                assert!(off < 1e-5, "rank {r} on {device:?}: off by {off:e}");
-            }
-        }
     }
 }
 

@@ -12,6 +12,7 @@ mod forward;
 mod hot_path;
 mod kernels;
 mod lora;
+mod low_rank;
 mod measure;
 mod model;
 mod numbers;
