@@ -207,25 +207,28 @@ fn estimate_held(shapes: &Shapes, s: &Settings, target: Target) -> Estimate {
 
 /// With tiles where they are asked for, or where decoding is what leaves no room.
 fn estimate_with(shapes: &Shapes, s: &Settings, target: Target, checkpointing: bool) -> Estimate {
-    let batches = Batches::of(shapes, s, target);
-    let whole = estimate_whole(shapes, s, target, checkpointing);
-    let decode = decode(&shapes.tile) * batches.sampling;
+    let drawn = |levels| estimate_drawn(shapes, s, target, checkpointing, levels);
+    let (whole, tiled) = (drawn(&shapes.decoder), drawn(&shapes.tile));
     let tiling = match s.vae_tiling {
         Switch::True => true,
         Switch::False => false,
         Switch::Auto => {
-            let most = whole.decode > whole.rollout.max(whole.update) && decode < whole.decode;
+            let most =
+                whole.decode > whole.rollout.max(whole.update) && tiled.decode < whole.decode;
             most && target.offered.is_some_and(|offered| whole.peak() > ROOM * offered as f64)
         }
     };
-    if !tiling {
-        return whole;
-    }
-    let smaller = if target.gpu { page(&shapes.decoder) - page(&shapes.tile) } else { 0.0 };
-    Estimate { decode, tiling, program: whole.program - smaller, ..whole }
+    Estimate { tiling, ..if tiling { tiled } else { whole } }
 }
 
-fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: bool) -> Estimate {
+/// With pictures decoded by these levels: of whole ones, or of a tile.
+fn estimate_drawn(
+    shapes: &Shapes,
+    s: &Settings,
+    target: Target,
+    checkpointing: bool,
+    levels: &[BlockShape],
+) -> Estimate {
     let batches = Batches::of(shapes, s, target);
     let Batches { sampling, updating, .. } = batches;
     let parameters: f64 =
@@ -243,7 +246,7 @@ fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: 
         Storage::F16 | Storage::Q8 | Storage::Q4 => 4.0 * shapes.largest * sampling,
     };
     let on_device = if target.gpu { transitions * batches.images } else { 0.0 };
-    let page = if target.gpu { page(&shapes.decoder) } else { 0.0 };
+    let page = if target.gpu { page(levels) } else { 0.0 };
     let text = &shapes.text;
     Estimate {
         weights: shapes.weights,
@@ -272,7 +275,7 @@ fn estimate_whole(shapes: &Shapes, s: &Settings, target: Target, checkpointing: 
         },
         rollout: rollout(shapes, &batches) * sampling + on_device,
         update: update(shapes, checkpointing, &batches, target) * updating,
-        decode: decode(&shapes.decoder) * sampling,
+        decode: decode(levels) * sampling,
         offered: target.offered,
         checkpointing,
         tiling: false,

@@ -57,31 +57,16 @@ pub(super) const FORWARD: Kernel =
 pub(super) const GRADIENT: Kernel =
     kernel!(begins beginning, "frozen_linear_gradient", "product", "product_gradient");
 
-/// `rows` rows times a matrix on a GPU.
-pub(super) fn forward<const D: usize, const E: usize>(
+/// A product `[m, k]` times `[k, n]` on a GPU: of [`FORWARD`] with a matrix `[k, n]`, of
+/// [`GRADIENT`] with one `[n, k]`, transposed.
+pub(super) fn multiply<const D: usize, const E: usize>(
     p: Product,
-    rows: usize,
+    sizes: [usize; 3],
     x: &Tensor<D>,
     y: &Tensor<E>,
 ) {
-    let [inner, columns] = [p.weight.rows, p.weight.columns];
-    p.run(x, y, sizes([rows, inner, columns]));
-}
-
-/// The same times the matrix transposed.
-pub(super) fn backward<const D: usize, const E: usize>(
-    p: Product,
-    rows: usize,
-    g: &Tensor<D>,
-    gx: &Tensor<E>,
-) {
-    let [columns, inner] = [p.weight.rows, p.weight.columns];
-    p.run(g, gx, sizes([rows, inner, columns]));
-}
-
-fn sizes(of: [usize; 3]) -> Sizes {
-    let [rows, inner, columns] = of.map(|n| n as u32);
-    Sizes { rows, columns, inner, kernel: [1, 1], ..Sizes::default() }
+    let [rows, inner, columns] = sizes.map(|n| n as u32);
+    p.run(x, y, Sizes { rows, columns, inner, kernel: [1, 1], ..Sizes::default() });
 }
 
 /// The layer on a GPU, with its adapter's product added in place.
@@ -96,37 +81,37 @@ fn on_gpu<const D: usize>(
     let mut shape = x_shape;
     shape[D - 1] = weight.columns;
     let (k, n, device) = (weight.rows, weight.columns, x.device());
-    let rows = x_shape.iter().product::<usize>() / k;
+    let m = x_shape.iter().product::<usize>() / k;
     let y = empty(shape, &device);
-    forward(Product { bias, ..Product::new(&gpu, FORWARD, weight) }, rows, &x, &y);
+    multiply(Product { bias, ..Product::new(&gpu, FORWARD, weight) }, [m, k, n], &x, &y);
     let weight = weight.clone();
     let Some(LowRank { a, b, scale }) = low else {
         return node([parent], y, move |g: Tensor<D>, _| {
             let gx = empty(x_shape, &device);
-            backward(Product::new(&gpu, GRADIENT, &weight), rows, &g, &gx);
+            multiply(Product::new(&gpu, GRADIENT, &weight), [m, n, k], &g, &gx);
             [output(gx)]
         });
     };
     let parents = [parent, input(a), input(b)];
     let [a, b] = [a, b].map(|matrix| FrozenWeight::trained(matrix.clone().inner()));
     let (r, factor) = (a.columns, scale as f32);
-    let down = empty([rows, r], &device);
-    forward(Product::new(&gpu, FORWARD, &a), rows, &x, &down);
+    let down = empty([m, r], &device);
+    multiply(Product::new(&gpu, FORWARD, &a), [m, k, r], &x, &down);
     let up = Product { factor, write: Write::Add, ..Product::new(&gpu, FORWARD, &b) };
-    forward(up, rows, &down, &y);
+    multiply(up, [m, r, n], &down, &y);
     node(parents, y, move |g: Tensor<D>, [wants_x, ..]| {
         // The gradient of x A.
-        let gd = empty([rows, r], &device);
-        backward(Product { factor, ..Product::new(&gpu, GRADIENT, &b) }, rows, &g, &gd);
+        let gd = empty([m, r], &device);
+        multiply(Product { factor, ..Product::new(&gpu, GRADIENT, &b) }, [m, n, r], &g, &gd);
         let gx = wants_x.then(|| {
             let gx = empty(x_shape, &device);
-            backward(Product::new(&gpu, GRADIENT, &weight), rows, &g, &gx);
+            multiply(Product::new(&gpu, GRADIENT, &weight), [m, n, k], &g, &gx);
             let of_adapter = Product { write: Write::Add, ..Product::new(&gpu, GRADIENT, &a) };
-            backward(of_adapter, rows, &gd, &gx);
+            multiply(of_adapter, [m, r, k], &gd, &gx);
             gx
         });
-        let ga = x.clone().reshape([rows, k]).transpose().matmul(gd);
-        let gb = down.clone().transpose().matmul(g.reshape([rows, n])) * scale;
+        let ga = x.clone().reshape([m, k]).transpose().matmul(gd);
+        let gb = down.clone().transpose().matmul(g.reshape([m, n])) * scale;
         [gx.and_then(output), output(ga), output(gb)]
     })
 }

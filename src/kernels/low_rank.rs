@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 
 use super::cpu::{Matrix, Values, Write, product, tensor};
 use super::frozen_conv::ConvShape;
-use super::frozen_linear::{FORWARD, GRADIENT, LowRank, backward, forward};
+use super::frozen_linear::{FORWARD, GRADIENT, LowRank, multiply};
 use super::frozen_weight::FrozenWeight;
 use super::node::{input, node, output};
 use super::product::Product;
@@ -57,11 +57,11 @@ fn trained(x: Tensor<2>, w: &Tensor<2>) -> Tensor<2> {
     if let Some(gpu) = Gpu::of(&x) {
         let (w, device) = (FrozenWeight::trained(w), x.device());
         let y = empty([m, n], &device);
-        forward(Product::new(&gpu, FORWARD, &w), m, &x, &y);
+        multiply(Product::new(&gpu, FORWARD, &w), [m, k, n], &x, &y);
         return node(parents, y, move |g: Tensor<2>, [wants_x, _]| {
             let gx = wants_x.then(|| {
                 let gx = empty([m, k], &device);
-                backward(Product::new(&gpu, GRADIENT, &w), m, &g, &gx);
+                multiply(Product::new(&gpu, GRADIENT, &w), [m, n, k], &g, &gx);
                 gx
             });
             [gx.and_then(output), output(x.clone().transpose().matmul(g))]

@@ -68,8 +68,8 @@ pub(super) fn rollout(run: &mut Run) -> Result<EpochState> {
         reward: scored - decoded,
         update: 0.0,
     };
-    let update = PhaseMemory::default();
-    let peaks = PeakMemory { rollout: sampling_memory, decode: decoding_memory, update };
+    let peaks =
+        PeakMemory { rollout: sampling_memory, decode: decoding_memory, ..Default::default() };
     Ok(EpochState {
         batches,
         plan,
